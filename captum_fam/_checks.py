@@ -1,0 +1,126 @@
+"""Arguments checked before the model runs, with errors that say what came and what would work."""
+
+import operator
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGE = str(Path(__file__).parent)
+
+
+def describe(value: object) -> str:
+    """What an argument is, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{value!r}" if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the caller's line, outside this package, Captum and the standard library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "captum_fam",
+        "captum",
+        "contextlib",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level - 1)
+
+
+def check_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"Expected `{name}` to be a module or a function, but got {describe(value)}.")
+
+
+def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
+    """A tensor or a tuple of tensors, as a tuple."""
+    tensors = value if isinstance(value, tuple) else (value,)
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        got = f"a tuple of {[type(t).__name__ for t in tensors]}" if isinstance(value, tuple) else describe(value)
+        raise TypeError(f"Expected `{name}` to be a tensor or a tuple of tensors, but got {got}.")
+    if any(not t.ndim for t in tensors):
+        raise ValueError(f"Expected `{name}` to have a batch dimension, but got a tensor without dimensions.")
+    return tensors
+
+
+def check_reference_embedding(value: object) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(
+            f"Expected `reference_embedding` to be a floating-point tensor (K, D), but got {describe(value)};"
+            " pass embeddings here, or inputs of the encoder as `reference`."
+        )
+    if value.ndim != 2:
+        raise ValueError(
+            f"Expected `reference_embedding` of shape (K, D), but got {tuple(value.shape)}; one reference is (1, D)."
+        )
+
+
+def reference_index(name: str, target: Any, references: int, inputs: int) -> Tensor:
+    """
+    The number of the reference that each input takes, (B,), for a target in one of Captum's
+    forms; without a target, one reference is shared and B references are paired.
+    """
+    if target is None:
+        if references == 1:
+            return torch.zeros(inputs, dtype=torch.long)
+        if references == inputs:
+            return torch.arange(inputs)
+        raise ValueError(
+            f"`{name}` is needed to choose among {references} references for {inputs} inputs: pass {name}=<int> for one"
+            f" reference shared by all, or a list of {inputs} numbers; attribute_all explains every reference."
+        )
+    index = _indices(name, target)
+    if index.ndim == 0 or (index.ndim == 1 and len(index) == 1 and isinstance(target, Tensor)):
+        index = index.reshape(1).expand(inputs)
+    if index.shape != (inputs,):
+        raise ValueError(
+            f"Expected `{name}` to be one int, or {inputs} of them, one for each input, but got shape"
+            f" {tuple(index.shape)}."
+        )
+    outside = index[(index < -references) | (index >= references)]
+    if len(outside):
+        raise ValueError(
+            f"Expected `{name}` to number one of {references} references, 0 to {references - 1}, but got"
+            f" {int(outside[0])}."
+        )
+    return index % max(references, 1)
+
+
+def _indices(name: str, target: Any) -> Tensor:
+    if isinstance(target, Tensor):
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(f"Expected `{name}` to hold integers, but got {describe(target)}.")
+        return target.detach().cpu().long()
+    try:
+        if isinstance(target, list):
+            return torch.tensor([_integer(t) for t in target], dtype=torch.long)
+        return torch.tensor(_integer(target))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Expected `{name}` to be an int, a list of ints or an integer tensor, but got {describe(target)}."
+        ) from error
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, tuple):  # Captum also writes the index of one output dimension as a tuple
+        (value,) = value
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def check_embeddings(embedding: Tensor, references: Tensor, inputs: int) -> None:
+    if len(embedding) != inputs:
+        raise ValueError(
+            f"Expected one embedding per input, but {inputs} inputs gave embeddings of shape {tuple(embedding.shape)};"
+            " pass an output_selector that returns (B, D)."
+        )
+    if embedding.shape[1] != references.shape[1]:
+        raise ValueError(
+            f"The reference embeddings have {references.shape[1]} dimensions, but those of `inputs` have"
+            f" {embedding.shape[1]}; embed the references with the same encoder, or pass them as `reference`."
+        )

@@ -1,0 +1,78 @@
+"""
+The formulas of Feature Activation Map (Liao, Gao, Zhang, https://arxiv.org/abs/2307.05017).
+
+B inputs with embeddings z (B, D), K references s (K, D), P of them for each input, and a
+layer's activations A (B, C, *spatial). First c and w (captum_fam/similarity.py), then alpha:
+
+    aligned     alpha_k = w_k
+    jacobian    alpha_k = sum over locations of d(w.z) / dA_k, w held constant
+
+and the map M = sum over k of alpha_k A_k.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from captum_fam._recording import Recording
+from captum_fam.similarity import Similarity, channel_contributions, unit, widen
+
+# How far unit vectors may differ that are equal but for the rounding of a mean in their dtype.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def contributions(
+    z: Tensor, s: Tensor, own: Tensor, other: Tensor | Literal["rest"] | None, similarity: Similarity
+) -> Tensor:
+    """c (B, P, D) with the references ``own`` (B, P), less those with ``other`` if it is given."""
+
+    def c(index: Tensor) -> Tensor:
+        return channel_contributions(z[:, None], s[index], similarity)
+
+    if other is None:
+        return c(own)
+    if isinstance(other, Tensor):
+        return c(own) - c(other)
+    mine = c(own)
+    total = c(torch.arange(len(s), device=s.device)[None]).sum(1, keepdim=True)
+    return mine - (total - mine) / (len(s) - 1)
+
+
+def is_aligned(z: Tensor, A: Tensor) -> bool:
+    """Dimension k of z is channel k of A: z is a positive multiple of A's spatial mean, for every z but zeros."""
+    if z.shape[1] != A.shape[1]:
+        return False
+    places = _places(A)
+    mean, magnitude = places.mean(2), places.abs().mean(2).norm(dim=1)
+    rounding = max(_ROUNDING.get(z.dtype, 0), _ROUNDING.get(A.dtype, 0))
+    # Where positive and negative values cancel in the mean, its relative rounding error is larger.
+    cancellation = magnitude / mean.norm(dim=1).clamp(min=torch.finfo(mean.dtype).tiny)
+    close = (unit(widen(z)) - unit(mean)).norm(dim=1) <= rounding * cancellation.clamp(max=10)
+    aside = ~z.isfinite().all(1) | (z == 0).all(1)
+    return bool((close | aside).all())
+
+
+def jacobian_weights(recording: Recording, w: Tensor) -> list[list[Tensor]]:
+    """alpha (B, P, C) for w (B, P, D), for each tensor of each layer."""
+    P, D = w.shape[1:]
+    # alpha is linear in w: for more references than dimensions, a gradient for each dimension serves all.
+    rows = w if P <= D else torch.eye(D, dtype=w.dtype, device=w.device).expand(len(w), D, D)
+    gradients = [recording.gradient_sums(row) for row in rows.unbind(1)]
+    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*gradients, strict=False)]
+    return alpha if P <= D else [[w @ jacobian for jacobian in layer] for layer in alpha]
+
+
+def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:
+    """M (B, P, *spatial) = sum over k of alpha_k A_k."""
+    return (alpha @ _places(A)).reshape(*alpha.shape[:2], *A.shape[2:])
+
+
+def weighted_activations(alpha: Tensor, A: Tensor) -> Tensor:
+    """The terms alpha_k A_k of the one map of each input, (B, C, *spatial)."""
+    return (alpha.mT * _places(A)).reshape(A.shape)
+
+
+def _places(A: Tensor) -> Tensor:
+    return widen(A).reshape(*A.shape[:2], math.prod(A.shape[2:]))

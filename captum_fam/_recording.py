@@ -1,0 +1,258 @@
+"""One forward pass that records layers, and leaves the model as it was."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_fam import _captum
+from captum_fam._checks import describe, warn
+from captum_fam.score import select_embedding
+from captum_fam.similarity import widen
+
+Tensors = tuple[Tensor, ...]
+
+# A DataParallel model calls the layer in threads of its own, so its calls are recorded one at a time.
+_PARALLEL = threading.Lock()
+
+
+class Recording:
+    """
+    The embeddings of one forward pass and the activations of its layers.
+
+    Attributes:
+        embedding: z (B, D), detached.
+        names: of the layers.
+        layers: for each layer the tensors that it returned, as (B, C, *spatial), detached.
+        has_graph: whether the pass was recorded for backward, from the layers on.
+        independent: numbers of the layers that z turned out not to depend on.
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        names: list[str],
+        tensors: list[list[Tensors]],
+        has_graph: bool,
+        reshape_transform: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.embedding = embedding.detach()
+        self.names = names
+        self.has_graph = has_graph
+        self.independent: list[int] = []
+        self._embedding = embedding
+        self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
+        self._reshape_transform = reshape_transform
+        self.layers = [
+            tuple(self._layout(a, name) for a in _captum.reduce_list([tuple(a.detach() for a in t) for t in devices]))
+            for name, devices in zip(names, tensors)
+        ]
+
+    def gradient_sums(self, w: Tensor) -> list[Tensors]:
+        """The gradient of w·z, for w (B, D), with respect to each activation, summed over its locations: (B, C)."""
+        flat = [a for devices in self._tensors for tensors in devices for a in tensors]
+        # Weights of at most one in absolute value, so that gradients in half precision do not underflow.
+        scale = w.abs().amax(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+        found: tuple[Tensor | None, ...] = (None,) * len(flat)
+        if self._embedding.requires_grad:
+            unit_w = (w / scale).to(self._embedding.dtype)
+            found = torch.autograd.grad(self._embedding, flat, unit_w, retain_graph=True, allow_unused=True)
+        rest = iter(zip(flat, found))
+        sums, self.independent = [], []
+        for i, devices in enumerate(self._tensors):
+            pairs = [[next(rest) for _ in tensors] for tensors in devices]
+            if all(g is None for tensors in pairs for _, g in tensors):
+                self.independent.append(i)
+            filled = [tuple(torch.zeros_like(a) if g is None else g for a, g in tensors) for tensors in pairs]
+            laid_out = [self._reshape(g) for g in _captum.reduce_list(filled)]
+            sums.append(
+                tuple(
+                    scale * widen(g).sum(tuple(range(2, g.ndim))) if g.ndim > 2 else scale * widen(g) for g in laid_out
+                )
+            )
+        return sums
+
+    def _reshape(self, activation: Tensor) -> Tensor:
+        return activation if self._reshape_transform is None else self._reshape_transform(activation)
+
+    def _layout(self, activation: Tensor, name: str) -> Tensor:
+        """Activations as (B, C, *spatial), or an error that says how to make them so."""
+        A, (B, D) = self._reshape(activation), self.embedding.shape
+        if not isinstance(A, Tensor) or A.ndim < 2 or len(A) != B:
+            origin = f"layer {name} to give" if self._reshape_transform is None else "`reshape_transform` to return"
+            raise ValueError(
+                f"Expected {origin} activations (B, C, *spatial) with B = {B}, but got {describe(A)}; choose another"
+                " layer, or pass a reshape_transform that returns that layout."
+            )
+        if self._reshape_transform is None and A.ndim > 2 and A.shape[-1] == D and D not in A.shape[1:-1]:
+            warn(
+                f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps, as their"
+                f" last dimension is that of the embedding; dimension 1 is taken for the channels. For tokens pass"
+                " reshape_transform=lambda a: a[:, 1:].mT.unflatten(2, (height, width)), for channels-last maps"
+                " reshape_transform=lambda a: a.movedim(-1, 1)."
+            )
+        return A
+
+
+@contextmanager
+def record(
+    forward_func: Callable[..., Any],
+    layers: Sequence[nn.Module],
+    inputs: Tensors,
+    additional_forward_args: Any,
+    *,
+    output_selector: Callable[[Any], Tensor] | None,
+    reshape_transform: Callable[[Tensor], Tensor] | None,
+    layer_input: bool,
+    graph: bool,
+    device_ids: list[int] | None,
+) -> Iterator[Recording]:
+    """
+    Runs the forward function once, recording the layers' outputs (or inputs).
+
+    Gradient mode is off until the first layer is reached, so nothing before it is
+    recorded for backward; with ``graph`` it is on from there. The hooks are gone when the
+    context is entered. Each thread's hooks ignore the calls of the other threads.
+    """
+    _warn_about_batch_norm(forward_func)
+    parallel = forward_func if isinstance(forward_func, nn.DataParallel) else None
+    thread, lock = threading.get_ident(), threading.Lock()
+    found: dict[nn.Module, dict[torch.device, Tensors]] = defaultdict(dict)
+    repeated: set[nn.Module] = set()
+    borrowed: list[Tensor] = []  # tensors of the forward pass that were set to require gradients
+    has_graph = graph
+
+    def keep(activation: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor to explain and the one that the forward pass goes on with, safe from in-place changes."""
+        if not graph:
+            return activation.detach().clone(), activation
+        if activation.requires_grad:
+            kept = activation
+        elif layer_input:  # other modules may use the same tensor: their paths count too
+            kept = activation.requires_grad_()
+            borrowed.append(activation)
+        else:
+            kept = activation.detach().requires_grad_()
+        return kept, kept.clone()
+
+    def hook(layer: nn.Module, args: Any, output: Any = None) -> Any:
+        nonlocal graph, has_graph
+        if threading.get_ident() != thread and parallel is None:
+            return None
+        value = args if layer_input else output
+        items = list(value) if isinstance(value, (tuple, list)) else [value]
+        if torch.is_inference_mode_enabled():
+            graph = has_graph = False
+        if graph:
+            torch.set_grad_enabled(True)
+        kept = {i: keep(a) for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point()}
+        if not kept:
+            raise TypeError(
+                f"Expected layer {_name(forward_func, layer)} to {'take' if layer_input else 'return'} floating-point"
+                f" tensors (B, C, *spatial), but got {type(value).__name__}; choose a layer that does."
+            )
+        tensors = tuple(explained for explained, _ in kept.values())
+        with lock:
+            if tensors[0].device in found[layer]:
+                repeated.add(layer)
+            found[layer][tensors[0].device] = tensors
+        if not graph:
+            return None
+        replaced = [kept[i][1] if i in kept else a for i, a in enumerate(items)]
+        if not isinstance(value, (tuple, list)):
+            return replaced[0]
+        return type(value)(*replaced) if hasattr(value, "_fields") else type(value)(replaced)
+
+    def hook_of(layer: nn.Module) -> Callable[..., Any]:
+        # A DataParallel model calls the hook with a replica in the layer's place.
+        return lambda _, *values: hook(layer, *values)
+
+    try:
+        with ExitStack() as stack, torch.set_grad_enabled(parallel is not None and graph):
+            stack.enter_context(_buffers_restored(forward_func))
+            if (
+                parallel is not None
+            ):  # gathering the outputs must be recorded, the replicas' modules before the layer not
+                stack.enter_context(_PARALLEL)
+                stack.callback(parallel.module.register_forward_pre_hook(_gradients_off).remove)
+            for layer in layers:
+                register = layer.register_forward_pre_hook if layer_input else layer.register_forward_hook
+                stack.callback(register(hook_of(layer)).remove)
+            output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
+            with torch.set_grad_enabled(has_graph and not torch.is_inference_mode_enabled()):
+                embedding = select_embedding(output, output_selector)
+        for layer in layers:
+            if layer not in found:
+                raise ValueError(
+                    f"Expected `layer` to be a module that the forward pass calls, but {_name(forward_func, layer)} was"
+                    " not called; pass a module of this very model (of a compiled one, of its `_orig_mod`)."
+                )
+            if layer in repeated:
+                warn(
+                    f"Layer {_name(forward_func, layer)} was called several times in one forward pass; its last call"
+                    " is explained. Wrap the call that you mean in a module of its own.",
+                )
+        ids = _captum.extract_device_ids(forward_func, found, device_ids)
+        ordered = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]
+        names = [_name(forward_func, m) for m in layers]
+        yield Recording(embedding, names, ordered, has_graph, reshape_transform)
+    finally:
+        for tensor in borrowed:
+            tensor.requires_grad_(False)
+
+
+def _gradients_off(*_: Any) -> None:
+    torch.set_grad_enabled(False)
+
+
+def embed(
+    forward_func: Callable[..., Any],
+    inputs: Tensors,
+    additional_forward_args: Any,
+    output_selector: Callable[[Any], Tensor] | None,
+) -> Tensor:
+    """The inputs' embeddings (B, D), without a graph and without hooks."""
+    with torch.no_grad(), _buffers_restored(forward_func):
+        output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
+        return select_embedding(output, output_selector).detach()
+
+
+def _model(forward_func: Callable[..., Any]) -> nn.Module | None:
+    """The model behind a forward function: itself, or the object of a bound method."""
+    owner = getattr(forward_func, "__self__", forward_func)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _name(forward_func: Callable[..., Any], layer: nn.Module) -> str:
+    model = _model(forward_func)
+    names = {m: n for n, m in model.named_modules()} if model is not None else {}
+    return f"{names[layer]!r} ({type(layer).__name__})" if layer in names else type(layer).__name__
+
+
+@contextmanager
+def _buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
+    """A model in training mode updates its running statistics in every forward pass: put them back."""
+    model = _model(forward_func)
+    modules = [m for m in model.modules() if m.training] if model is not None else []
+    saved = [(b, b.detach().clone()) for m in modules for b in m.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def _warn_about_batch_norm(forward_func: Callable[..., Any]) -> None:
+    model = _model(forward_func)
+    if model is not None and any(
+        m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+    ):
+        warn(
+            "The model is in training mode and has batch norm: each map depends on the other inputs of the batch."
+            " Call model.eval() first.",
+        )

@@ -1,0 +1,146 @@
+"""The demonstration: collages of photographs, explained with the bundled encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from matplotlib.cbook import get_sample_data
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from skimage import data
+from skimage.io import imread
+from torch import Tensor
+
+from captum_fam import figures
+from captum_fam.bundled import BundledEncoder, bundled_encoder
+from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.images import to_tensor
+
+UNTRAINED = 3  # encoders with random weights that the figures of the untrained encoder are a mean of
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Share of the positive map inside the reference's part of the collage, for each case."""
+
+    fam: Tensor
+    contrast: Tensor
+
+
+def photographs() -> dict[str, Image.Image]:
+    """All colour photographs of everyday things that scikit-image and matplotlib install, as centre squares."""
+    hopper = imread(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    arrays = {
+        "astronaut": data.astronaut(),
+        "cat": data.chelsea(),
+        "coffee": data.coffee(),
+        "rocket": data.rocket(),
+        "motorcycle": data.stereo_motorcycle()[0],
+        "admiral": hopper,
+    }
+    return {name: ImageOps.fit(Image.fromarray(a), (min(a.shape[:2]),) * 2) for name, a in arrays.items()}
+
+
+def another_view(photo: Image.Image) -> Image.Image:
+    """The photograph in another crop and size, mirrored, and in brighter light."""
+    side = photo.width
+    crop = photo.crop((side // 10, side // 20, side - side // 10, side - side // 10))
+    return ImageOps.mirror(crop).point(lambda value: min(255, round(1.25 * value)))
+
+
+def collage(photos: Sequence[Image.Image], columns: int, side: int = 256) -> Image.Image:
+    """Squares of ``side`` pixels, in rows of ``columns``."""
+    rows = len(photos) // columns
+    canvas = Image.new("RGB", (columns * side, rows * side))
+    for i, photo in enumerate(photos):
+        canvas.paste(photo.resize((side, side)), (i % columns * side, i // columns * side))
+    return canvas
+
+
+def shares(maps: Tensor, columns: int) -> Tensor:
+    """The share of each positive map (N, h, w) inside part n of a collage of N parts: (N,)."""
+    rows = len(maps) // columns
+    height, width = maps.shape[1] // rows, maps.shape[2] // columns
+    parts = maps.clamp(min=0).reshape(-1, rows, height, columns, width).sum((2, 4)).flatten(1)
+    return parts.diagonal() / parts.sum(1)
+
+
+def explain(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int) -> tuple[Tensor, Tensor]:
+    """FAM and its contrast to the rest for a collage and another view of each of its parts, each (N, h, w)."""
+    rows = len(parts) // columns
+    fam = FeatureActivationMap(encoder, encoder.features)
+    squares = [to_tensor(p, encoder.size, encoder.mean, encoder.std) for p in parts]
+    query = torch.cat([torch.cat(squares[r * columns : (r + 1) * columns], 2) for r in range(rows)], 1)[None]
+    views = torch.stack([to_tensor(another_view(p), encoder.size, encoder.mean, encoder.std) for p in parts])
+    s = fam.embed(views)
+    plain, contrast = (fam.attribute_all(query, reference_embedding=s, contrast=c) for c in (None, "rest"))
+    assert isinstance(plain, Tensor)
+    assert isinstance(contrast, Tensor)
+    return plain[0], contrast[0]
+
+
+def all_pairs(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Shares:
+    """Shares over the collages of all ordered pairs of photos, each with both its references."""
+    maps = [explain(encoder, pair, 2) for pair in permutations(photos, 2)]
+    return Shares(*(torch.cat([shares(m, 2) for m in method]) for method in zip(*maps)))
+
+
+def untrained_encoder(seed: int) -> BundledEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BundledEncoder().eval()
+
+
+def demo_figure() -> tuple[Figure, list[str]]:
+    """The figure of the demonstration and the lines of its table."""
+    photos = photographs()
+    names = list(photos)[:4]
+    parts = [photos[name] for name in names]
+    encoder = bundled_encoder()
+    plain, contrast = explain(encoder, parts, 2)
+    inside = Shares(shares(plain, 2), shares(contrast, 2))
+
+    query = collage(parts, 2)
+    columns = len(names) + 1
+    figure = Figure(figsize=(2.6 * columns + 0.6, 8.4), layout="constrained")
+    axes = figure.subplots(3, columns)
+    figures.show(axes[0, 0], query, "query: a collage")
+    axes[1, 0].axis("off")
+    axes[2, 0].axis("off")
+    for axis, name in zip(axes[0, 1:], names):
+        figures.show(axis, another_view(photos[name]), f"reference: {name}")
+    for row, maps, share, label in (
+        (1, plain, inside.fam, "FAM"),
+        (2, contrast, inside.contrast, "contrast to the rest"),
+    ):
+        captions = [f"{s:.0%} inside (chance 25%)" for s in share.tolist()]
+        figures.map_row(figure, axes[row, 1:], [query] * len(names), maps, captions, label)
+
+    every = list(photos.values())
+    ours = all_pairs(encoder, every)
+    random = [all_pairs(untrained_encoder(seed), every) for seed in range(UNTRAINED)]
+    untrained = Shares(*(torch.cat([getattr(s, field) for s in random]) for field in ("fam", "contrast")))
+    return figure, [
+        "Share of the positive map inside the reference's part of the collage",
+        "",
+        f"{'the figure':<34}{'FAM':>8}{'contrast':>10}{'chance':>8}",
+        *(
+            f"{name:<34}{f:>8.2f}{c:>10.2f}{0.25:>8.2f}"
+            for name, f, c in zip(names, inside.fam.tolist(), inside.contrast.tolist())
+        ),
+        "",
+        f"{f'{len(ours.fam)} cases: all ordered pairs of {len(every)}':<34}{'FAM':>8}{'contrast':>10}{'chance':>8}",
+        *(
+            f"{name:<34}{s.fam.mean():>8.2f}{s.contrast.mean():>10.2f}{0.5:>8.2f}"
+            for name, s in (("bundled encoder, mean", ours), (f"untrained, mean of {UNTRAINED} seeds", untrained))
+        ),
+        *(
+            f"{name:<34}{above(s.fam):>8.0%}{above(s.contrast):>10.0%}"
+            for name, s in (("bundled encoder, above chance", ours), ("untrained, above chance", untrained))
+        ),
+    ]
+
+
+def above(share: Tensor, chance: float = 0.5) -> float:
+    return (share > chance).float().mean().item()

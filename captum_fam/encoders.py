@@ -1,0 +1,167 @@
+"""Encoders by name for the command line, and the layer to explain."""
+
+import importlib
+import pickle
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from captum_fam.bundled import BundledEncoder, bundled_encoder
+
+IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder in eval mode and the images that it was trained on."""
+
+    name: str
+    model: nn.Module
+    size: int = IMAGENET_SIZE
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+def load_encoder(name: str, weights: Path | None = None) -> LoadedEncoder:
+    """
+    The encoder of a name: ``bundled``, ``torchvision:NAME`` without its classifier, or
+    ``module.path:factory``, a function without arguments that returns a module.
+
+    Raises:
+        ValueError: there is no such encoder, or the weights cannot be had or do not fit.
+    """
+    kind, _, rest = name.partition(":")
+    model: nn.Module
+    if name == "bundled":
+        model = bundled_encoder()
+        if weights is not None:
+            _load(model, weights)
+        return LoadedEncoder(name, model, BundledEncoder.size, BundledEncoder.mean, BundledEncoder.std)
+    if kind == "torchvision":
+        return _torchvision(name, rest, weights)
+    if rest:
+        model = _from_factory(kind, rest)
+        if weights is not None:
+            _load(model, weights)
+        return LoadedEncoder(name, model.eval())
+    known = ["bundled", *(f"torchvision:{n}" for n in models.list_models(module=models))]
+    near = _near(name, known) or _near(f"torchvision:{name}", known)
+    raise ValueError(f"no encoder {name!r}{near or ': pass bundled, torchvision:NAME or module.path:factory'}")
+
+
+def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEncoder:
+    names = models.list_models(module=models)
+    if architecture not in names:
+        raise ValueError(f"torchvision has no model {architecture!r}{_near(architecture, names)}")
+    default = models.get_model_weights(architecture).DEFAULT
+    try:
+        model = models.get_model(architecture, weights=None if weights else default)
+    except OSError as error:
+        raise ValueError(
+            f"cannot download the weights of {name} ({_one_line(error)}): pass a state dict as --weights FILE"
+        ) from error
+    classifiers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not classifiers:
+        raise ValueError(f"{name} has no linear classifier to take off: write a factory that returns its encoder")
+    head = classifiers[-1]
+    if weights is not None:
+        _load(model, weights, optional=f"{head}.")
+    parent, _, attribute = head.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, nn.Identity())
+    transforms = default.transforms()
+    return LoadedEncoder(name, model.eval(), transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
+
+
+def _from_factory(module_name: str, factory_name: str) -> nn.Module:
+    sys.path.insert(0, "")  # modules of the current folder, as with python -m
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"cannot import {module_name}: {_one_line(error)}") from error
+    finally:
+        sys.path.remove("")
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        near = _near(factory_name, [n for n in dir(module) if callable(getattr(module, n))])
+        raise ValueError(f"{module_name} has no function {factory_name!r}{near}")
+    try:
+        model = factory()
+    except Exception as error:
+        raise ValueError(f"{module_name}:{factory_name}() failed: {_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{module_name}:{factory_name}() returned {type(model).__name__}: return a torch.nn.Module")
+    return model
+
+
+def _load(model: nn.Module, file: Path, optional: str = "\0") -> None:
+    """Loads a state dict; keys that start with ``optional`` may be missing from it."""
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no weights file {file}") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(
+            f"cannot read {file} as a state dict: save one with torch.save(model.state_dict(), file)"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{file} holds no state dict: save one with torch.save(model.state_dict(), file)")
+    try:
+        keys = model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {file} do not fit the encoder: {_one_line(error)}") from error
+    missing = [k for k in keys.missing_keys if not k.startswith(optional)]
+    if missing or keys.unexpected_keys:
+        wrong = [
+            f"{len(k)} keys {w} ({k[0]}, ...)"
+            for w, k in (("missing", missing), ("unknown", keys.unexpected_keys))
+            if k
+        ]
+        raise ValueError(f"the weights in {file} do not fit the encoder: {' and '.join(wrong)}")
+
+
+def find_layer(model: nn.Module, name: str | None, image: Tensor) -> tuple[str, nn.Module]:
+    """
+    The layer of a dotted name; without a name, the last module in a forward pass of ``image``
+    (1, 3, H, W) that returns a map with more than one location.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    modules = dict(model.named_modules())
+    del modules[""]
+    if name is not None:
+        if name not in modules:
+            raise ValueError(f"the encoder has no layer {name!r}{_near(name, modules)}")
+        return name, modules[name]
+    spatial: list[str] = []
+
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
+            spatial.append(name)
+
+    hooks = [m.register_forward_hook(lambda _, __, out, n=n: note(n, out)) for n, m in modules.items()]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not spatial:
+        raise ValueError("no layer of the encoder returns a map (B, C, h, w): name one with --layer")
+    return spatial[-1], modules[spatial[-1]]
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    close = get_close_matches(name, list(names), 3, 0.5)
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,34 @@
+"""Image files as tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def read_image(path: Path) -> Image.Image:
+    """
+    An RGB image, upright.
+
+    Raises:
+        ValueError: there is no such file, or it is no image that can be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no image {path}: check the path") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"cannot read {path} as an image: pass a file that Pillow opens, such as PNG or JPEG"
+        ) from error
+
+
+def to_tensor(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The whole image at size by size pixels, normalised: float32 (3, size, size)."""
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
+    normalised = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(normalised).permute(2, 0, 1)

@@ -1,0 +1,137 @@
+"""An encoder and its references as a K-way classifier, which every Captum method can explain."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_fam._checks import check_callable, check_reference_embedding, describe
+from captum_fam.similarity import Similarity, channel_contributions, check_similarity, widen
+
+
+class SimilarityScore(nn.Module):
+    r"""
+    Similarity of the inputs' embeddings to K reference embeddings: a K-way classifier
+    whose logits are similarity scores.
+
+    Any Captum method can explain it, with ``target`` as the number of the reference;
+    :class:`~captum_fam.FeatureActivationMap` takes its encoder, references and similarity.
+    The references are embedded beforehand, because Captum's hooks keep only the last call
+    of a layer: a forward function that embeds query and reference explains the reference.
+
+    Args:
+        encoder (Callable or torch.nn.Module): Maps inputs to embeddings (B, D).
+        reference_embedding (Tensor): (K, D), floating point; kept, detached, as a buffer.
+        similarity (str or Callable): As in :func:`~captum_fam.channel_contributions`.
+                    Default: ``"cosine"``
+        output_selector (Callable, optional): Takes the encoder's output (a dict, a
+                    ``ModelOutput``, a tuple, ...) to the embeddings (B, D).
+                    Default: None, the output is the embeddings
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> encoder = nn.Flatten()
+        >>> score = SimilarityScore(encoder, torch.eye(4), "dot")
+        >>> score(torch.ones(2, 1, 2, 2)).shape
+        torch.Size([2, 4])
+    """
+
+    reference_embedding: Tensor
+
+    def __init__(
+        self,
+        encoder: Callable[..., Any],
+        reference_embedding: Tensor,
+        similarity: Similarity = "cosine",
+        output_selector: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        check_callable("encoder", encoder)
+        check_reference_embedding(reference_embedding)
+        check_similarity(similarity)
+        if output_selector is not None:
+            check_callable("output_selector", output_selector)
+        self.encoder = encoder
+        self.similarity = similarity
+        self.output_selector = output_selector
+        self.register_buffer("reference_embedding", reference_embedding.detach())
+
+    def forward(self, *inputs: Any) -> Tensor:
+        r"""
+        Args:
+            *inputs (Any): What the encoder takes.
+
+        Returns:
+            *Tensor*: scores (B, K), in the embeddings' dtype.
+        """
+        z = select_embedding(self.encoder(*inputs), self.output_selector)
+        s = self.reference_embedding.to(z.device)
+        return channel_contributions(widen(z)[:, None], widen(s), self.similarity).sum(-1).to(z.dtype)
+
+
+def prototypes(embeddings: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
+    r"""
+    Class prototypes: the mean embedding of each class (Prototypical Networks,
+    https://arxiv.org/abs/1703.05175, equation 1).
+
+    Args:
+        embeddings (Tensor): Support embeddings (N, D), floating point.
+        labels (Tensor or sequence of int): N integer labels, any values.
+
+    Returns:
+        *Tensor*: (n_classes, D), classes in sorted order of their labels, in the
+        embeddings' dtype, detached.
+
+    Raises:
+        TypeError: ``embeddings`` is no floating-point tensor, or the labels are no integers.
+        ValueError: the shapes do not fit, or there is no embedding.
+
+    Examples::
+
+        >>> prototypes(torch.tensor([[1.0], [3.0], [7.0]]), [5, 5, 2])
+        tensor([[7.],
+                [2.]])
+    """
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+        raise TypeError(f"Expected `embeddings` to be a floating-point tensor (N, D), but got {describe(embeddings)}.")
+    try:
+        label = torch.as_tensor(labels, device=embeddings.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"Expected `labels` to be integers, but got {describe(labels)}: {error}.") from error
+    if label.is_floating_point() or label.is_complex():
+        raise TypeError(f"Expected `labels` to be integers, but got {describe(label)}.")
+    if embeddings.ndim != 2 or not len(embeddings) or label.shape != embeddings.shape[:1]:
+        raise ValueError(
+            "Expected `embeddings` (N, D) and one label for each, with N > 0, but got shapes"
+            f" {tuple(embeddings.shape)} and {tuple(label.shape)}."
+        )
+    classes, index, count = torch.unique(label, sorted=True, return_inverse=True, return_counts=True)
+    wide = widen(embeddings.detach())
+    sums = wide.new_zeros(len(classes), wide.shape[1]).index_add_(0, index, wide)
+    means: Tensor = sums / count[:, None]
+    return means.to(embeddings.dtype)
+
+
+def select_embedding(output: Any, output_selector: Callable[[Any], Tensor] | None) -> Tensor:
+    """The embeddings (B, D) in an encoder's output, or an error that says how to select them."""
+    origin = "the encoder" if output_selector is None else "`output_selector`"
+    z = output if output_selector is None else output_selector(output)
+    if isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 2:
+        return z
+    if isinstance(z, Tensor):
+        advice = "pass output_selector=lambda z: z.flatten(1)" if z.ndim > 2 else "return one row per input"
+        got = describe(z)
+    elif isinstance(z, Mapping):
+        advice = f"pass output_selector=lambda output: output[key] with one of the keys {list(z)}"
+        got = type(z).__name__
+    elif isinstance(z, (tuple, list)):
+        advice = "pass output_selector=lambda output: output[i]"
+        got = f"a {type(z).__name__} of {len(z)}"
+    else:
+        advice, got = "pass an output_selector that returns the embeddings", describe(z)
+    error = ValueError if isinstance(z, Tensor) and z.is_floating_point() else TypeError
+    raise error(f"Expected {origin} to return floating-point embeddings (B, D), but got {got}; {advice}.")

@@ -1,0 +1,177 @@
+"""Channel contributions to a similarity score, and the weights that FAM makes of them."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from captum_fam._checks import describe
+
+Similarity: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
+Normalize: TypeAlias = str | None
+
+
+def _cosine(z: Tensor, s: Tensor) -> Tensor:
+    return unit(z) * unit(s)
+
+
+def _dot(z: Tensor, s: Tensor) -> Tensor:
+    return z * s
+
+
+def _euclidean(z: Tensor, s: Tensor) -> Tensor:
+    return -((z - s) ** 2)
+
+
+_SIMILARITIES = {"cosine": _cosine, "dot": _dot, "euclidean": _euclidean}
+
+
+def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Similarity = "cosine") -> Tensor:
+    r"""
+    What each embedding dimension contributes to a similarity score; the contributions
+    add up to the score.
+
+    ================  =================================  ==================================
+    similarity        :math:`c_k`                        :math:`\sum_k c_k`
+    ================  =================================  ==================================
+    ``"cosine"``      :math:`z_k s_k / (\|z\| \|s\|)`    cosine similarity
+    ``"dot"``         :math:`z_k s_k`                    dot product
+    ``"euclidean"``   :math:`-(z_k - s_k)^2`             negative squared Euclidean distance
+    ================  =================================  ==================================
+
+    The cosine rule is that of Feature Activation Map (Liao, Gao, Zhang,
+    https://arxiv.org/abs/2307.05017). The Euclidean rule is our reading of it: the
+    terms of the logit of Prototypical Networks (https://arxiv.org/abs/1703.05175).
+    A vector of zeros contributes zeros under ``"cosine"``.
+
+    Args:
+        embedding (Tensor): Embeddings z of the explained inputs, (..., D), floating point.
+        reference (Tensor): Reference embeddings s, (..., D), broadcastable with ``embedding``.
+        similarity (str or Callable): ``"cosine"``, ``"dot"``, ``"euclidean"``, or a function
+                    ``(z, s) -> c`` from two tensors of one shape (..., D) to the
+                    contributions of that shape.
+                    Default: ``"cosine"``
+
+    Returns:
+        *Tensor*: contributions c, the broadcast shape (..., D), in the inputs' dtype
+        (float16 and bfloat16 are computed in float32). Differentiable.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or ``similarity`` neither a name
+                    nor a function.
+        ValueError: the embedding dimensions differ, the similarity's name is unknown, or a
+                    function returned another shape.
+
+    Examples::
+
+        >>> z, s = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])
+        >>> channel_contributions(z, s, "dot")
+        tensor([12., 12.])
+    """
+    contribute = check_similarity(similarity)
+    for name, value in (("embedding", embedding), ("reference", reference)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"Expected `{name}` to be a floating-point tensor (..., D), but got {describe(value)}.")
+    if not embedding.ndim or not reference.ndim or embedding.shape[-1] != reference.shape[-1]:
+        raise ValueError(
+            "Expected `embedding` and `reference` of one embedding dimension, (..., D), but got shapes"
+            f" {tuple(embedding.shape)} and {tuple(reference.shape)}; embed both with the same encoder."
+        )
+    try:
+        shape = torch.broadcast_shapes(embedding.shape, reference.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            "Expected `embedding` and `reference` of broadcastable shapes, but got"
+            f" {tuple(embedding.shape)} and {tuple(reference.shape)}; for all pairs, pass embedding[:, None]."
+        ) from error
+    c = contribute(widen(embedding).expand(shape), widen(reference).expand(shape))
+    if not isinstance(c, Tensor) or c.shape != shape:
+        raise ValueError(
+            f"Expected the `similarity` function to return contributions of shape {tuple(shape)}, one per"
+            f" embedding dimension, but got {describe(c)}; leave out its sum over the last dimension."
+        )
+    return c.to(torch.promote_types(embedding.dtype, reference.dtype))
+
+
+def contribution_weights(contributions: Tensor, normalize: Normalize = "minmax") -> Tensor:
+    r"""
+    FAM's weight of each embedding dimension, from its contribution to the score:
+
+    .. math:: w = \frac{c - \min c}{\max c - \min c}
+
+    with minimum and maximum over the D dimensions of each pair (Liao, Gao, Zhang,
+    https://arxiv.org/abs/2307.05017). Where c is flat, all weights are one.
+
+    Args:
+        contributions (Tensor): Contributions c, (..., D), floating point.
+        normalize (str, optional): ``"minmax"``, or None to leave w = c, signed.
+                    Default: ``"minmax"``
+
+    Returns:
+        *Tensor*: weights w, (..., D), same dtype; in [0, 1] with ``"minmax"``.
+
+    Raises:
+        TypeError: ``contributions`` is no floating-point tensor.
+        ValueError: ``normalize`` is neither ``"minmax"`` nor None, or there is no dimension D.
+
+    Examples::
+
+        >>> contribution_weights(torch.tensor([0.5, -0.5, 0.0]))
+        tensor([1.0000, 0.0000, 0.5000])
+    """
+    check_normalize(normalize)
+    if not isinstance(contributions, Tensor) or not contributions.is_floating_point():
+        raise TypeError(
+            f"Expected `contributions` to be a floating-point tensor (..., D), but got {describe(contributions)}."
+        )
+    if not contributions.ndim or not contributions.shape[-1]:
+        raise ValueError(
+            f"Expected `contributions` of shape (..., D) with D > 0, but got {tuple(contributions.shape)}."
+        )
+    if normalize is None:
+        return contributions
+    c = widen(contributions)
+    low, high = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
+    flat = low == high
+    w = (c - low) / torch.where(flat, torch.ones_like(low), high - low)
+    return torch.where(flat, torch.ones_like(w), w).to(contributions.dtype)
+
+
+def check_similarity(similarity: Similarity) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of a similarity given by name or as a function; an error that says what would work."""
+    if isinstance(similarity, str):
+        if similarity in _SIMILARITIES:
+            return _SIMILARITIES[similarity]
+        near = get_close_matches(similarity, _SIMILARITIES, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"Expected `similarity` to be one of {sorted(_SIMILARITIES)} or a function (z, s) -> contributions,"
+            f" but got {similarity!r}.{hint}"
+        )
+    if not callable(similarity):
+        raise TypeError(
+            f"Expected `similarity` to be one of {sorted(_SIMILARITIES)} or a function (z, s) -> contributions,"
+            f" but got {describe(similarity)}."
+        )
+    return similarity
+
+
+def check_normalize(normalize: Normalize) -> None:
+    if normalize not in ("minmax", None):
+        raise ValueError(f'Expected `normalize` to be "minmax" or None, but got {normalize!r}.')
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half precision as float32: contributions are products as small as 1 / D."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """x divided by its norm over the last dimension; zeros stay zeros."""
+    # Scaled by the largest entry first, so that no square over- or underflows.
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, torch.ones_like(largest))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
