@@ -28,7 +28,7 @@ def warn(message: str) -> None:
         "contextlib",
     ):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level - 1)
+    warnings.warn(message, stacklevel=level)
 
 
 def check_callable(name: str, value: object) -> None:
@@ -113,14 +113,26 @@ def _integer(value: Any) -> int:
     return operator.index(value)
 
 
-def check_embeddings(embedding: Tensor, references: Tensor, inputs: int) -> None:
-    if len(embedding) != inputs:
+def check_rows(name: str, tensors: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
+    """The embeddings, if there is one for each of the tensors' examples."""
+    if len(embedding) != len(tensors[0]):
         raise ValueError(
-            f"Expected one embedding per input, but {inputs} inputs gave embeddings of shape {tuple(embedding.shape)};"
-            " pass an output_selector that returns (B, D)."
+            f"Expected one embedding for each of the {len(tensors[0])} examples of `{name}`, but got embeddings of"
+            f" shape {tuple(embedding.shape)}; pass an output_selector that returns (B, D)."
         )
+    return embedding
+
+
+def check_dimensions(embedding: Tensor, references: Tensor) -> None:
     if embedding.shape[1] != references.shape[1]:
         raise ValueError(
             f"The reference embeddings have {references.shape[1]} dimensions, but those of `inputs` have"
             f" {embedding.shape[1]}; embed the references with the same encoder, or pass them as `reference`."
+        )
+
+
+def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+    if len(reference) != len(inputs):
+        raise ValueError(
+            f"Expected `reference` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}."
         )

@@ -20,7 +20,7 @@ from captum_fam._recording import Recording
 from captum_fam.similarity import Similarity, channel_contributions, unit, widen
 
 # How far unit vectors may differ that are equal but for the rounding of a mean in their dtype.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 def contributions(
@@ -47,9 +47,9 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
     places = _places(A)
     mean, magnitude = places.mean(2), places.abs().mean(2).norm(dim=1)
     rounding = max(_ROUNDING.get(z.dtype, 0), _ROUNDING.get(A.dtype, 0))
-    # Where positive and negative values cancel in the mean, its relative rounding error is larger.
+    # Where positive and negative values cancel in the mean, its relative error is larger.
     cancellation = magnitude / mean.norm(dim=1).clamp(min=torch.finfo(mean.dtype).tiny)
-    close = (unit(widen(z)) - unit(mean)).norm(dim=1) <= rounding * cancellation.clamp(max=10)
+    close = (unit(widen(z)) - unit(mean)).norm(dim=1) <= (rounding * cancellation).clamp(max=max(rounding, 1e-3))
     aside = ~z.isfinite().all(1) | (z == 0).all(1)
     return bool((close | aside).all())
 
@@ -57,11 +57,12 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
 def jacobian_weights(recording: Recording, w: Tensor) -> list[list[Tensor]]:
     """alpha (B, P, C) for w (B, P, D), for each tensor of each layer."""
     P, D = w.shape[1:]
-    # alpha is linear in w: for more references than dimensions, a gradient for each dimension serves all.
-    rows = w if P <= D else torch.eye(D, dtype=w.dtype, device=w.device).expand(len(w), D, D)
+    # alpha is linear in w: for more references than dimensions (or none), one gradient a dimension serves all.
+    direct = 0 < P <= D
+    rows = w if direct else torch.eye(D, dtype=w.dtype, device=w.device).expand(len(w), D, D)
     gradients = [recording.gradient_sums(row) for row in rows.unbind(1)]
-    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*gradients, strict=False)]
-    return alpha if P <= D else [[w @ jacobian for jacobian in layer] for layer in alpha]
+    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*gradients)]
+    return alpha if direct else [[w @ jacobian for jacobian in layer] for layer in alpha]
 
 
 def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam import _captum
-from captum_fam._checks import describe, warn
+from captum_fam._checks import check_rows, describe
 from captum_fam.score import select_embedding
 from captum_fam.similarity import widen
 
@@ -26,10 +26,9 @@ class Recording:
 
     Attributes:
         embedding: z (B, D), detached.
-        names: of the layers.
         layers: for each layer the tensors that it returned, as (B, C, *spatial), detached.
         has_graph: whether the pass was recorded for backward, from the layers on.
-        independent: numbers of the layers that z turned out not to depend on.
+        doubts: what a user should be warned of.
     """
 
     def __init__(
@@ -38,13 +37,14 @@ class Recording:
         names: list[str],
         tensors: list[list[Tensors]],
         has_graph: bool,
+        doubts: list[str],
         reshape_transform: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.embedding = embedding.detach()
-        self.names = names
         self.has_graph = has_graph
-        self.independent: list[int] = []
+        self.doubts = doubts
         self._embedding = embedding
+        self._names = names
         self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
         self._reshape_transform = reshape_transform
         self.layers = [
@@ -55,26 +55,34 @@ class Recording:
     def gradient_sums(self, w: Tensor) -> list[Tensors]:
         """The gradient of w·z, for w (B, D), with respect to each activation, summed over its locations: (B, C)."""
         flat = [a for devices in self._tensors for tensors in devices for a in tensors]
-        # Weights of at most one in absolute value, so that gradients in half precision do not underflow.
-        scale = w.abs().amax(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-        found: tuple[Tensor | None, ...] = (None,) * len(flat)
-        if self._embedding.requires_grad:
-            unit_w = (w / scale).to(self._embedding.dtype)
-            found = torch.autograd.grad(self._embedding, flat, unit_w, retain_graph=True, allow_unused=True)
+        found, scale = self._gradients(w, flat)
         rest = iter(zip(flat, found))
-        sums, self.independent = [], []
-        for i, devices in enumerate(self._tensors):
+        sums = []
+        for name, devices in zip(self._names, self._tensors):
             pairs = [[next(rest) for _ in tensors] for tensors in devices]
             if all(g is None for tensors in pairs for _, g in tensors):
-                self.independent.append(i)
-            filled = [tuple(torch.zeros_like(a) if g is None else g for a, g in tensors) for tensors in pairs]
-            laid_out = [self._reshape(g) for g in _captum.reduce_list(filled)]
-            sums.append(
-                tuple(
-                    scale * widen(g).sum(tuple(range(2, g.ndim))) if g.ndim > 2 else scale * widen(g) for g in laid_out
+                self.doubts.append(
+                    f"The embedding does not depend on layer {name}, or the encoder cuts the gradient between them"
+                    " (detach, torch.no_grad): its map is zero. Choose a layer on the way to the embedding, after any"
+                    " such cut."
                 )
-            )
+            filled = [tuple(torch.zeros_like(a) if g is None else g for a, g in tensors) for tensors in pairs]
+            gradients = [widen(self._reshape(g)) for g in _captum.reduce_list(filled)]
+            sums.append(tuple(scale * (g.flatten(2).sum(2) if g.ndim > 2 else g) for g in gradients))
         return sums
+
+    def _gradients(self, w: Tensor, tensors: list[Tensor]) -> tuple[Sequence[Tensor | None], Tensor]:
+        """Gradients of a multiple of w·z in a range that half precision holds, and the scale (B, 1) that undoes it."""
+        largest = w.abs().amax(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+        if not self._embedding.requires_grad:
+            return [None] * len(tensors), largest
+        half = any(t.dtype == torch.float16 for t in (self._embedding, *tensors))
+        for gain in (4096.0, 1.0) if half else (1.0,):  # float16 rounds to zero below 6e-8 and overflows at 65504
+            v = (w / largest * gain).to(self._embedding.dtype)
+            found = torch.autograd.grad(self._embedding, tensors, v, retain_graph=True, allow_unused=True)
+            if gain == 1 or all(g is None or bool(g.isfinite().all()) for g in found):
+                break
+        return found, largest / gain
 
     def _reshape(self, activation: Tensor) -> Tensor:
         return activation if self._reshape_transform is None else self._reshape_transform(activation)
@@ -89,9 +97,9 @@ class Recording:
                 " layer, or pass a reshape_transform that returns that layout."
             )
         if self._reshape_transform is None and A.ndim > 2 and A.shape[-1] == D and D not in A.shape[1:-1]:
-            warn(
+            self.doubts.append(
                 f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps, as their"
-                f" last dimension is that of the embedding; dimension 1 is taken for the channels. For tokens pass"
+                " last dimension is that of the embedding; dimension 1 is taken for the channels. For tokens pass"
                 " reshape_transform=lambda a: a[:, 1:].mT.unflatten(2, (height, width)), for channels-last maps"
                 " reshape_transform=lambda a: a.movedim(-1, 1)."
             )
@@ -118,42 +126,36 @@ def record(
     recorded for backward; with ``graph`` it is on from there. The hooks are gone when the
     context is entered. Each thread's hooks ignore the calls of the other threads.
     """
-    _warn_about_batch_norm(forward_func)
     parallel = forward_func if isinstance(forward_func, nn.DataParallel) else None
     thread, lock = threading.get_ident(), threading.Lock()
     found: dict[nn.Module, dict[torch.device, Tensors]] = defaultdict(dict)
     repeated: set[nn.Module] = set()
-    borrowed: list[Tensor] = []  # tensors of the forward pass that were set to require gradients
-    has_graph = graph
 
     def keep(activation: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensor to explain and the one that the forward pass goes on with, safe from in-place changes."""
+        """
+        The tensor to explain and the one that the forward pass goes on with; neither shares memory with what the
+        encoder may change in place.
+        """
         if not graph:
             return activation.detach().clone(), activation
-        if activation.requires_grad:
-            kept = activation
-        elif layer_input:  # other modules may use the same tensor: their paths count too
-            kept = activation.requires_grad_()
-            borrowed.append(activation)
-        else:
-            kept = activation.detach().requires_grad_()
+        kept = activation.clone() if activation.requires_grad else activation.detach().clone().requires_grad_()
         return kept, kept.clone()
 
     def hook(layer: nn.Module, args: Any, output: Any = None) -> Any:
-        nonlocal graph, has_graph
+        nonlocal graph
         if threading.get_ident() != thread and parallel is None:
             return None
-        value = args if layer_input else output
-        items = list(value) if isinstance(value, (tuple, list)) else [value]
         if torch.is_inference_mode_enabled():
-            graph = has_graph = False
+            graph = False
         if graph:
             torch.set_grad_enabled(True)
-        kept = {i: keep(a) for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point()}
+        value = args if layer_input else output
+        items = list(value) if isinstance(value, (tuple, list)) else [value]
+        kept = {i: keep(a) for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim}
         if not kept:
             raise TypeError(
                 f"Expected layer {_name(forward_func, layer)} to {'take' if layer_input else 'return'} floating-point"
-                f" tensors (B, C, *spatial), but got {type(value).__name__}; choose a layer that does."
+                f" tensors (B, C, *spatial), but got {describe(value)}; choose a layer that does."
             )
         tensors = tuple(explained for explained, _ in kept.values())
         with lock:
@@ -171,54 +173,53 @@ def record(
         # A DataParallel model calls the hook with a replica in the layer's place.
         return lambda _, *values: hook(layer, *values)
 
-    try:
+    with _buffers_restored(forward_func):
         with ExitStack() as stack, torch.set_grad_enabled(parallel is not None and graph):
-            stack.enter_context(_buffers_restored(forward_func))
-            if (
-                parallel is not None
-            ):  # gathering the outputs must be recorded, the replicas' modules before the layer not
+            if parallel is not None:  # its gathering of outputs must be recorded, its replicas' first modules not
                 stack.enter_context(_PARALLEL)
                 stack.callback(parallel.module.register_forward_pre_hook(_gradients_off).remove)
-            for layer in layers:
+            for layer in dict.fromkeys(layers):
                 register = layer.register_forward_pre_hook if layer_input else layer.register_forward_hook
                 stack.callback(register(hook_of(layer)).remove)
+            if graph:  # tensors made under inference mode cannot be part of a graph
+                inputs = tuple(t.clone() if t.is_inference() else t for t in inputs)
             output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
-            with torch.set_grad_enabled(has_graph and not torch.is_inference_mode_enabled()):
-                embedding = select_embedding(output, output_selector)
-        for layer in layers:
+            with torch.set_grad_enabled(graph):
+                embedding = check_rows("inputs", inputs, select_embedding(output, output_selector))
+        doubts = _doubts_of_training(forward_func)
+        names = [_name(forward_func, layer) for layer in layers]
+        for layer, name in dict(zip(layers, names)).items():
             if layer not in found:
                 raise ValueError(
-                    f"Expected `layer` to be a module that the forward pass calls, but {_name(forward_func, layer)} was"
-                    " not called; pass a module of this very model (of a compiled one, of its `_orig_mod`)."
+                    f"Expected `layer` to be a module that the forward pass calls, but {name} was not called; pass a"
+                    " module of this very model (of a compiled one, of its `_orig_mod`)."
                 )
             if layer in repeated:
-                warn(
-                    f"Layer {_name(forward_func, layer)} was called several times in one forward pass; its last call"
-                    " is explained. Wrap the call that you mean in a module of its own.",
+                doubts.append(
+                    f"Layer {name} was called several times in one forward pass; its last call is explained. Wrap the"
+                    " call that you mean in a module of its own."
                 )
         ids = _captum.extract_device_ids(forward_func, found, device_ids)
-        ordered = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]
-        names = [_name(forward_func, m) for m in layers]
-        yield Recording(embedding, names, ordered, has_graph, reshape_transform)
-    finally:
-        for tensor in borrowed:
-            tensor.requires_grad_(False)
-
-
-def _gradients_off(*_: Any) -> None:
-    torch.set_grad_enabled(False)
+        tensors = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]
+        has_graph = graph and not embedding.is_inference()
+        yield Recording(embedding, names, tensors, has_graph, doubts, reshape_transform)
 
 
 def embed(
     forward_func: Callable[..., Any],
+    name: str,
     inputs: Tensors,
     additional_forward_args: Any,
     output_selector: Callable[[Any], Tensor] | None,
 ) -> Tensor:
-    """The inputs' embeddings (B, D), without a graph and without hooks."""
+    """The embeddings (B, D) of the argument of that name, without a graph and without hooks."""
     with torch.no_grad(), _buffers_restored(forward_func):
         output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
-        return select_embedding(output, output_selector).detach()
+        return check_rows(name, inputs, select_embedding(output, output_selector)).detach()
+
+
+def _gradients_off(*_: Any) -> None:
+    torch.set_grad_enabled(False)
 
 
 def _model(forward_func: Callable[..., Any]) -> nn.Module | None:
@@ -238,21 +239,21 @@ def _buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
     """A model in training mode updates its running statistics in every forward pass: put them back."""
     model = _model(forward_func)
     modules = [m for m in model.modules() if m.training] if model is not None else []
-    saved = [(b, b.detach().clone()) for m in modules for b in m.buffers(recurse=False)]
+    saved = [(m, name, b, b.detach().clone()) for m in modules for name, b in m.named_buffers(recurse=False)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+            for module, name, buffer, value in saved:
+                module._buffers[name] = buffer.copy_(value)
 
 
-def _warn_about_batch_norm(forward_func: Callable[..., Any]) -> None:
+def _doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:
     model = _model(forward_func)
-    if model is not None and any(
-        m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-    ):
-        warn(
-            "The model is in training mode and has batch norm: each map depends on the other inputs of the batch."
-            " Call model.eval() first.",
-        )
+    modules = model.modules() if model is not None else []
+    if not any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+        return []
+    return [
+        "The model is in training mode and has batch norm: each map depends on the other inputs of the batch. Call"
+        " model.eval() first."
+    ]

@@ -58,22 +58,20 @@ def collage(photos: Sequence[Image.Image], columns: int, side: int = 256) -> Ima
     return canvas
 
 
-def shares(maps: Tensor, columns: int) -> Tensor:
-    """The share of each positive map (N, h, w) inside part n of a collage of N parts: (N,)."""
-    rows = len(maps) // columns
+def shares(maps: Tensor, rows: int, columns: int) -> Tensor:
+    """The share of each positive map (N, h, w) inside each part of a collage: (N, rows * columns)."""
     height, width = maps.shape[1] // rows, maps.shape[2] // columns
     parts = maps.clamp(min=0).reshape(-1, rows, height, columns, width).sum((2, 4)).flatten(1)
-    return parts.diagonal() / parts.sum(1)
+    return parts / parts.sum(1, keepdim=True)
 
 
 def explain(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int) -> tuple[Tensor, Tensor]:
     """FAM and its contrast to the rest for a collage and another view of each of its parts, each (N, h, w)."""
-    rows = len(parts) // columns
     fam = FeatureActivationMap(encoder, encoder.features)
-    squares = [to_tensor(p, encoder.size, encoder.mean, encoder.std) for p in parts]
-    query = torch.cat([torch.cat(squares[r * columns : (r + 1) * columns], 2) for r in range(rows)], 1)[None]
-    views = torch.stack([to_tensor(another_view(p), encoder.size, encoder.mean, encoder.std) for p in parts])
-    s = fam.embed(views)
+    squares = _tensors(encoder, parts)
+    rows = [torch.cat(list(squares[i : i + columns]), 2) for i in range(0, len(parts), columns)]
+    query = torch.cat(rows, 1)[None]
+    s = fam.embed(_tensors(encoder, [another_view(p) for p in parts]))
     plain, contrast = (fam.attribute_all(query, reference_embedding=s, contrast=c) for c in (None, "rest"))
     assert isinstance(plain, Tensor)
     assert isinstance(contrast, Tensor)
@@ -82,8 +80,23 @@ def explain(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int)
 
 def all_pairs(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Shares:
     """Shares over the collages of all ordered pairs of photos, each with both its references."""
-    maps = [explain(encoder, pair, 2) for pair in permutations(photos, 2)]
-    return Shares(*(torch.cat([shares(m, 2) for m in method]) for method in zip(*maps)))
+    fam = FeatureActivationMap(encoder, encoder.features)
+    squares = _tensors(encoder, photos)
+    s = fam.embed(_tensors(encoder, [another_view(p) for p in photos]))
+    left, right = (list(side) for side in zip(*permutations(range(len(photos)), 2)))
+    queries = torch.cat([squares[left], squares[right]], 3)
+    found = []
+    for contrasts in ((None, None), (right, left)):
+        halves = [
+            shares(fam.attribute(queries, target, reference_embedding=s, contrast=contrast)[:, 0], 1, 2)[:, half]
+            for half, (target, contrast) in enumerate(zip((left, right), contrasts))
+        ]
+        found.append(torch.cat(halves))
+    return Shares(*found)
+
+
+def _tensors(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([to_tensor(p, encoder.size, encoder.mean, encoder.std) for p in photos])
 
 
 def untrained_encoder(seed: int) -> BundledEncoder:
@@ -99,7 +112,7 @@ def demo_figure() -> tuple[Figure, list[str]]:
     parts = [photos[name] for name in names]
     encoder = bundled_encoder()
     plain, contrast = explain(encoder, parts, 2)
-    inside = Shares(shares(plain, 2), shares(contrast, 2))
+    inside = Shares(*(shares(maps, 2, 2).diagonal() for maps in (plain, contrast)))
 
     query = collage(parts, 2)
     columns = len(names) + 1

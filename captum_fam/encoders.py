@@ -4,8 +4,10 @@ import importlib
 import pickle
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEn
         raise ValueError(f"torchvision has no model {architecture!r}{_near(architecture, names)}")
     default = models.get_model_weights(architecture).DEFAULT
     try:
-        model = models.get_model(architecture, weights=None if weights else default)
+        with redirect_stderr(StringIO()):  # a failed download is one line, below
+            model = models.get_model(architecture, weights=None if weights else default)
     except OSError as error:
         raise ValueError(
             f"cannot download the weights of {name} ({_one_line(error)}): pass a state dict as --weights FILE"
@@ -113,7 +116,7 @@ def _load(model: nn.Module, file: Path, optional: str = "\0") -> None:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{file} holds no state dict: save one with torch.save(model.state_dict(), file)")
     try:
-        keys = model.load_state_dict(state)
+        keys = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ValueError(f"the weights in {file} do not fit the encoder: {_one_line(error)}") from error
     missing = [k for k in keys.missing_keys if not k.startswith(optional)]

@@ -14,8 +14,9 @@ from captum_fam import _method, _recording
 from captum_fam._captum import TargetType
 from captum_fam._checks import (
     check_callable,
-    check_embeddings,
+    check_dimensions,
     check_reference_embedding,
+    check_same_form,
     describe,
     format_inputs,
     reference_index,
@@ -170,7 +171,8 @@ class FeatureActivationMap(LayerAttribution):
                         ``reference``.
                         Default: None
             attribute_to_layer_input (bool, optional): Explains the layer's input instead of
-                        its output.
+                        its output. In the jacobian case, the gradient is that through the
+                        layer: other paths of the same tensor, around the layer, do not count.
                         Default: False
             relu_attributions (bool, optional): Drops the negative part of the maps.
                         Default: False
@@ -183,7 +185,9 @@ class FeatureActivationMap(LayerAttribution):
                         Default: None
             contrast (int, list, Tensor or str, optional): Number of the reference to contrast
                         with, in the forms of ``target``, or ``"rest"`` for the mean over all
-                        the others. The weights are then signed, whatever ``normalize``.
+                        the others. The weights are then signed, whatever ``normalize``. Captum
+                        expands ``target`` but not this argument when it repeats inputs
+                        (NoiseTunnel): pass it an int or ``"rest"`` there.
                         Default: None
 
         Returns:
@@ -206,14 +210,14 @@ class FeatureActivationMap(LayerAttribution):
             torch.Size([4, 1, 14, 14])
         """
         inputs = format_inputs("inputs", inputs)
-        s = self._references(inputs, additional_forward_args, reference, reference_embedding)
-        B = len(inputs[0])
-        own = reference_index("target", target, len(s), B)[:, None]
-        other = _other(contrast, len(s), B)
+        references = self._references(inputs, reference, reference_embedding)
+        B, K = len(inputs[0]), len(references[0])
+        own = reference_index("target", target, K, B)[:, None]
+        other = _other(contrast, K, B)
+        s = self._embedded(references, reference is not None, additional_forward_args)
         with self._record(inputs, additional_forward_args, attribute_to_layer_input) as recording:
-            check_embeddings(recording.embedding, s, B)
             maps = self._maps(recording, s, own, other, relu_attributions, attr_dim_summation)
-        return self._format(maps)
+        return self._result(maps, recording.doubts)
 
     def attribute_all(
         self,
@@ -250,20 +254,19 @@ class FeatureActivationMap(LayerAttribution):
             torch.Size([2, 100, 14, 14])
         """
         inputs = format_inputs("inputs", inputs)
-        s = self._references(inputs, additional_forward_args, reference, reference_embedding)
-        if not len(s):
+        references = self._references(inputs, reference, reference_embedding)
+        B, K = len(inputs[0]), len(references[0])
+        if not K:
             raise ValueError("Expected at least one reference, but got none.")
         if contrast not in (None, "rest"):
             raise ValueError(
                 f'Expected `contrast` to be "rest" or None, but got {describe(contrast)}; `attribute` takes a number.'
             )
-        B = len(inputs[0])
-        own = torch.arange(len(s)).expand(B, -1)
-        other = _other(contrast, len(s), B)
+        own, other = torch.arange(K).expand(B, -1), _other(contrast, K, B)
+        s = self._embedded(references, reference is not None, additional_forward_args)
         with self._record(inputs, additional_forward_args) as recording:
-            check_embeddings(recording.embedding, s, B)
             maps = self._maps(recording, s, own, other, relu_attributions)
-        return self._format(maps)
+        return self._result(maps, recording.doubts)
 
     def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
         r"""
@@ -290,20 +293,20 @@ class FeatureActivationMap(LayerAttribution):
             (torch.Size([2, 1, 14, 14]), torch.Size([2, 1, 22, 22]))
         """
         inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
+        check_same_form(reference, inputs)
         B, K = len(inputs[0]), len(reference[0])
         if K not in (1, B):
             raise ValueError(f"Expected `reference` to hold one reference or {B}, one for each input, but got {K}.")
         own = reference_index("reference", None, K, B)[:, None]
         with self._record(inputs, None) as one, self._record(reference, None) as two:
-            check_embeddings(one.embedding, two.embedding, B)
             maps = self._maps(one, two.embedding, own)
             # A shared reference has one map for each input: its P maps become B of one.
             back = own if K == B else torch.arange(B)[None]
             reference_maps = [
                 tuple(M if K == B else M.transpose(0, 1).contiguous() for M in layer)
-                for layer in self._maps(two, one.embedding, back)
+                for layer in self._maps(two, one.embedding, back, sides=("references", "inputs"))
             ]
-        return self._format(maps), self._format(reference_maps)
+        return self._result(maps, one.doubts + two.doubts), self._result(reference_maps, [])
 
     def embed(self, inputs: Inputs, additional_forward_args: object | None = None) -> Tensor:
         r"""
@@ -322,7 +325,7 @@ class FeatureActivationMap(LayerAttribution):
                         takes its output there.
         """
         return _recording.embed(
-            self._encoder(), format_inputs("inputs", inputs), additional_forward_args, self._selector()
+            self._encoder(), "inputs", format_inputs("inputs", inputs), additional_forward_args, self._selector()
         )
 
     def attribute_future(self) -> None:
@@ -330,23 +333,33 @@ class FeatureActivationMap(LayerAttribution):
         raise NotImplementedError("attribute_future is not implemented for FeatureActivationMap")
 
     def _maps(
-        self, recording: Recording, s: Tensor, own: Tensor, other: Other = None, relu: bool = False, summed: bool = True
+        self,
+        recording: Recording,
+        s: Tensor,
+        own: Tensor,
+        other: Other = None,
+        relu: bool = False,
+        summed: bool = True,
+        sides: tuple[str, str] = ("inputs", "references"),
     ) -> list[Tensors]:
         """
         For each layer the maps (B, P, *spatial) for references ``own`` (B, P) among s (K, D); not
         summed, for P = 1, their terms (B, C, *spatial).
         """
         z = widen(recording.embedding)
+        check_dimensions(z, s)
         s, own = s.to(z), own.to(z.device)
         other = other.to(z.device) if isinstance(other, Tensor) else other
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             c = _method.contributions(z, s, own, other, self._similarity())
             w = contribution_weights(c, self.normalize) if other is None else c
-            valid = _valid(z, s, own, other, c)
-            w = torch.where(valid[..., None], w, torch.zeros_like(w))
+            valid, doubt = _valid(z, s, own, other, c, sides)
+            recording.doubts += doubt
             aligned = [[self._is_aligned(recording, A) for A in layer] for layer in recording.layers]
             if not all(map(all, aligned)):
-                jacobian = self._jacobian_weights(recording, w)
+                if not recording.has_graph:
+                    raise RuntimeError(_NO_GRAPH)
+                jacobian = _method.jacobian_weights(recording, w)
             maps: list[Tensors] = []
             for i, layer in enumerate(recording.layers):
                 maps.append(())
@@ -365,17 +378,6 @@ class FeatureActivationMap(LayerAttribution):
                 f' {A.shape[1]} and the embedding {z.shape[1]}; pass channel_weights="auto" or "jacobian".'
             )
         return self.channel_weights == "aligned" or (self.channel_weights == "auto" and _method.is_aligned(z, A))
-
-    def _jacobian_weights(self, recording: Recording, w: Tensor) -> list[list[Tensor]]:
-        if not recording.has_graph:
-            raise RuntimeError(_NO_GRAPH)
-        alpha = _method.jacobian_weights(recording, w)
-        for i in recording.independent:
-            warn(
-                f"The embedding does not depend on layer {recording.names[i]}, or the encoder cuts the gradient between"
-                " them (detach, torch.no_grad): its map is zero. Choose a layer on the way to the embedding."
-            )
-        return alpha
 
     def _record(
         self, inputs: Tensors, additional_forward_args: object | None, layer_input: bool = False
@@ -396,14 +398,8 @@ class FeatureActivationMap(LayerAttribution):
             device_ids=self.device_ids,
         )
 
-    def _references(
-        self,
-        inputs: Tensors,
-        additional_forward_args: object | None,
-        reference: Inputs | None,
-        reference_embedding: Tensor | None,
-    ) -> Tensor:
-        """The reference embeddings s (K, D), from the one place that gives them."""
+    def _references(self, inputs: Tensors, reference: Inputs | None, reference_embedding: Tensor | None) -> Tensors:
+        """The references from the one place that gives them: as embeddings (K, D), or as inputs of the encoder."""
         score = self._score()
         given = [
             name
@@ -419,23 +415,20 @@ class FeatureActivationMap(LayerAttribution):
                 "Expected exactly one of `reference`, `reference_embedding` and the references of a SimilarityScore,"
                 f" but got {' and '.join(given) or 'none'}."
             )
+        if reference is not None:
+            tensors = format_inputs("reference", reference)
+            check_same_form(tensors, inputs)
+            return tensors
         if score is not None:
-            return score.reference_embedding
-        if reference_embedding is not None:
-            check_reference_embedding(reference_embedding)
-            return reference_embedding.detach()
-        tensors = format_inputs("reference", reference)
-        if len(tensors) != len(inputs):
-            raise ValueError(
-                f"Expected `reference` in the form of `inputs`, {len(inputs)} tensors, but got {len(tensors)}."
-            )
-        s = _recording.embed(self._encoder(), tensors, additional_forward_args, self._selector())
-        if len(s) != len(tensors[0]):
-            raise ValueError(
-                f"Expected one embedding per reference, but {len(tensors[0])} gave embeddings of shape"
-                f" {tuple(s.shape)}; pass an output_selector that returns (B, D)."
-            )
-        return s
+            return (score.reference_embedding,)
+        check_reference_embedding(reference_embedding)
+        return (reference_embedding,)  # type: ignore[return-value]  # checked
+
+    def _embedded(self, references: Tensors, are_inputs: bool, additional_forward_args: object | None) -> Tensor:
+        """s (K, D)"""
+        if not are_inputs:
+            return references[0].detach()
+        return _recording.embed(self._encoder(), "reference", references, additional_forward_args, self._selector())
 
     def _score(self) -> SimilarityScore | None:
         module = self.forward_func.module if isinstance(self.forward_func, nn.DataParallel) else self.forward_func
@@ -446,7 +439,7 @@ class FeatureActivationMap(LayerAttribution):
         func: Any = self.forward_func
         if score is None:
             encoder = func
-        elif isinstance(func, nn.DataParallel):
+        elif isinstance(func, nn.DataParallel) and func.device_ids:
             encoder = nn.DataParallel(func.module.encoder, func.device_ids, func.output_device, func.dim)
         else:
             encoder = score.encoder
@@ -464,8 +457,10 @@ class FeatureActivationMap(LayerAttribution):
         score = self._score()
         return None if score is None else score.output_selector
 
-    def _format(self, maps: list[Tensors]) -> Maps:
-        """Captum's form: a tuple for several tensors, a list for a list of layers."""
+    def _result(self, maps: list[Tensors], doubts: list[str]) -> Maps:
+        """Captum's form: a tuple for several tensors, a list for a list of layers. Warns of each doubt once."""
+        for doubt in dict.fromkeys(doubts):
+            warn(doubt)
         results = [layer if len(layer) > 1 else layer[0] for layer in maps]
         return results if isinstance(self.layer, list) else results[0]
 
@@ -497,20 +492,20 @@ def _other(contrast: object, references: int, inputs: int) -> Other:
     return "rest"
 
 
-def _valid(z: Tensor, s: Tensor, own: Tensor, other: Other, c: Tensor) -> Tensor:
-    """Whether each input's similarity to each of its references (B, P) can be explained; warns where not."""
+def _valid(
+    z: Tensor, s: Tensor, own: Tensor, other: Other, c: Tensor, sides: tuple[str, str]
+) -> tuple[Tensor, list[str]]:
+    """Whether each input's similarity to each of its references (B, P) can be explained, and a doubt if not."""
     inputs, references = (x.isfinite().all(1) & (x != 0).any(1) for x in (z, s))
     valid = inputs[:, None] & references[own] & c.isfinite().all(2)
     if isinstance(other, Tensor):
         valid &= references[other]
-    if not valid.all():
-        which = [
-            f"{name} {(~good).nonzero().flatten().tolist()}"
-            for name, good in (("inputs", inputs), ("references", references))
-            if not good.all()
-        ]
-        warn(
-            f"Embeddings are zero or not finite ({', '.join(which) or 'their contributions overflow'}): the"
-            f" {int((~valid).sum())} maps that depend on them are zero."
-        )
-    return valid
+    if valid.all():
+        return valid, []
+    bad = [
+        f"{side} {(~good).nonzero().flatten().tolist()}"
+        for side, good in sorted(zip(sides, (inputs, references)))
+        if not good.all()
+    ]
+    which = ", ".join(bad) or "their contributions overflow"
+    return valid, [f"Embeddings are zero or not finite ({which}): the maps that depend on them are zero."]

@@ -74,7 +74,7 @@ def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Simi
     for name, value in (("embedding", embedding), ("reference", reference)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"Expected `{name}` to be a floating-point tensor (..., D), but got {describe(value)}.")
-    if not embedding.ndim or not reference.ndim or embedding.shape[-1] != reference.shape[-1]:
+    if not embedding.ndim or not reference.ndim or not 0 < embedding.shape[-1] == reference.shape[-1]:
         raise ValueError(
             "Expected `embedding` and `reference` of one embedding dimension, (..., D), but got shapes"
             f" {tuple(embedding.shape)} and {tuple(reference.shape)}; embed both with the same encoder."
@@ -134,7 +134,8 @@ def contribution_weights(contributions: Tensor, normalize: Normalize = "minmax")
         return contributions
     c = widen(contributions)
     low, high = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
-    flat = low == high
+    flat, wide = low == high, (high - low).isinf()
+    c, low, high = (torch.where(wide, x / 2, x) for x in (c, low, high))  # differences that do not overflow
     w = (c - low) / torch.where(flat, torch.ones_like(low), high - low)
     return torch.where(flat, torch.ones_like(w), w).to(contributions.dtype)
 

@@ -1,0 +1,253 @@
+"""The command line on real photographs, in process."""
+
+import json
+import sys
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.models import resnet18
+
+from captum_fam import FeatureActivationMap, cli, demo
+from captum_fam.bundled import BundledEncoder, bundled_encoder
+from captum_fam.images import to_tensor
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    cat, coffee = (demo.photographs()[name] for name in ("cat", "coffee"))
+    demo.collage([cat, coffee], 2, 64).save(folder / "query.png")
+    demo.another_view(cat).save(folder / "cat.jpg")
+    demo.another_view(coffee).save(folder / "coffee.png")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs captum-fam with arguments: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["captum-fam", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def is_png(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG"
+
+
+def test_explain_writes_the_figure_beside_the_query_and_says_which_layer(run, photos):
+    status, out, err = run("explain", photos / "query.png", photos / "cat.jpg", photos / "coffee.png")
+    assert (status, err) == (0, "")
+    assert "layer features (Sequential), the last with a map" in out
+    assert is_png(photos / "query_fam.png")
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_explain_prints_the_scores_and_maps_of_the_api_as_json(run, photos, tmp_path, similarity):
+    paths = [photos / name for name in ("query.png", "cat.jpg", "coffee.png")]
+    status, out, _ = run("explain", *paths, "--json", "--similarity", similarity, "-o", tmp_path / "out.png")
+    report = json.loads(out)
+    encoder = bundled_encoder()
+    query, *references = (
+        to_tensor(Image.open(p).convert("RGB"), encoder.size, encoder.mean, encoder.std)[None] for p in paths
+    )
+    z, s = (encoder(x).detach() for x in (query, torch.cat(references)))
+    scores = {
+        "cosine": torch.cosine_similarity(z, s),
+        "dot": s @ z[0],
+        "euclidean": -((z - s) ** 2).sum(1),
+    }[similarity]
+    maps = FeatureActivationMap(encoder, encoder.features, similarity=similarity).attribute_all(
+        query, reference_embedding=s
+    )
+    assert status == 0
+    assert [r["number"] for r in report["references"]] == [1, 2]
+    assert [r["score"] for r in report["references"]] == pytest.approx(scores.tolist(), rel=1e-4)
+    assert [r["map"]["max"] for r in report["references"]] == pytest.approx(maps[0].amax((1, 2)).tolist(), rel=1e-4)
+    assert report["references"][0]["map"]["shape"] == [16, 16]
+    assert report["layer"] == "features"
+    assert is_png(tmp_path / "out.png")
+
+
+@pytest.mark.parametrize("contrast", ["rest", "2"])
+def test_contrast_maps_are_signed_and_opposite_for_two_references(run, photos, tmp_path, contrast):
+    paths = [photos / name for name in ("query.png", "cat.jpg", "coffee.png")]
+    status, out, _ = run("explain", *paths, "--json", "--contrast", contrast, "-o", tmp_path / "out.png")
+    first, second = (r["map"] for r in json.loads(out)["references"])
+    assert status == 0
+    assert first["min"] < 0 < first["max"]
+    if contrast == "rest":
+        assert second["max"] == pytest.approx(-first["min"], rel=1e-4)
+    else:  # reference 2 against itself
+        assert second["min"] == second["max"] == 0
+
+
+def test_a_torchvision_encoder_loads_a_state_dict_with_and_without_its_classifier(run, photos, tmp_path):
+    torch.manual_seed(0)
+    state = resnet18(weights=None).state_dict()
+    scores = []
+    for name, kept in (("whole", state), ("bare", {k: v for k, v in state.items() if not k.startswith("fc.")})):
+        torch.save(kept, tmp_path / f"{name}.pt")
+        status, out, err = run(
+            *("explain", photos / "query.png", photos / "cat.jpg", "--encoder", "torchvision:resnet18", "--json"),
+            *("--weights", tmp_path / f"{name}.pt", "--size", 64, "-o", tmp_path / "out.png"),
+        )
+        assert (status, err) == (0, "")
+        assert json.loads(out)["layer"] == "layer4"
+        scores.append(json.loads(out)["references"][0]["score"])
+    assert scores[0] == scores[1]
+
+
+def test_a_factory_of_the_current_folder_is_found_and_its_options_are_used(run, photos, tmp_path, monkeypatch):
+    (tmp_path / "my_factory.py").write_text(
+        "from torch import nn\n"
+        "def encoder():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(
+        *("explain", photos / "query.png", photos / "cat.jpg", "--encoder", "my_factory:encoder", "--layer", "0"),
+        *("--size", 20, "--mean", 0, 0, 0, "--std", 1, 1, 1, "-o", "out.png", "--json"),
+    )
+    report = json.loads(out)
+    assert status == 0
+    assert (report["layer"], report["size"]) == ("0", 20)
+    assert report["references"][0]["map"]["shape"] == [18, 18]
+
+
+BAD = {
+    "a missing query": (["{tmp}/nope.png", "{cat}"], "nope.png"),
+    "a file that is no image": (["{text}", "{cat}"], "text.txt"),
+    "no reference": (["{query}"], "REFERENCE"),
+    "an unknown encoder": (["{query}", "{cat}", "--encoder", "resnet50"], "torchvision:resnet50"),
+    "an unknown torchvision model": (["{query}", "{cat}", "--encoder", "torchvision:resnet5"], "resnet50"),
+    "an unknown module": (["{query}", "{cat}", "--encoder", "no_such_module:f"], "no_such_module"),
+    "an unknown factory": (["{query}", "{cat}", "--encoder", "json:loadz"], "load"),
+    "a factory that returns no module": (["{query}", "{cat}", "--encoder", "builtins:dict"], "torch.nn.Module"),
+    "an unknown layer": (["{query}", "{cat}", "--layer", "feature"], "features"),
+    "missing weights": (["{query}", "{cat}", "--weights", "{tmp}/nope.pt"], "nope.pt"),
+    "weights that are none": (["{query}", "{cat}", "--weights", "{text}"], "state dict"),
+    "weights that do not fit": (["{query}", "{cat}", "--weights", "{tmp}/other.pt"], "do not fit"),
+    "an unwritable output": (["{query}", "{cat}", "-o", "{tmp}/no/folder.png"], "-o"),
+    "an output that is a folder": (["{query}", "{cat}", "-o", "{tmp}/folder.png"], "-o"),
+    "an output that is no PNG": (["{query}", "{cat}", "-o", "{tmp}/out.gif"], ".png"),
+    "a contrast with one reference": (["{query}", "{cat}", "--contrast", "rest"], "two references"),
+    "a contrast out of range": (["{query}", "{cat}", "{cat}", "--contrast", "3"], "1 to 2"),
+    "an unknown similarity": (["{query}", "{cat}", "--similarity", "cosin"], "cosine"),
+    "a standard deviation of zero": (["{query}", "{cat}", "--std", "0", "1", "1"], "--std"),
+    "an unknown device": (["{query}", "{cat}", "--device", "gpu"], "gpu"),
+    "an unknown option": (["{query}", "{cat}", "--layers", "features"], "--layer"),
+    "a layer without a map": (["{query}", "{cat}", "--encoder", "{flat}"], "--layer"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "advice"), BAD.values(), ids=BAD)
+def test_a_mistake_is_one_line_that_says_what_to_do_and_leaves_no_file(
+    run, photos, tmp_path, monkeypatch, arguments, advice
+):
+    (tmp_path / "text.txt").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "flat_encoder.py").write_text(
+        "from torch import nn\ndef flat():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(4))\n"
+    )
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
+    monkeypatch.chdir(tmp_path)
+    before = {p for folder in (tmp_path, photos) for p in folder.iterdir() if p.name != "__pycache__"}
+    names = {
+        "tmp": tmp_path,
+        "text": tmp_path / "text.txt",
+        "query": photos / "query.png",
+        "cat": photos / "cat.jpg",
+        "flat": "flat_encoder:flat",
+    }
+    status, out, err = run("explain", *(a.format(**names) for a in arguments))
+    assert (status, out) == (2, "")
+    assert advice in err
+    assert err.count("\n") == 1
+    assert {p for folder in (tmp_path, photos) for p in folder.iterdir() if p.name != "__pycache__"} == before
+
+
+def test_a_download_that_fails_is_one_line_that_names_weights(run, photos, monkeypatch):
+    def unreachable(*_, **__):
+        sys.stderr.write("Downloading\n")  # as torch.hub does
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    status, _, err = run("explain", photos / "query.png", photos / "cat.jpg", "--encoder", "torchvision:resnet18")
+    assert status == 2
+    assert "--weights FILE" in err
+    assert err.count("\n") == 1
+
+
+def test_a_figure_that_cannot_be_written_leaves_nothing_behind(run, photos, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    status, _, err = run("explain", photos / "query.png", photos / "cat.jpg", "-o", tmp_path / "out.png")
+    assert status == 2
+    assert "No space left on device" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bundled_weights_are_small_and_their_embedding_is_the_mean_of_their_map():
+    from importlib.resources import files
+
+    assert len((files("captum_fam") / "bundled.pt").read_bytes()) < 1_500_000
+    encoder, images = bundled_encoder(), torch.randn(2, 3, 64, 96)
+    assert not encoder.training
+    torch.testing.assert_close(encoder(images), encoder.features(images).mean((2, 3)))
+    assert encoder.features(images).shape == (2, 512, 8, 12)
+
+
+def test_shares_count_each_map_in_its_own_part_of_the_collage():
+    maps = torch.zeros(4, 4, 6)
+    maps[0, :2, :3] = 1.0  # all in its part
+    maps[1, 2:, 3:] = 1.0  # all in another part
+    maps[2] = 1.0  # everywhere: chance
+    maps[3, 2:, 3:], maps[3, :2, :3] = 3.0, -1.0  # negative values do not count
+    torch.testing.assert_close(demo.shares(maps, 2, 2).diagonal(), torch.tensor([1.0, 0.0, 0.25, 1.0]))
+
+
+def test_the_demo_reaches_its_aims_and_an_untrained_encoder_does_not():
+    photos = list(demo.photographs().values())
+    ours, untrained = (demo.all_pairs(e, photos) for e in (bundled_encoder(), demo.untrained_encoder(0)))
+    assert len(ours.fam) == len(ours.contrast) == 60
+    assert ours.fam.mean() >= 0.60
+    assert demo.above(ours.fam) >= 0.9
+    assert ours.contrast.mean() >= 0.95
+    assert untrained.fam.mean() < 0.60
+    assert untrained.contrast.mean() < 0.95
+
+
+def test_the_demo_writes_its_figure_and_prints_its_table(run, tmp_path, monkeypatch):
+    encoder = BundledEncoder().eval()
+    monkeypatch.setattr(demo, "all_pairs", lambda *_: demo.Shares(torch.tensor([0.7]), torch.tensor([0.9])))
+    monkeypatch.setattr(demo, "bundled_encoder", lambda: encoder)
+    status, out, err = run("demo", "-o", tmp_path / "demo.png")
+    assert (status, err) == (0, "")
+    assert "chance" in out
+    assert "untrained" in out
+    assert is_png(tmp_path / "demo.png")
+
+
+def test_a_zero_map_is_said_to_be_one_and_signed_maps_share_one_scale_around_zero():
+    from captum_fam.figures import map_row
+
+    image = Image.new("RGB", (32, 32))
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    maps = torch.stack([torch.zeros(4, 4), torch.linspace(-1, 3, 16).reshape(4, 4)])
+    map_row(figure, axes, [image, image], maps, ["none", "some"], "FAM")
+    assert "zero" in axes[0].get_xlabel()
+    assert "zero" not in axes[1].get_xlabel()
+    assert figure.axes[-1].get_ylim() == (-3.0, 3.0)

@@ -1,0 +1,25 @@
+"""The examples of the docstrings run."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from torch import nn
+
+import captum_fam
+
+MODULES = [m.name for m in pkgutil.iter_modules(captum_fam.__path__)]
+NAMES = {"torch": torch, "nn": nn, **{name: getattr(captum_fam, name) for name in captum_fam.__all__}}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_give_what_they_show(name):
+    module = importlib.import_module(f"captum_fam.{name}")
+    assert doctest.testmod(module, extraglobs=NAMES).failed == 0
+
+
+@pytest.mark.parametrize("name", captum_fam.__all__)
+def test_every_public_name_has_an_example(name):
+    assert ">>> " in getattr(captum_fam, name).__doc__
