@@ -11,8 +11,10 @@ and every part of a photo must use its channels.
 
 import argparse
 import io
+import os
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,20 @@ from pytorch_metric_learning.losses import NTXentLoss
 from torch import Tensor
 from tqdm import tqdm
 
-from captum_fam import bundled
+from captum_fam import FeatureActivationMap, bundled
 from captum_fam.bundled import BundledEncoder
+from captum_fam.demo import above, shares
 
 SIDE = 160  # pixels of the stored square photos
 VIEW = 96  # pixels of a training view
 TEMPERATURE = 0.1
+RATE = 2e-3
+BATCH = 256
+
+Photos = tuple[Tensor, list[str]]  # uint8 (N, 3, SIDE, SIDE) centre squares, and their class names
 
 
-def photos(archive: Path, split: str) -> tuple[Tensor, list[str]]:
-    """uint8 (N, 3, SIDE, SIDE) centre squares and their class names."""
+def photos(archive: Path, split: str) -> Photos:
     images, labels = [], []
     with zipfile.ZipFile(archive) as zipped:
         for name in sorted(n for n in zipped.namelist() if f"{split}/" in n and n.endswith(".jpg")):
@@ -91,74 +97,68 @@ def collage_loss(loss: NTXentLoss, one: Tensor, two: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    encoder: BundledEncoder, train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]]
-) -> dict[str, float]:
-    """Accuracy of finding a photo again from another view, of the class by 5 neighbours, and of FAM on collages."""
+def evaluate(encoder: BundledEncoder, train: Photos, test: Photos) -> str:
+    """
+    How well the test photos are found again from another view and classified by their 5 nearest training photos, and
+    the share of the map in the right half of collages of two views.
+    """
     encoder.eval()
-    views = [view(test[0], BundledEncoder.size, torch.Generator().manual_seed(s)) for s in (1, 2)]
-    one, two = (F.normalize(encoder(v)) for v in views)
-    instance = ((one @ two.T).argmax(1) == torch.arange(len(one))).float().mean().item()
+    fam = FeatureActivationMap(encoder, encoder.features)
+    (images, labels), (bank, bank_labels) = test, train
+    one, two = (view(images, encoder.size, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    s = fam.embed(two)
+    again = F.normalize(fam.embed(one)) @ F.normalize(s).T
+    instance = (again.argmax(1) == torch.arange(len(images))).float().mean().item()
 
-    plain = [
-        torch.cat(
-            [
-                F.normalize(encoder(normalise(F.interpolate(b.float() / 255, BundledEncoder.size, mode="area"))))
-                for b in s.split(256)
-            ]
-        )
-        for s in (train[0], test[0])
-    ]
-    classes = {name: i for i, name in enumerate(sorted(set(train[1])))}
-    label = torch.tensor([classes[name] for name in train[1]])
-    near = label[(plain[1] @ plain[0].T).topk(5).indices].mode().values
-    knn = (near == torch.tensor([classes[name] for name in test[1]])).float().mean().item()
+    nearest = (_plain(fam, images) @ _plain(fam, bank).T).topk(5).indices
+    votes = [Counter(bank_labels[i] for i in row).most_common(1)[0][0] for row in nearest.tolist()]
+    accuracy = sum(vote == label for vote, label in zip(votes, labels)) / len(labels)
 
-    collages = torch.cat([views[0], views[0].roll(1, 0)], 3)
-    maps = encoder.features(collages)
-    z, width = maps.mean((2, 3)), maps.shape[3] // 2
-    c = F.normalize(z) * F.normalize(two)
-    w = (c - c.amin(1, keepdim=True)) / (c.amax(1, keepdim=True) - c.amin(1, keepdim=True))
-    fam = torch.einsum("bc,bchw->bhw", w, maps)
-    share = fam[..., :width].sum((1, 2)) / fam.sum((1, 2))
-    other = F.normalize(z) * F.normalize(two.roll(1, 0))
-    contrast = torch.einsum("bc,bchw->bhw", c - other, maps).relu()
-    kept = contrast[..., :width].sum((1, 2)) / contrast.sum((1, 2)).clamp(min=1e-12)
-    return {
-        "instance": instance,
-        "5-nn class": knn,
-        "FAM share": share.mean().item(),
-        "FAM above chance": (share > 0.5).float().mean().item(),
-        "contrast share": kept.mean().item(),
-    }
+    collages, mine = torch.cat([one, one.roll(1, 0)], 3), list(range(len(images)))
+    others = [i - 1 for i in mine]
+    plain = fam.attribute(collages, mine, reference_embedding=s)
+    contrast = fam.attribute(collages, mine, reference_embedding=s, contrast=others)
+    inside, decided = (shares(maps[:, 0], 1, 2)[:, 0] for maps in (plain, contrast))
+    return (
+        f"found again {instance:.3f}, class by 5-NN {accuracy:.3f}, FAM inside {inside.mean():.3f} (above chance"
+        f" {above(inside):.3f}), contrast inside {decided.nanmean():.3f}"
+    )
+
+
+def _plain(fam: FeatureActivationMap, images: Tensor) -> Tensor:
+    """Unit embeddings of whole photos."""
+    size = BundledEncoder.size
+    batches = (normalise(F.interpolate(b.float() / 255, size, mode="area")) for b in images.split(256))
+    return F.normalize(torch.cat([fam.embed(b) for b in batches]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=36)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=os.environ.get("CAPTUM_FAM_DATA"))
     parser.add_argument("--output", type=Path, default=Path(bundled.__file__).with_name(bundled.WEIGHTS))
+    parser.add_argument("--epochs", type=int, default=36)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.data is None:
+        parser.error("set CAPTUM_FAM_DATA or pass --data: the folder with photos/clothing.zip")
     archive = args.data / "photos" / "clothing.zip"
     train, validation, test = (photos(archive, split) for split in ("train", "validation", "test"))
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     encoder = BundledEncoder().to(memory_format=torch.channels_last)
-    print(len(train[0]), len(validation[0]), len(test[0]))
-    print("untrained:", evaluate(encoder, train, validation))
-    optimiser = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.05)
-    steps = args.epochs * (len(train[0]) // args.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.15)
+    print("untrained, test photos:", evaluate(encoder, train, test), flush=True)
+
+    images, start = train[0], time.time()
+    batches = len(images) // BATCH
+    optimiser = torch.optim.AdamW(encoder.parameters(), lr=RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=args.epochs * batches, pct_start=0.15)
     loss_func = NTXentLoss(temperature=TEMPERATURE)
-    start = time.time()
     for epoch in range(args.epochs):
         encoder.train()
-        order = torch.randperm(len(train[0]), generator=generator)
         losses = []
-        for index in tqdm(order.split(args.batch)[: len(order) // args.batch], leave=False):
-            views = [view(train[0][index], VIEW, generator).contiguous(memory_format=torch.channels_last) for _ in "12"]
+        order = torch.randperm(len(images), generator=generator)
+        for index in tqdm(order.split(BATCH)[:batches], f"epoch {epoch + 1}", leave=False):
+            views = [view(images[index], VIEW, generator).contiguous(memory_format=torch.channels_last) for _ in "12"]
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 one, two = (encoder.features(v) for v in views)
             loss = collage_loss(loss_func, one.float().mean((2, 3)), random_part(two.float(), generator))
@@ -168,12 +168,10 @@ def main() -> None:
             schedule.step()
             losses.append(loss.item())
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.3f}, {time.time() - start:.0f} s", flush=True)
-        if epoch % 4 == 3 or epoch + 1 == args.epochs:
-            print({k: round(v, 3) for k, v in evaluate(encoder, train, validation).items()}, flush=True)
-            torch.save(
-                {k: v.half() if v.is_floating_point() else v for k, v in encoder.state_dict().items()}, args.output
-            )
-    print("test:", evaluate(encoder, train, test))
+        if (epoch + 1) % 4 == 0:
+            print("validation photos:", evaluate(encoder, train, validation), flush=True)
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in encoder.state_dict().items()}, args.output)
+    print("trained, test photos:", evaluate(encoder, train, test))
 
 
 if __name__ == "__main__":
