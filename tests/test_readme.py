@@ -1,0 +1,84 @@
+"""The README's code runs as it stands, with small stand-ins for the user's own objects."""
+
+import re
+from pathlib import Path
+
+import captum.metrics
+import pytest
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam, LayerIntegratedGradients
+from encoders import random, seeded
+from torch import nn
+
+import captum_fam
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer4 = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+
+    def forward(self, x):
+        return self.layer4(x).mean((2, 3))
+
+
+class Output:
+    def __init__(self, pooler_output):
+        self.pooler_output = pooler_output
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_python_block_of_the_readme_runs(block):
+    encoder = seeded(Backbone).float()
+    images = torch.rand(3, 3, 9, 9)
+    score = captum_fam.SimilarityScore(encoder, torch.rand(4, 6))
+    names = {
+        **{name: getattr(captum_fam, name) for name in captum_fam.__all__},
+        "encoder": encoder,
+        "layer": encoder.layer4,
+        "images": images,
+        "matches": images.flip(0),
+        "reference": images[:1],
+        "gallery": torch.rand(4, 6),
+        "support": images,
+        "labels": [0, 1, 2],
+        "query": images[:2],
+        "vit": encoder,
+        "block": encoder.layer4,
+        "hf_model": lambda x: Output(encoder(x)),
+        "score": score,
+        "sensitivity_max": captum.metrics.sensitivity_max,
+        "infidelity": captum.metrics.infidelity,
+        "perturb_func": lambda x: (torch.ones_like(x), x - 0.01),
+    }
+    names["fam"] = captum_fam.FeatureActivationMap(score if "sensitivity" in block else encoder, encoder.layer4)
+    exec(block, names)
+
+
+def test_the_readme_has_the_blocks_that_are_tested():
+    assert len(BLOCKS) == 4
+
+
+def test_the_usual_wrapper_of_two_encoder_calls_explains_the_reference_as_the_readme_says():
+    encoder, query, reference = seeded(Backbone), random(1, 3, 9, 9), random(1, 3, 9, 9, seed=2)
+
+    def wrapper(x):
+        return F.cosine_similarity(encoder(x), encoder(reference))
+
+    grad_cam = LayerGradCam(wrapper, encoder.layer4).attribute(query)
+    s = encoder(reference).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cosine_similarity(encoder(query), s).sum(), s)
+    of_the_reference = (gradient[..., None, None] * encoder.layer4(reference)).sum(1, keepdim=True) / 49
+    torch.testing.assert_close(grad_cam, of_the_reference.detach())
+    assert not LayerIntegratedGradients(wrapper, encoder.layer4).attribute(query, torch.zeros_like(query)).any()
+
+
+def test_fam_warns_of_an_encoder_that_calls_its_layer_twice():
+    encoder, query = seeded(Backbone), random(1, 3, 9, 9)
+    fam = captum_fam.FeatureActivationMap(lambda x: encoder(x) - encoder(x.flip(3)), encoder.layer4)
+    with pytest.warns(UserWarning, match="called several times"):
+        fam.attribute(query, reference_embedding=random(1, 6))
