@@ -136,3 +136,13 @@ def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -
         raise ValueError(
             f"Expected `reference` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}."
         )
+
+
+def check_rows_fit(additional_forward_args: object, inputs: int, references: int) -> None:
+    """Tensors that go with the inputs row by row cannot go with another number of references."""
+    arguments = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    if inputs != references and any(isinstance(a, Tensor) and a.ndim and len(a) == inputs for a in arguments):
+        raise ValueError(
+            f"`additional_forward_args` hold a tensor with one row for each of the {inputs} inputs, which does not fit"
+            f" the {references} of `reference`; pass reference_embedding=fam.embed(reference, their_own_args) instead."
+        )

@@ -16,6 +16,7 @@ from captum_fam._checks import (
     check_callable,
     check_dimensions,
     check_reference_embedding,
+    check_rows_fit,
     check_same_form,
     describe,
     format_inputs,
@@ -168,7 +169,7 @@ class FeatureActivationMap(LayerAttribution):
                         Default: None
             additional_forward_args (Any, optional): Further arguments of forward_func, as for
                         other Captum methods. They are also given to the forward pass of
-                        ``reference``.
+                        ``reference``, which must then have as many rows as tensors among them.
                         Default: None
             attribute_to_layer_input (bool, optional): Explains the layer's input instead of
                         its output. In the jacobian case, the gradient is that through the
@@ -214,7 +215,7 @@ class FeatureActivationMap(LayerAttribution):
         B, K = len(inputs[0]), len(references[0])
         own = reference_index("target", target, K, B)[:, None]
         other = _other(contrast, K, B)
-        s = self._embedded(references, reference is not None, additional_forward_args)
+        s = self._embedded(references, B, reference is not None, additional_forward_args)
         with self._record(inputs, additional_forward_args, attribute_to_layer_input) as recording:
             maps = self._maps(recording, s, own, other, relu_attributions, attr_dim_summation)
         return self._result(maps, recording.doubts)
@@ -263,7 +264,7 @@ class FeatureActivationMap(LayerAttribution):
                 f'Expected `contrast` to be "rest" or None, but got {describe(contrast)}; `attribute` takes a number.'
             )
         own, other = torch.arange(K).expand(B, -1), _other(contrast, K, B)
-        s = self._embedded(references, reference is not None, additional_forward_args)
+        s = self._embedded(references, B, reference is not None, additional_forward_args)
         with self._record(inputs, additional_forward_args) as recording:
             maps = self._maps(recording, s, own, other, relu_attributions)
         return self._result(maps, recording.doubts)
@@ -424,10 +425,13 @@ class FeatureActivationMap(LayerAttribution):
         check_reference_embedding(reference_embedding)
         return (reference_embedding,)  # type: ignore[return-value]  # checked
 
-    def _embedded(self, references: Tensors, are_inputs: bool, additional_forward_args: object | None) -> Tensor:
+    def _embedded(
+        self, references: Tensors, inputs: int, are_inputs: bool, additional_forward_args: object | None
+    ) -> Tensor:
         """s (K, D)"""
         if not are_inputs:
             return references[0].detach()
+        check_rows_fit(additional_forward_args, inputs, len(references[0]))
         return _recording.embed(self._encoder(), "reference", references, additional_forward_args, self._selector())
 
     def _score(self) -> SimilarityScore | None:

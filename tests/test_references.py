@@ -374,3 +374,21 @@ def test_a_score_and_its_encoder_with_its_references_give_the_same_maps():
     scored = FeatureActivationMap(SimilarityScore(ENCODER, REFERENCES), ENCODER.layer)
     close(scored.attribute(INPUTS, [3, 1, 0]), explainer().attribute(INPUTS, [3, 1, 0], reference_embedding=REFERENCES))
     close(scored.attribute_all(INPUTS), explainer().attribute_all(INPUTS, reference_embedding=REFERENCES))
+
+
+def test_arguments_with_a_row_for_each_input_are_refused_for_another_number_of_references():
+    calls = []
+
+    def forward(x, scale):
+        calls.append(len(x))
+        return encoder(x) * scale[:, None]
+
+    encoder, x = seeded(PooledEncoder), random(3, 3, 8, 8)
+    fam, scale = FeatureActivationMap(forward, encoder.layer), torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"`additional_forward_args`.*3 inputs.*1 of `reference`.*fam.embed"):
+        fam.attribute(x, None, scale, reference=x[:1])
+    assert not calls
+    torch.testing.assert_close(
+        fam.attribute(x, None, scale, reference=x),
+        FeatureActivationMap(encoder, encoder.layer).attribute(x, reference=x),
+    )
