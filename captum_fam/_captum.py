@@ -1,8 +1,5 @@
 """Captum's private helpers, imported here and nowhere else in the package."""
 
-from captum._utils.common import (
-    _format_additional_forward_args as format_additional_forward_args,
-)
 from captum._utils.common import _reduce_list as reduce_list
 from captum._utils.common import _run_forward as run_forward
 from captum._utils.common import _sort_key_list as sort_key_list
@@ -12,7 +9,6 @@ from captum._utils.typing import TargetType
 __all__ = [
     "TargetType",
     "extract_device_ids",
-    "format_additional_forward_args",
     "reduce_list",
     "run_forward",
     "sort_key_list",

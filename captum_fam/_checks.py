@@ -3,13 +3,10 @@
 import operator
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-PACKAGE = str(Path(__file__).parent)
 
 
 def describe(value: object) -> str:
@@ -118,7 +115,8 @@ def check_rows(name: str, tensors: tuple[Tensor, ...], embedding: Tensor) -> Ten
     if len(embedding) != len(tensors[0]):
         raise ValueError(
             f"Expected one embedding for each of the {len(tensors[0])} examples of `{name}`, but got embeddings of"
-            f" shape {tuple(embedding.shape)}; pass an output_selector that returns (B, D)."
+            f" shape {tuple(embedding.shape)}; pass an output_selector that returns (B, D), and a single"
+            " example with a batch dimension, x[None]."
         )
     return embedding
 

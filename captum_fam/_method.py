@@ -21,6 +21,8 @@ from captum_fam.similarity import Similarity, channel_contributions, unit, widen
 
 # How far unit vectors may differ that are equal but for the rounding of a mean in their dtype.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+# How much of that may be put down to values that cancel in the mean, at most.
+_CANCELLED = 1e-3
 
 
 def contributions(
@@ -49,7 +51,7 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
     rounding = max(_ROUNDING.get(z.dtype, 0), _ROUNDING.get(A.dtype, 0))
     # Where positive and negative values cancel in the mean, its relative error is larger.
     cancellation = magnitude / mean.norm(dim=1).clamp(min=torch.finfo(mean.dtype).tiny)
-    close = (unit(widen(z)) - unit(mean)).norm(dim=1) <= (rounding * cancellation).clamp(max=max(rounding, 1e-3))
+    close = (unit(widen(z)) - unit(mean)).norm(dim=1) <= (rounding * cancellation).clamp(max=max(rounding, _CANCELLED))
     aside = ~z.isfinite().all(1) | (z == 0).all(1)
     return bool((close | aside).all())
 

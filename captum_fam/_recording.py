@@ -26,6 +26,7 @@ class Recording:
 
     Attributes:
         embedding: z (B, D), detached.
+        names: of the layers.
         layers: for each layer the tensors that it returned, as (B, C, *spatial), detached.
         has_graph: whether the pass was recorded for backward, from the layers on.
         doubts: what a user should be warned of.
@@ -39,14 +40,16 @@ class Recording:
         has_graph: bool,
         doubts: list[str],
         reshape_transform: Callable[[Tensor], Tensor] | None,
+        input_ndim: int,
     ) -> None:
         self.embedding = embedding.detach()
+        self.names = names
         self.has_graph = has_graph
         self.doubts = doubts
         self._embedding = embedding
-        self._names = names
         self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
         self._reshape_transform = reshape_transform
+        self._input_ndim = input_ndim
         self.layers = [
             tuple(self._layout(a, name) for a in _captum.reduce_list([tuple(a.detach() for a in t) for t in devices]))
             for name, devices in zip(names, tensors)
@@ -58,14 +61,8 @@ class Recording:
         found, scale = self._gradients(w, flat)
         rest = iter(zip(flat, found))
         sums = []
-        for name, devices in zip(self._names, self._tensors):
+        for devices in self._tensors:
             pairs = [[next(rest) for _ in tensors] for tensors in devices]
-            if all(g is None for tensors in pairs for _, g in tensors):
-                self.doubts.append(
-                    f"The embedding does not depend on layer {name}, or the encoder cuts the gradient between them"
-                    " (detach, torch.no_grad): its map is zero. Choose a layer on the way to the embedding, after any"
-                    " such cut."
-                )
             filled = [tuple(torch.zeros_like(a) if g is None else g for a, g in tensors) for tensors in pairs]
             gradients = [widen(self._reshape(g)) for g in _captum.reduce_list(filled)]
             sums.append(tuple(scale * (g.flatten(2).sum(2) if g.ndim > 2 else g) for g in gradients))
@@ -96,10 +93,13 @@ class Recording:
                 f"Expected {origin} activations (B, C, *spatial) with B = {B}, but got {describe(A)}; choose another"
                 " layer, or pass a reshape_transform that returns that layout."
             )
-        if self._reshape_transform is None and A.ndim > 2 and A.shape[-1] == D and D not in A.shape[1:-1]:
+        tokens = A.ndim < self._input_ndim or (A.shape[-1] == D and D not in A.shape[2:-1])
+        # (B, h, h, C): even the widest maps of channels-last models, 56 by 56 with 96, have so many channels
+        channels_last = A.ndim == 4 and A.shape[1] == A.shape[2] and 2 * A.shape[3] >= 3 * A.shape[1]
+        if self._reshape_transform is None and A.ndim > 2 and A.shape[1] != D and (tokens or channels_last):
             self.doubts.append(
-                f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps, as their"
-                " last dimension is that of the embedding; dimension 1 is taken for the channels. For tokens pass"
+                f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps;"
+                " dimension 1 is taken for the channels. For tokens pass"
                 " reshape_transform=lambda a: a[:, 1:].mT.unflatten(2, (height, width)), for channels-last maps"
                 " reshape_transform=lambda a: a.movedim(-1, 1)."
             )
@@ -192,7 +192,7 @@ def record(
             if layer not in found:
                 raise ValueError(
                     f"Expected `layer` to be a module that the forward pass calls, but {name} was not called; pass a"
-                    " module of this very model (of a compiled one, of its `_orig_mod`)."
+                    " module of this very model."
                 )
             if layer in repeated:
                 doubts.append(
@@ -202,7 +202,7 @@ def record(
         ids = _captum.extract_device_ids(forward_func, found, device_ids)
         tensors = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]
         has_graph = graph and not embedding.is_inference()
-        yield Recording(embedding, names, tensors, has_graph, doubts, reshape_transform)
+        yield Recording(embedding, names, tensors, has_graph, doubts, reshape_transform, inputs[0].ndim)
 
 
 def embed(

@@ -1,10 +1,13 @@
 """The command ``captum-fam``."""
 
 import json
+import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from captum_fam.encoders import find_layer, load_encoder
+from captum_fam.encoders import find_layer, load_encoder, one_line
 from captum_fam.feature_activation_map import FeatureActivationMap
 from captum_fam.figures import explanation_figure
 from captum_fam.images import read_image, to_tensor
-from captum_fam.similarity import channel_contributions
+from captum_fam.similarity import channel_contributions, widen
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +56,7 @@ def demo(output: Path) -> None:
 @click.option("--similarity", type=click.Choice(["cosine", "dot", "euclidean"]), default="cosine", show_default=True)
 @click.option("--contrast", help='Why each reference rather than another: its number, from 1, or "rest" for the mean.')
 @click.option(
-    "--size", type=click.IntRange(min=1), help="Side in pixels that images are resized to.  [default: the encoder's]"
+    "--size", type=click.IntRange(1, 4096), help="Side in pixels that images are resized to.  [default: the encoder's]"
 )
 @click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda.")
 @click.option("--mean", type=float, nargs=3, help="Mean of the RGB channels in [0, 1].  [default: the encoder's]")
@@ -79,89 +82,132 @@ def explain(
     Writes one figure: the query's map for each reference, each reference's own map, and the
     scores.
     """
-    output = output or query.with_name(f"{query.stem}_fam.png")
-    _check_output(output)
-    other = _contrast(contrast, len(references))
-    if std is not None and min(std) <= 0:
-        raise ValueError(f"--std must be positive, but got {' '.join(map(str, std))}")
     images = [read_image(path) for path in (query, *references)]
-    loaded = load_encoder(encoder, weights)
-    model = _to_device(loaded.model, device)
-    size = size or loaded.size
-    tensors = torch.stack([to_tensor(i, size, mean or loaded.mean, std or loaded.std) for i in images]).to(device)
-    layer_name, module = find_layer(model, layer, tensors[:1])
+    output = output or query.with_name(f"{query.stem}_fam.png")
+    _check_output(output, (query, *references))
+    other = _contrast(contrast, len(references))
+    if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
+        raise ValueError("--mean must be finite and --std positive: give three numbers for each")
 
-    K = len(references)
-    fam = FeatureActivationMap(model, module, similarity=similarity)
-    z, s = fam.embed(tensors[:1]), fam.embed(tensors[1:])
-    scores = channel_contributions(z, s, similarity).sum(1).tolist()
-    if isinstance(other, int):
-        queries = tensors[:1].expand(K, -1, -1, -1)
-        maps = fam.attribute(queries, list(range(K)), reference_embedding=s, contrast=other)
-    else:
-        maps = fam.attribute_all(tensors[:1], reference_embedding=s, contrast=other)
-    reference_maps = fam.attribute(tensors[1:], reference_embedding=z)
-    maps, reference_maps = _planes(maps, layer_name), _planes(reference_maps, layer_name)
+    with redirect_stdout(sys.stderr), _running(encoder, size):  # whatever a factory or an encoder prints
+        loaded = load_encoder(encoder, weights)
+        size = size or loaded.size
+        model = _to_device(loaded.model, device)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        pixels = [to_tensor(i, size, mean or loaded.mean, std or loaded.std) for i in images]
+        tensors = torch.stack(pixels).to(device, dtype)
+        layer_name, module = find_layer(model, layer, tensors[:1])
+        fam = FeatureActivationMap(model, module, similarity=similarity)
+        z, s = fam.embed(tensors[:1]), fam.embed(tensors[1:])
+        scores = channel_contributions(widen(z), widen(s), similarity).sum(1).tolist()
+        if isinstance(other, int):
+            queries = tensors[:1].expand(len(s), -1, -1, -1)
+            maps = fam.attribute(queries, list(range(len(s))), reference_embedding=s, contrast=other)
+        else:
+            maps = fam.attribute_all(tensors[:1], reference_embedding=s, contrast=other)
+        maps = _planes(maps, layer_name)
+        reference_maps = _planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)
 
-    label = "FAM" if other is None else f"contrast to {'the rest' if other == 'rest' else f'reference {other + 1}'}"
-    figure = explanation_figure(
-        images[0],
-        images[1:],
-        maps,
-        reference_maps,
-        [f"{similarity} {score:.3f}" for score in scores],
-        [f"{i + 1}: {path.name}" for i, path in enumerate(references)],
-        label,
+    margins = _margins(scores, other)
+    _write(
+        explanation_figure(
+            images[0],
+            images[1:],
+            maps,
+            reference_maps,
+            [
+                f"for {i + 1}: {similarity} {score:.3f}" + (f", margin {margins[i]:+.3f}" if margins else "")
+                for i, score in enumerate(scores)
+            ],
+            [f"{i + 1}: {_short(path.name)}" for i, path in enumerate(references)],
+            "FAM" if other is None else f"contrast to {'the rest' if other == 'rest' else f'reference {other + 1}'}",
+        ),
+        output,
     )
-    _write(figure, output)
-    report = {
-        "figure": str(output),
-        "encoder": encoder,
-        "layer": layer_name,
-        "similarity": similarity,
-        "contrast": contrast,
-        "size": size,
-        "query": str(query),
-        "references": [
-            {
-                "number": i + 1,
-                "path": str(path),
-                "score": scores[i],
-                "map": _statistics(maps[i]),
-                "reference_map": _statistics(reference_maps[i]),
-            }
-            for i, path in enumerate(references)
-        ],
-    }
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        report = {
+            "figure": str(output),
+            "encoder": encoder,
+            "layer": layer_name,
+            "similarity": similarity,
+            "contrast": contrast,
+            "size": size,
+            "query": str(query),
+            "references": [
+                {
+                    "number": i + 1,
+                    "path": str(path),
+                    "score": _number(scores[i]),
+                    "margin": _number(margins[i]) if margins else None,
+                    "map": _statistics(maps[i]),
+                    "reference_map": _statistics(reference_maps[i]),
+                }
+                for i, path in enumerate(references)
+            ],
+        }
+        click.echo(json.dumps(report, indent=2, allow_nan=False))
         return
-    click.echo(
-        f"encoder {encoder}, layer {layer_name} ({type(module).__name__}){'' if layer else ', the last with a map'}"
-    )
+    found = "" if layer else ", the last with a map"
+    click.echo(f"encoder {encoder}, layer {layer_name} ({type(module).__name__}){found}")
     for i, path in enumerate(references):
-        click.echo(f"{i + 1}  {similarity} {scores[i]: .4f}  {path}")
+        click.echo(
+            f"{i + 1}  {similarity} {scores[i]: .4f}" + (f"  margin {margins[i]: .4f}" if margins else "") + f"  {path}"
+        )
     click.echo(f"wrote {output}")
 
 
 def main() -> None:
     """Runs the command; an error is one line on stderr and exit status 2."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of each glyph that a font lacks
     with warnings.catch_warnings(record=True) as caught:
         try:
-            status = command.main(prog_name="captum-fam", standalone_mode=False) or 0
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            status = 2
+            status = command.main(sys.argv[1:] or ["--help"], "captum-fam", standalone_mode=False) or 0
         except click.Abort:
             click.echo("captum-fam: interrupted", err=True)
             status = 130
-        except (click.ClickException, ValueError, TypeError, RuntimeError) as error:
-            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            click.echo(f"captum-fam: {' '.join(message.split())}", err=True)
+        except Exception as error:
+            click.echo(f"captum-fam: {_message(error)}", err=True)
             status = 2
-    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
-        click.echo(f"captum-fam: warning: {' '.join(message.split())}", err=True)
+    if not status:
+        for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+            click.echo(f"captum-fam: warning: {' '.join(message.split())}", err=True)
     sys.exit(status)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, click.ClickException):
+        return " ".join(error.format_message().split())
+    return " ".join(str(error).split()) if isinstance(error, ValueError) else one_line(error)
+
+
+@contextmanager
+def _running(encoder: str, size: int | None) -> Iterator[None]:
+    """Whatever a user's encoder raises, as one line that says what to try."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        images = f"images of {size} pixels" if size else "images of its default size"
+        raise ValueError(f"{encoder} failed on {images} ({one_line(error)}): try --size, or another --layer") from error
+
+
+def _margins(scores: list[float], other: Any) -> list[float]:
+    """What a contrast map explains: each score less the other's, or the mean of the others'."""
+    if other is None:
+        return []
+    if other == "rest":
+        return [score - (sum(scores) - score) / (len(scores) - 1) for score in scores]
+    return [score - scores[other] for score in scores]
+
+
+def _short(name: str, longest: int = 30) -> str:
+    return name if len(name) <= longest else f"{name[: longest // 2]}\N{HORIZONTAL ELLIPSIS}{name[-longest // 2 :]}"
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinities."""
+    return value if math.isfinite(value) else None
 
 
 def _contrast(contrast: str | None, references: int) -> Any:
@@ -192,24 +238,38 @@ def _planes(maps: object, layer: str) -> Tensor:
 def _statistics(values: Tensor) -> dict[str, Any]:
     return {
         "shape": list(values.shape),
-        "min": values.min().item(),
-        "max": values.max().item(),
-        "mean": values.mean().item(),
+        "min": _number(values.min().item()),
+        "max": _number(values.max().item()),
+        "mean": _number(values.mean().item()),
     }
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, inputs: Sequence[Path] = ()) -> None:
     if output.suffix.lower() != ".png":
         raise ValueError(f"cannot write {output}: name a file that ends in .png with -o")
-    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+    if any(output.resolve() == path.resolve() for path in inputs):
+        raise ValueError(f"cannot write {output}: it is one of the images; name another file with -o")
+    try:
+        partial = _partial(output)
+        partial.touch()
+        partial.unlink()
+        writable = not output.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
         raise ValueError(f"cannot write {output}: name a file in a folder that can be written to with -o")
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.{os.getpid()}")
 
 
 def _write(figure: Figure, output: Path) -> None:
     """Writes the whole file or none."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=110)
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    output = output.resolve()
+    partial = _partial(output)
     try:
         partial.write_bytes(content.getvalue())
         partial.replace(output)

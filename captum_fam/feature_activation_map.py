@@ -186,10 +186,11 @@ class FeatureActivationMap(LayerAttribution):
                         Default: None
             contrast (int, list, Tensor or str, optional): Number of the reference to contrast
                         with, in the forms of ``target``, or ``"rest"`` for the mean over all
-                        the others. The weights are then signed, whatever ``normalize``. Captum
-                        expands ``target`` but not this argument when it repeats inputs
-                        (NoiseTunnel): pass it an int or ``"rest"`` there.
-                        Default: None
+                        the others. The weights are then signed, whatever ``normalize``. Default: None
+
+        Where Captum repeats the inputs (NoiseTunnel, sensitivity_max), it expands ``target`` but
+        not the references or ``contrast``: there, choose among the references with ``target``,
+        and pass an int or ``"rest"`` as ``contrast``.
 
         Returns:
             *Tensor*, *tuple[Tensor, ...]* or *list* of **attributions**:
@@ -361,6 +362,7 @@ class FeatureActivationMap(LayerAttribution):
                 if not recording.has_graph:
                     raise RuntimeError(_NO_GRAPH)
                 jacobian = _method.jacobian_weights(recording, w)
+                recording.doubts += _independent(recording.names, jacobian, w, valid)
             maps: list[Tensors] = []
             for i, layer in enumerate(recording.layers):
                 maps.append(())
@@ -414,7 +416,7 @@ class FeatureActivationMap(LayerAttribution):
         if len(given) != 1:
             raise ValueError(
                 "Expected exactly one of `reference`, `reference_embedding` and the references of a SimilarityScore,"
-                f" but got {' and '.join(given) or 'none'}."
+                f" but got {' and '.join(given) or 'none; pass them by these names'}."
             )
         if reference is not None:
             tensors = format_inputs("reference", reference)
@@ -447,6 +449,7 @@ class FeatureActivationMap(LayerAttribution):
             encoder = nn.DataParallel(func.module.encoder, func.device_ids, func.output_device, func.dim)
         else:
             encoder = score.encoder
+        encoder = getattr(encoder, "_orig_mod", encoder)  # a compiled model runs past the hooks of its modules
         return encoder  # type: ignore[no-any-return]  # what the user gave
 
     def _similarity(self) -> Similarity:
@@ -494,6 +497,19 @@ def _other(contrast: object, references: int, inputs: int) -> Other:
     if references < 2:
         raise ValueError(f'contrast="rest" needs at least two references, but there is {references}.')
     return "rest"
+
+
+def _independent(names: list[str], jacobian: list[list[Tensor]], w: Tensor, valid: Tensor) -> list[str]:
+    """Doubts about layers whose weights are all zero, though those of the embedding are not."""
+    if not (w.any(2) & valid).any():
+        return []
+    return [
+        f"The embedding does not depend on layer {name} (as on patch tokens after the last attention, where the class"
+        " token is the embedding), or the encoder cuts the gradient between them (detach, torch.no_grad): its map is"
+        " zero. Choose a layer on the way to the embedding, after any such cut."
+        for name, tensors in zip(names, jacobian)
+        if not any(alpha.any() for alpha in tensors)
+    ]
 
 
 def _valid(

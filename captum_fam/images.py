@@ -18,13 +18,22 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}: check the path") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"cannot read {path} as an image: pass a file that Pillow opens, such as PNG or JPEG"
         ) from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Pillow clips deeper images at 255 when it converts them: scale 16 bits, and refuse what has no known range."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}")
+    return image
 
 
 def to_tensor(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

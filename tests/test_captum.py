@@ -352,3 +352,11 @@ def test_bound_methods_and_plain_functions_are_forward_functions(kind):
         assert torch.equal(fam.attribute(x, reference=reference), expected)
         on_score = FeatureActivationMap(SimilarityScore(forward_func, fam.embed(reference)), encoder.layer)
         assert torch.equal(on_score.attribute(x), expected)
+
+
+def test_a_compiled_encoder_that_has_run_before_gives_the_maps_of_the_encoder_itself():
+    encoder, x = seeded(PooledEncoder), random(2, 3, 8, 8)
+    compiled = torch.compile(encoder, backend="eager")
+    compiled(x)
+    maps = FeatureActivationMap(compiled, compiled.layer).attribute(x, reference=x)
+    torch.testing.assert_close(maps, FeatureActivationMap(encoder, encoder.layer).attribute(x, reference=x))

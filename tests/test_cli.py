@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from torchvision.models import resnet18
 
 from captum_fam import FeatureActivationMap, cli, demo
 from captum_fam.bundled import BundledEncoder, bundled_encoder
-from captum_fam.images import to_tensor
+from captum_fam.images import read_image, to_tensor
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,34 @@ def test_a_factory_of_the_current_folder_is_found_and_its_options_are_used(run, 
     assert report["references"][0]["map"]["shape"] == [18, 18]
 
 
+BAD_ENCODERS = """
+import sys
+from torch import nn
+
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 16, 16), nn.LayerNorm(8)
+    def forward(self, x):
+        return self.norm(self.patches(x).flatten(2).mT)[:, 0]
+
+def tokens():
+    return Tokens()
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise KeyError("pixels")
+
+def failing():
+    return Failing()
+
+def leaving():
+    sys.exit(3)
+"""
+
 BAD = {
     "a missing query": (["{tmp}/nope.png", "{cat}"], "nope.png"),
     "a file that is no image": (["{text}", "{cat}"], "text.txt"),
@@ -145,7 +174,20 @@ BAD = {
     "a standard deviation of zero": (["{query}", "{cat}", "--std", "0", "1", "1"], "--std"),
     "an unknown device": (["{query}", "{cat}", "--device", "gpu"], "gpu"),
     "an unknown option": (["{query}", "{cat}", "--layers", "features"], "--layer"),
-    "a layer without a map": (["{query}", "{cat}", "--encoder", "{flat}"], "--layer"),
+    "a layer without a map": (["{query}", "{cat}", "--encoder", "bad_encoders:flat"], "--layer"),
+    "tokens after the last map": (["{query}", "{cat}", "--encoder", "bad_encoders:tokens"], "reshape_transform"),
+    "an encoder that fails": (["{query}", "{cat}", "--encoder", "bad_encoders:failing"], "--size"),
+    "a factory that exits": (["{query}", "{cat}", "--encoder", "bad_encoders:leaving"], "SystemExit"),
+    "an encoder without a factory": (["{query}", "{cat}", "--encoder", "bad_encoders:"], "module.path:factory"),
+    "a checkpoint": (["{query}", "{cat}", "--weights", "{tmp}/checkpoint.pt"], "'model'"),
+    "weights from DataParallel": (["{query}", "{cat}", "--weights", "{tmp}/parallel.pt"], ".module"),
+    "weights of numbered tensors": (["{query}", "{cat}", "--weights", "{tmp}/numbered.pt"], "state dict"),
+    "weights that break the unpickler": (["{query}", "{cat}", "--weights", "{tmp}/junk.pt"], "state dict"),
+    "an output that is the query": (["{query}", "{cat}", "-o", "{query}"], "another file"),
+    "an output with too long a name": (["{query}", "{cat}", "-o", "x" * 300 + ".png"], "-o"),
+    "an image without a known range": (["{tmp}/float.tiff", "{cat}"], "float.tiff"),
+    "a folder as image": (["{tmp}", "{cat}"], "as an image"),
+    "a mean that is no number": (["{query}", "{cat}", "--mean", "nan", "0", "0"], "--mean"),
 }
 
 
@@ -155,10 +197,17 @@ def test_a_mistake_is_one_line_that_says_what_to_do_and_leaves_no_file(
 ):
     (tmp_path / "text.txt").write_text("no image")
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "flat_encoder.py").write_text(
-        "from torch import nn\ndef flat():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(4))\n"
-    )
-    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "bad_encoders.py").write_text(BAD_ENCODERS)
+    state = bundled_encoder().state_dict()
+    for name, content in {
+        "other": {"other": torch.zeros(1)},
+        "checkpoint": {"model": state, "epoch": 3},
+        "parallel": {f"module.{k}": v for k, v in state.items()},
+        "numbered": {1: torch.zeros(1)},
+    }.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
     monkeypatch.chdir(tmp_path)
     before = {p for folder in (tmp_path, photos) for p in folder.iterdir() if p.name != "__pycache__"}
     names = {
@@ -166,7 +215,6 @@ def test_a_mistake_is_one_line_that_says_what_to_do_and_leaves_no_file(
         "text": tmp_path / "text.txt",
         "query": photos / "query.png",
         "cat": photos / "cat.jpg",
-        "flat": "flat_encoder:flat",
     }
     status, out, err = run("explain", *(a.format(**names) for a in arguments))
     assert (status, out) == (2, "")
@@ -175,15 +223,45 @@ def test_a_mistake_is_one_line_that_says_what_to_do_and_leaves_no_file(
     assert {p for folder in (tmp_path, photos) for p in folder.iterdir() if p.name != "__pycache__"} == before
 
 
+def test_what_a_factory_prints_does_not_mix_with_the_json(run, photos, tmp_path, monkeypatch):
+    (tmp_path / "loud_factory.py").write_text(
+        "from captum_fam.bundled import bundled_encoder\n"
+        "def encoder():\n    print('loading')\n    return bundled_encoder().half()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--encoder", "loud_factory:encoder", "--size", 64, "-o", "out.png", "--json")
+    status, out, err = run("explain", photos / "query.png", photos / "cat.jpg", *arguments)
+    assert status == 0
+    assert 0 < json.loads(out)["references"][0]["score"] < 1
+    assert "loading" in err
+
+
+def test_margins_are_what_the_contrast_is_of(run, photos, tmp_path):
+    paths = [photos / name for name in ("query.png", "cat.jpg", "coffee.png")]
+    for contrast, of in (("rest", lambda a, b: [a - b, b - a]), ("1", lambda a, b: [0, b - a])):
+        _, out, _ = run("explain", *paths, "--json", "--contrast", contrast, "-o", tmp_path / "out.png")
+        references = json.loads(out)["references"]
+        assert [r["margin"] for r in references] == pytest.approx(of(*(r["score"] for r in references)), abs=1e-6)
+
+
+def test_sixteen_bits_are_read_as_eight(tmp_path):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "eight.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    eight, sixteen = (np.asarray(read_image(tmp_path / f"{name}.png")) for name in ("eight", "sixteen"))
+    assert np.array_equal(eight, sixteen)
+
+
 def test_a_download_that_fails_is_one_line_that_names_weights(run, photos, monkeypatch):
     def unreachable(*_, **__):
-        sys.stderr.write("Downloading\n")  # as torch.hub does
+        print("Downloading")  # as torch.hub does
+        sys.stderr.write("Downloading\n")
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    status, _, err = run("explain", photos / "query.png", photos / "cat.jpg", "--encoder", "torchvision:resnet18")
-    assert status == 2
+    status, out, err = run("explain", photos / "query.png", photos / "cat.jpg", "--encoder", "torchvision:resnet18")
+    assert (status, out) == (2, "")
     assert "--weights FILE" in err
     assert err.count("\n") == 1
 
