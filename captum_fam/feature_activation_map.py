@@ -516,8 +516,15 @@ def _valid(
     z: Tensor, s: Tensor, own: Tensor, other: Other, c: Tensor, sides: tuple[str, str]
 ) -> tuple[Tensor, list[str]]:
     """Whether each input's similarity to each of its references (B, P) can be explained, and a doubt if not."""
-    inputs, references = (x.isfinite().all(1) & (x != 0).any(1) for x in (z, s))
-    valid = inputs[:, None] & references[own] & c.isfinite().all(2)
+
+    def usable(x: Tensor) -> Tensor:
+        largest = x.abs().amax(1)
+        return largest.isfinite() & (largest > 0)
+
+    inputs, references = usable(z), torch.ones(len(s), dtype=torch.bool, device=s.device)
+    used = own.unique() if other is None else slice(None)
+    references[used] = usable(s[used])
+    valid = inputs[:, None] & references[own] & c.abs().amax(2).isfinite()
     if isinstance(other, Tensor):
         valid &= references[other]
     if valid.all():
