@@ -252,6 +252,13 @@ def test_sixteen_bits_are_read_as_eight(tmp_path):
     assert np.array_equal(eight, sixteen)
 
 
+def test_a_photo_taken_sideways_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    Image.new("RGB", (20, 10)).save(tmp_path / "sideways.jpg", exif=exif)
+    assert read_image(tmp_path / "sideways.jpg").size == (10, 20)
+
+
 def test_a_download_that_fails_is_one_line_that_names_weights(run, photos, monkeypatch):
     def unreachable(*_, **__):
         print("Downloading")  # as torch.hub does
