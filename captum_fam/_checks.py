@@ -17,7 +17,7 @@ def describe(value: object) -> str:
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the caller's line, outside this package, Captum and the standard library."""
+    """A UserWarning at the caller's line, outside this package and Captum."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
         "captum_fam",

@@ -98,7 +98,12 @@ def explain(
         tensors = torch.stack(pixels).to(device, dtype)
         layer_name, module = find_layer(model, layer, tensors[:1])
         fam = FeatureActivationMap(model, module, similarity=similarity)
-        z, s = fam.embed(tensors[:1]), fam.embed(tensors[1:])
+        try:
+            z, s = fam.embed(tensors[:1]), fam.embed(tensors[1:])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{encoder} gives no embeddings (B, D) ({one_line(error)}): let the factory return a module that does"
+            ) from error
         scores = channel_contributions(widen(z), widen(s), similarity).sum(1).tolist()
         if isinstance(other, int):
             queries = tensors[:1].expand(len(s), -1, -1, -1)

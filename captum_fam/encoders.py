@@ -60,6 +60,10 @@ def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEn
     names = models.list_models(module=models)
     if architecture not in names:
         raise ValueError(f"torchvision has no model {architecture!r}{_near(architecture, names)}")
+    if weights and architecture in ("googlenet", "inception_v3"):
+        raise ValueError(
+            f"{name} normalises its pretrained weights' images in its own way: write a factory that loads them"
+        )
     default = models.get_model_weights(architecture).DEFAULT
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # a failed download is one line, below
@@ -68,10 +72,6 @@ def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEn
         raise ValueError(
             f"cannot download the weights of {name} ({one_line(error)}): pass a state dict as --weights FILE"
         ) from error
-    if weights and architecture in ("googlenet", "inception_v3"):
-        raise ValueError(
-            f"{name} normalises its pretrained weights' images in its own way: write a factory that loads them"
-        )
     classifiers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not classifiers:
         raise ValueError(f"{name} has no linear classifier to take off: write a factory that returns its encoder")

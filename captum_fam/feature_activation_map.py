@@ -437,19 +437,18 @@ class FeatureActivationMap(LayerAttribution):
         return _recording.embed(self._encoder(), "reference", references, additional_forward_args, self._selector())
 
     def _score(self) -> SimilarityScore | None:
-        module = self.forward_func.module if isinstance(self.forward_func, nn.DataParallel) else self.forward_func
+        func = _uncompiled(self.forward_func)
+        module = func.module if isinstance(func, nn.DataParallel) else func
         return module if isinstance(module, SimilarityScore) else None
 
     def _encoder(self) -> Callable[..., Any]:
-        score = self._score()
-        func: Any = self.forward_func
+        score, func = self._score(), _uncompiled(self.forward_func)
         if score is None:
             encoder = func
         elif isinstance(func, nn.DataParallel) and func.device_ids:
             encoder = nn.DataParallel(func.module.encoder, func.device_ids, func.output_device, func.dim)
         else:
-            encoder = score.encoder
-        encoder = getattr(encoder, "_orig_mod", encoder)  # a compiled model runs past the hooks of its modules
+            encoder = _uncompiled(score.encoder)
         return encoder  # type: ignore[no-any-return]  # what the user gave
 
     def _similarity(self) -> Similarity:
@@ -476,6 +475,11 @@ _NO_GRAPH = (
     "The embedding's dimensions are not the layer's channels, so the weights need a gradient, which"
     " torch.inference_mode() rules out; use torch.no_grad() instead."
 )
+
+
+def _uncompiled(func: Any) -> Any:
+    """The module behind torch.compile, which runs past hooks that are set after its first call."""
+    return getattr(func, "_orig_mod", func)
 
 
 def _check_layer(layer: object) -> None:

@@ -360,3 +360,10 @@ def test_a_compiled_encoder_that_has_run_before_gives_the_maps_of_the_encoder_it
     compiled(x)
     maps = FeatureActivationMap(compiled, compiled.layer).attribute(x, reference=x)
     torch.testing.assert_close(maps, FeatureActivationMap(encoder, encoder.layer).attribute(x, reference=x))
+
+
+def test_a_compiled_score_gives_the_maps_of_the_score_itself():
+    encoder, x, s = seeded(PooledEncoder), random(2, 3, 8, 8), random(3, 6, seed=2)
+    score = SimilarityScore(encoder, s, "euclidean")
+    maps = FeatureActivationMap(torch.compile(score, backend="eager"), encoder.layer).attribute(x, target=1)
+    torch.testing.assert_close(maps, FeatureActivationMap(score, encoder.layer).attribute(x, target=1))

@@ -148,6 +148,13 @@ class Failing(nn.Module):
 def failing():
     return Failing()
 
+class Dicts(nn.Conv2d):
+    def forward(self, x):
+        return {"embedding": super().forward(x).mean((2, 3))}
+
+def dicts():
+    return nn.Sequential(nn.Conv2d(3, 3, 1), Dicts(3, 4, 1))
+
 def leaving():
     sys.exit(3)
 """
@@ -177,6 +184,7 @@ BAD = {
     "a layer without a map": (["{query}", "{cat}", "--encoder", "bad_encoders:flat"], "--layer"),
     "tokens after the last map": (["{query}", "{cat}", "--encoder", "bad_encoders:tokens"], "reshape_transform"),
     "an encoder that fails": (["{query}", "{cat}", "--encoder", "bad_encoders:failing"], "--size"),
+    "an encoder of dicts": (["{query}", "{cat}", "--encoder", "bad_encoders:dicts"], "let the factory return"),
     "a factory that exits": (["{query}", "{cat}", "--encoder", "bad_encoders:leaving"], "SystemExit"),
     "an encoder without a factory": (["{query}", "{cat}", "--encoder", "bad_encoders:"], "module.path:factory"),
     "a checkpoint": (["{query}", "{cat}", "--weights", "{tmp}/checkpoint.pt"], "'model'"),
