@@ -31,7 +31,8 @@ def contributions(
     """c (B, P, D) with the references ``own`` (B, P), less those with ``other`` if it is given."""
 
     def c(index: Tensor) -> Tensor:
-        return channel_contributions(z[:, None], s[index], similarity)
+        with _exact(z):
+            return channel_contributions(z[:, None], s[index], similarity)
 
     if other is None:
         return c(own)
@@ -56,25 +57,50 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
     return bool((close | aside).all())
 
 
-def jacobian_weights(recording: Recording, w: Tensor) -> list[list[Tensor]]:
-    """alpha (B, P, C) for w (B, P, D), for each tensor of each layer."""
+def jacobian_weights(recording: Recording, w: Tensor, summed: bool = True) -> list[list[Tensor]]:
+    """alpha (B, P, C) for w (B, P, D), for each tensor of each layer; not summed, (B, P, C, *spatial)."""
     P, D = w.shape[1:]
     # alpha is linear in w: for more references than dimensions (or none), one gradient a dimension serves all.
     direct = 0 < P <= D
     rows = w if direct else torch.eye(D, dtype=w.dtype, device=w.device).expand(len(w), D, D)
-    gradients = [recording.gradient_sums(row) for row in rows.unbind(1)]
-    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*gradients)]
-    return alpha if direct else [[w @ jacobian for jacobian in layer] for layer in alpha]
+
+    def carry(row: Tensor) -> list[list[Tensor]]:
+        return [[_places(g).sum(2) if summed else g for g in layer] for layer in recording.gradients(row)]
+
+    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*map(carry, rows.unbind(1)))]
+    with _exact(w):
+        return alpha if direct else [[torch.einsum("bpd,bd...->bp...", w, J) for J in layer] for layer in alpha]
+
+
+def independent(names: list[str], jacobian: list[list[Tensor]], w: Tensor, valid: Tensor) -> list[str]:
+    """Doubts about layers whose weights are all zero, though those of the embedding (for valid pairs) are not."""
+    if not (w.any(2) & valid).any():
+        return []
+    return [
+        f"The embedding does not depend on layer {name} (as on patch tokens after the last attention, where the class"
+        " token is the embedding), or the encoder cuts the gradient between them (detach, torch.no_grad): its map is"
+        " zero. Choose a layer on the way to the embedding, after any such cut."
+        for name, tensors in zip(names, jacobian)
+        if not any(alpha.any() for alpha in tensors)
+    ]
 
 
 def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:
-    """M (B, P, *spatial) = sum over k of alpha_k A_k."""
-    return (alpha @ _places(A)).reshape(*alpha.shape[:2], *A.shape[2:])
+    """M (B, P, *spatial) = sum over k of alpha_k A_k, for alpha (B, P, C) or (B, P, C, *spatial)."""
+    with _exact(A):
+        M = alpha @ _places(A) if alpha.ndim == 3 else (alpha.flatten(3) * _places(A)[:, None]).sum(2)
+    return M.reshape(*alpha.shape[:2], *A.shape[2:])
 
 
 def weighted_activations(alpha: Tensor, A: Tensor) -> Tensor:
     """The terms alpha_k A_k of the one map of each input, (B, C, *spatial)."""
-    return (alpha.mT * _places(A)).reshape(A.shape)
+    weights = alpha.mT if alpha.ndim == 3 else alpha[:, 0].flatten(2)
+    return (weights * _places(A)).reshape(A.shape)
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    """Without the half precision that autocast would choose for products of matrices."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _places(A: Tensor) -> Tensor:

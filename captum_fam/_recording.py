@@ -16,6 +16,11 @@ from captum_fam.similarity import widen
 
 Tensors = tuple[Tensor, ...]
 
+_NO_GRAPH = (
+    "The embedding's dimensions are not the layer's channels, so the weights need a gradient, which"
+    " torch.inference_mode() rules out; use torch.no_grad() instead."
+)
+
 # A DataParallel model calls the layer in threads of its own, so its calls are recorded one at a time.
 _PARALLEL = threading.Lock()
 
@@ -25,6 +30,8 @@ class Recording:
     The embeddings of one forward pass and the activations of its layers.
 
     Attributes:
+        inputs, additional_forward_args: of the forward pass.
+        layer_input: whether the layers' inputs were recorded, instead of their outputs.
         embedding: z (B, D), detached.
         names: of the layers.
         layers: for each layer the tensors that it returned, as (B, C, *spatial), detached.
@@ -34,14 +41,19 @@ class Recording:
 
     def __init__(
         self,
+        inputs: Tensors,
+        additional_forward_args: Any,
+        layer_input: bool,
         embedding: Tensor,
         names: list[str],
         tensors: list[list[Tensors]],
         has_graph: bool,
         doubts: list[str],
         reshape_transform: Callable[[Tensor], Tensor] | None,
-        input_ndim: int,
     ) -> None:
+        self.inputs = inputs
+        self.additional_forward_args = additional_forward_args
+        self.layer_input = layer_input
         self.embedding = embedding.detach()
         self.names = names
         self.has_graph = has_graph
@@ -49,24 +61,25 @@ class Recording:
         self._embedding = embedding
         self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
         self._reshape_transform = reshape_transform
-        self._input_ndim = input_ndim
         self.layers = [
             tuple(self._layout(a, name) for a in _captum.reduce_list([tuple(a.detach() for a in t) for t in devices]))
             for name, devices in zip(names, tensors)
         ]
 
-    def gradient_sums(self, w: Tensor) -> list[Tensors]:
-        """The gradient of w·z, for w (B, D), with respect to each activation, summed over its locations: (B, C)."""
+    def gradients(self, w: Tensor) -> list[Tensors]:
+        """The gradient of w·z, for w (B, D), with respect to each layer's activations, in their layout."""
+        if not self.has_graph:
+            raise RuntimeError(_NO_GRAPH)
         flat = [a for devices in self._tensors for tensors in devices for a in tensors]
         found, scale = self._gradients(w, flat)
         rest = iter(zip(flat, found))
-        sums = []
+        gradients = []
         for devices in self._tensors:
             pairs = [[next(rest) for _ in tensors] for tensors in devices]
             filled = [tuple(torch.zeros_like(a) if g is None else g for a, g in tensors) for tensors in pairs]
-            gradients = [widen(self._reshape(g)) for g in _captum.reduce_list(filled)]
-            sums.append(tuple(scale * (g.flatten(2).sum(2) if g.ndim > 2 else g) for g in gradients))
-        return sums
+            laid_out = [widen(self.reshape(g)) for g in _captum.reduce_list(filled)]
+            gradients.append(tuple(scale.reshape(-1, *[1] * (g.ndim - 1)) * g for g in laid_out))
+        return gradients
 
     def _gradients(self, w: Tensor, tensors: list[Tensor]) -> tuple[Sequence[Tensor | None], Tensor]:
         """Gradients of a multiple of w·z in a range that half precision holds, and the scale (B, 1) that undoes it."""
@@ -81,19 +94,20 @@ class Recording:
                 break
         return found, largest / gain
 
-    def _reshape(self, activation: Tensor) -> Tensor:
+    def reshape(self, activation: Tensor) -> Tensor:
+        """The layer's activations, or whatever has their shape, as (B, C, *spatial)."""
         return activation if self._reshape_transform is None else self._reshape_transform(activation)
 
     def _layout(self, activation: Tensor, name: str) -> Tensor:
         """Activations as (B, C, *spatial), or an error that says how to make them so."""
-        A, (B, D) = self._reshape(activation), self.embedding.shape
+        A, (B, D) = self.reshape(activation), self.embedding.shape
         if not isinstance(A, Tensor) or A.ndim < 2 or len(A) != B:
             origin = f"layer {name} to give" if self._reshape_transform is None else "`reshape_transform` to return"
             raise ValueError(
                 f"Expected {origin} activations (B, C, *spatial) with B = {B}, but got {describe(A)}; choose another"
                 " layer, or pass a reshape_transform that returns that layout."
             )
-        tokens = A.ndim < self._input_ndim or (A.shape[-1] == D and D not in A.shape[2:-1])
+        tokens = A.ndim < self.inputs[0].ndim or (A.shape[-1] == D and D not in A.shape[2:-1])
         # (B, h, h, C): even the widest maps of channels-last models, 56 by 56 with 96, have so many channels
         channels_last = A.ndim == 4 and A.shape[1] == A.shape[2] and 2 * A.shape[3] >= 3 * A.shape[1]
         if self._reshape_transform is None and A.ndim > 2 and A.shape[1] != D and (tokens or channels_last):
@@ -202,7 +216,17 @@ def record(
         ids = _captum.extract_device_ids(forward_func, found, device_ids)
         tensors = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]
         has_graph = graph and not embedding.is_inference()
-        yield Recording(embedding, names, tensors, has_graph, doubts, reshape_transform, inputs[0].ndim)
+        yield Recording(
+            inputs,
+            additional_forward_args,
+            layer_input,
+            embedding,
+            names,
+            tensors,
+            has_graph,
+            doubts,
+            reshape_transform,
+        )
 
 
 def embed(

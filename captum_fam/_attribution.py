@@ -1,0 +1,512 @@
+"""What the attribution methods share: the rules of references, one recorded pass, and results in Captum's forms."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from captum.attr import Attribution, LayerAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_fam import _method, _recording
+from captum_fam._captum import TargetType
+from captum_fam._checks import (
+    check_callable,
+    check_dimensions,
+    check_reference_embedding,
+    check_rows_fit,
+    check_same_form,
+    describe,
+    format_inputs,
+    reference_index,
+    warn,
+)
+from captum_fam._recording import Recording, Tensors
+from captum_fam.score import SimilarityScore
+from captum_fam.similarity import Similarity, check_similarity, widen
+
+Inputs: TypeAlias = Tensor | Tensors
+Maps: TypeAlias = Tensor | Tensors | list[Tensor | Tensors]
+Other: TypeAlias = Tensor | Literal["rest"] | None
+Selector: TypeAlias = Callable[[Any], Tensor] | None
+
+
+@dataclass(frozen=True)
+class References:
+    """K references, as embeddings (K, D) or as inputs of the encoder, and the similarity to them."""
+
+    tensors: Tensors
+    are_inputs: bool
+    similarity: Similarity
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+
+class Pairs:
+    """
+    B recorded inputs, each with P of K references.
+
+    Attributes:
+        recording: of the inputs' forward pass.
+        z: embeddings (B, D) of the inputs.
+        s: embeddings (K, D) of the references.
+        own: the references' numbers (B, P).
+        other: the references to contrast with, (B, 1), "rest" or none.
+        similarity: as in channel_contributions.
+        c: contributions (B, P, D).
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        s: Tensor,
+        own: Tensor,
+        other: Other,
+        similarity: Similarity,
+        sides: tuple[str, str] = ("inputs", "references"),
+    ) -> None:
+        self.recording = recording
+        self.z = widen(recording.embedding)
+        check_dimensions(self.z, s)
+        self.s, self.own = s.to(self.z), own.to(self.z.device)
+        self.other = other.to(self.z.device) if isinstance(other, Tensor) else other
+        self.similarity = similarity
+        self.c = self.contributions(similarity)
+        self._sides = sides
+
+    def explainable(self) -> Tensor:
+        """Which pairs (B, P) have a similarity that can be explained: their embeddings are finite and not zero."""
+        inputs = _usable(self.z)
+        references = torch.ones(len(self.s), dtype=torch.bool, device=self.s.device)
+        used = self.own.unique() if self.other is None else slice(None)
+        references[used] = _usable(self.s[used])
+        valid = inputs[:, None] & references[self.own] & self.c.abs().amax(2).isfinite()
+        if isinstance(self.other, Tensor):
+            valid &= references[self.other]
+        if not valid.all():
+            bad = [
+                f"{side} {(~good).nonzero().flatten().tolist()}"
+                for side, good in sorted(zip(self._sides, (inputs, references)))
+                if not good.all()
+            ]
+            which = ", ".join(bad) or "their contributions overflow"
+            self.recording.doubts.append(
+                f"Embeddings are zero or not finite ({which}): the maps that depend on them are zero."
+            )
+        return valid
+
+    def contributions(self, similarity: Similarity) -> Tensor:
+        """c (B, P, D) by another similarity."""
+        return _method.contributions(self.z, self.s, self.own, self.other, similarity)
+
+
+class SimilarityAttribution(Attribution):
+    """A method that explains the similarity of the inputs' embeddings to references."""
+
+    # Whether the method explains a classifier too: its outputs are an embedding, a class is one dimension of it.
+    explains_classifiers = True
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *captum_args: Any,
+        similarity: Similarity | None = None,
+        output_selector: Selector = None,
+    ) -> None:
+        check_callable("forward_func", forward_func)
+        if similarity is not None:
+            check_similarity(similarity)
+        if output_selector is not None:
+            check_callable("output_selector", output_selector)
+        super().__init__(forward_func, *captum_args)
+        self.similarity = similarity
+        self.output_selector = output_selector
+
+    def embed(self, inputs: Inputs, additional_forward_args: object | None = None) -> Tensor:
+        r"""
+        The embeddings that :meth:`attribute` compares.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): Inputs of the encoder, batch first.
+            additional_forward_args (Any, optional): As in :meth:`attribute`.
+                        Default: None
+
+        Returns:
+            *Tensor*: embeddings (B, D), detached.
+
+        Raises:
+            TypeError, ValueError: the encoder does not return (B, D) and no ``output_selector``
+                        takes its output there.
+        """
+        return _recording.embed(
+            self._encoder(), "inputs", format_inputs("inputs", inputs), additional_forward_args, self._selector()
+        )
+
+    def attribute_future(self) -> None:
+        r"""This method is not implemented."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def _references(
+        self,
+        inputs: Tensors,
+        reference: Inputs | None,
+        reference_embedding: Tensor | None,
+        additional_forward_args: object | None,
+    ) -> References:
+        """The references from the one place that gives them."""
+        score = self._score()
+        given = [
+            name
+            for name, value in (
+                ("reference", reference),
+                ("reference_embedding", reference_embedding),
+                ("the references of the SimilarityScore", score),
+            )
+            if value is not None
+        ]
+        if not given and self.explains_classifiers and self.similarity is None:
+            classes = self.embed(inputs, additional_forward_args).shape[1]
+            return References((torch.eye(classes),), False, "dot")
+        if len(given) != 1:
+            raise ValueError(
+                "Expected exactly one of `reference`, `reference_embedding` and the references of a SimilarityScore,"
+                f" but got {' and '.join(given) or 'none; pass them by these names'}."
+            )
+        similarity = self._similarity()
+        if reference is not None:
+            tensors = format_inputs("reference", reference)
+            check_same_form(tensors, inputs)
+            return References(tensors, True, similarity)
+        if score is not None:
+            return References((score.reference_embedding,), False, similarity)
+        check_reference_embedding(reference_embedding)
+        return References((reference_embedding,), False, similarity)  # type: ignore[arg-type]  # checked
+
+    def _embedded(self, references: References, inputs: Tensors, additional_forward_args: object | None) -> Tensor:
+        """s (K, D)"""
+        if not references.are_inputs:
+            return references.tensors[0].detach()
+        check_rows_fit(additional_forward_args, len(inputs[0]), len(references))
+        return _recording.embed(
+            self._encoder(), "reference", references.tensors, additional_forward_args, self._selector()
+        )
+
+    def _own(self, target: TargetType, references: int, inputs: int) -> Tensor:
+        """The number of the reference that each input takes, (B,)."""
+        return reference_index("target", target, references, inputs)
+
+    def _score(self) -> SimilarityScore | None:
+        func = _uncompiled(self.forward_func)
+        module = func.module if isinstance(func, nn.DataParallel) else func
+        return module if isinstance(module, SimilarityScore) else None
+
+    def _encoder(self) -> Callable[..., Any]:
+        score, func = self._score(), _uncompiled(self.forward_func)
+        if score is None:
+            encoder = func
+        elif isinstance(func, nn.DataParallel) and func.device_ids:
+            encoder = nn.DataParallel(func.module.encoder, func.device_ids, func.output_device, func.dim)
+        else:
+            encoder = _uncompiled(score.encoder)
+        return encoder  # type: ignore[no-any-return]  # what the user gave
+
+    def _similarity(self) -> Similarity:
+        if self.similarity is not None:
+            return self.similarity
+        score = self._score()
+        return "cosine" if score is None else score.similarity
+
+    def _selector(self) -> Selector:
+        if self.output_selector is not None:
+            return self.output_selector
+        score = self._score()
+        return None if score is None else score.output_selector
+
+
+class ChannelAttribution(SimilarityAttribution, LayerAttribution):
+    r"""
+    A method whose map is a weighted sum of a layer's activations,
+    :math:`M = \sum_k \alpha_k A_k`: a method is its weights, :meth:`_channel_weights`.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        *,
+        similarity: Similarity | None = None,
+        output_selector: Selector = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        _check_layer(layer)
+        if reshape_transform is not None:
+            check_callable("reshape_transform", reshape_transform)
+        super().__init__(forward_func, layer, device_ids, similarity=similarity, output_selector=output_selector)
+        self.reshape_transform = reshape_transform
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: TargetType = None,
+        additional_forward_args: object | None = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        attr_dim_summation: bool = True,
+        *,
+        reference: Inputs | None = None,
+        reference_embedding: Tensor | None = None,
+        contrast: TargetType | Literal["rest"] | str = None,
+    ) -> Maps:
+        r"""
+        Explains each input's similarity to one reference.
+
+        The references are exactly one of ``reference``, ``reference_embedding`` and those of
+        a SimilarityScore. With ``target``, each input takes the reference that its target
+        numbers. Without, one reference is shared by the batch, as many references as inputs
+        are paired with them, and anything else is an error. (The methods that say that they
+        explain classifiers too need no references then: ``target`` is a class.)
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): Inputs to explain, batch first.
+            target (int, list, Tensor, optional): Number of the reference, in Captum's forms:
+                        an int for all inputs, or a list or 1D tensor with one for each.
+                        Default: None
+            additional_forward_args (Any, optional): Further arguments of forward_func, as for
+                        other Captum methods. They are also given to the forward pass of
+                        ``reference``, which must then have as many rows as tensors among them.
+                        Default: None
+            attribute_to_layer_input (bool, optional): Explains the layer's input instead of
+                        its output. In the jacobian case, the gradient is that through the
+                        layer: other paths of the same tensor, around the layer, do not count.
+                        Default: False
+            relu_attributions (bool, optional): Drops the negative part of the maps.
+                        Default: False
+            attr_dim_summation (bool, optional): Whether to sum over the channels.
+                        Default: True
+            reference (Tensor or tuple[Tensor, ...], optional): K references in the form of
+                        ``inputs``; embedded before any hook is set.
+                        Default: None
+            reference_embedding (Tensor, optional): K references as embeddings (K, D).
+                        Default: None
+            contrast (int, list, Tensor or str, optional): Number of the reference to contrast
+                        with, in the forms of ``target``, or ``"rest"`` for the mean over all
+                        the others. The weights are then signed, whatever ``normalize``. Default: None
+
+        Where Captum repeats the inputs (NoiseTunnel, sensitivity_max), it expands ``target`` but
+        not the references or ``contrast``: there, choose among the references with ``target``,
+        and pass an int or ``"rest"`` as ``contrast``.
+
+        Returns:
+            *Tensor*, *tuple[Tensor, ...]* or *list* of **attributions**:
+            - maps (B, 1, \*spatial), or (B, C, \*spatial) without the sum over channels, in the
+              dtype of the layer's activations, detached; a tuple for a layer that gives several
+              tensors, and a list of results for a list of layers.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described above; the message names it.
+            RuntimeError: the jacobian is needed under ``torch.inference_mode()``.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> support, labels = torch.rand(6, 3, 16, 16), [0, 0, 1, 1, 2, 2]
+            >>> score = SimilarityScore(encoder, prototypes(encoder(support), labels), "euclidean")
+            >>> fam = FeatureActivationMap(score, encoder[1])
+            >>> fam.attribute(torch.rand(4, 3, 16, 16), target=2).shape
+            torch.Size([4, 1, 14, 14])
+        """
+        inputs = format_inputs("inputs", inputs)
+        B = len(inputs[0])
+        references = self._references(inputs, reference, reference_embedding, additional_forward_args)
+        own = self._own(target, len(references), B)[:, None]
+        other = _other(contrast, len(references), B)
+        s = self._embedded(references, inputs, additional_forward_args)
+        with self._record(inputs, additional_forward_args, attribute_to_layer_input) as recording:
+            maps = self._maps(
+                Pairs(recording, s, own, other, references.similarity), relu_attributions, attr_dim_summation
+            )
+        return self._result(maps, recording.doubts)
+
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object | None = None,
+        *,
+        reference: Inputs | None = None,
+        reference_embedding: Tensor | None = None,
+        relu_attributions: bool = False,
+        contrast: Literal["rest"] | str | None = None,
+    ) -> Maps:
+        r"""
+        Explains each input's similarity to every reference, with one forward pass of the inputs.
+
+        Args:
+            inputs, additional_forward_args, reference, reference_embedding, relu_attributions:
+                        As in :meth:`attribute`.
+            contrast (str, optional): ``"rest"`` contrasts each reference with the mean over
+                        all the others.
+                        Default: None
+
+        Returns:
+            *Tensor*, *tuple[Tensor, ...]* or *list*: maps (B, K, \*spatial), otherwise as
+            :meth:`attribute`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> fam = FeatureActivationMap(encoder, encoder[1])
+            >>> fam.attribute_all(torch.rand(2, 3, 16, 16), reference_embedding=torch.rand(100, 8)).shape
+            torch.Size([2, 100, 14, 14])
+        """
+        inputs = format_inputs("inputs", inputs)
+        references = self._references(inputs, reference, reference_embedding, additional_forward_args)
+        B, K = len(inputs[0]), len(references)
+        if not K:
+            raise ValueError("Expected at least one reference, but got none.")
+        if contrast not in (None, "rest"):
+            raise ValueError(
+                f'Expected `contrast` to be "rest" or None, but got {describe(contrast)}; `attribute` takes a number.'
+            )
+        own, other = torch.arange(K).expand(B, -1), _other(contrast, K, B)
+        s = self._embedded(references, inputs, additional_forward_args)
+        with self._record(inputs, additional_forward_args) as recording:
+            maps = self._maps(Pairs(recording, s, own, other, references.similarity), relu_attributions)
+        return self._result(maps, recording.doubts)
+
+    def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
+        r"""
+        Explains a similarity on both sides, with one forward pass of each.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): B inputs.
+            reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
+                        paired with the inputs, or one that they share.
+
+        Returns:
+            *tuple*: maps of the inputs, and maps of the reference, each (B, 1, \*spatial),
+            otherwise as :meth:`attribute`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> fam = FeatureActivationMap(encoder, encoder[1])
+            >>> here, there = fam.attribute_pair(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 24))
+            >>> here.shape, there.shape
+            (torch.Size([2, 1, 14, 14]), torch.Size([2, 1, 22, 22]))
+        """
+        inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
+        check_same_form(reference, inputs)
+        B, K = len(inputs[0]), len(reference[0])
+        if K not in (1, B):
+            raise ValueError(f"Expected `reference` to hold one reference or {B}, one for each input, but got {K}.")
+        own, similarity = reference_index("reference", None, K, B)[:, None], self._similarity()
+        with self._record(inputs, None) as one, self._record(reference, None) as two:
+            maps = self._maps(Pairs(one, two.embedding, own, None, similarity))
+            # A shared reference has one map for each input: its P maps become B of one.
+            numbers = own if K == B else torch.arange(B)[None]
+            back = Pairs(two, one.embedding, numbers, None, similarity, ("references", "inputs"))
+            reference_maps = [
+                tuple(M if K == B else M.transpose(0, 1).contiguous() for M in layer) for layer in self._maps(back)
+            ]
+        return self._result(maps, one.doubts + two.doubts), self._result(reference_maps, [])
+
+    def _needs_graph(self) -> bool:
+        """Whether the weights may need the gradient of the embedding with respect to the layer."""
+        return False
+
+    @abstractmethod
+    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+        """
+        alpha (B, P, C), or (B, P, C, *spatial) where it differs between locations, for each
+        tensor of each layer. What it is for pairs that are not valid (B, P) does not matter.
+        """
+
+    def _maps(
+        self,
+        pairs: Pairs,
+        relu: bool = False,
+        summed: bool = True,
+    ) -> list[Tensors]:
+        """For each layer the maps (B, P, *spatial); not summed, for P = 1, their terms (B, C, *spatial)."""
+        maps: list[Tensors] = []
+        with torch.no_grad():
+            valid = self._valid(pairs)
+            for layer, weights in zip(pairs.recording.layers, self._channel_weights(pairs, valid)):
+                maps.append(())
+                for A, alpha in zip(layer, weights):
+                    M = _method.activation_maps(alpha, A) if summed else _method.weighted_activations(alpha, A)
+                    M = torch.where(valid.reshape(*valid.shape, *[1] * (M.ndim - 2)), M, torch.zeros_like(M))
+                    maps[-1] += ((F.relu(M) if relu else M).to(A.dtype),)
+        return maps
+
+    def _valid(self, pairs: Pairs) -> Tensor:
+        """Which maps (B, P) mean something; the others are zero."""
+        return pairs.explainable()
+
+    def _record(
+        self, inputs: Tensors, additional_forward_args: object | None, layer_input: bool = False
+    ) -> AbstractContextManager[Recording]:
+        _check_layer(self.layer)
+        return _recording.record(
+            self._encoder(),
+            self.layer if isinstance(self.layer, list) else [self.layer],
+            inputs,
+            additional_forward_args,
+            output_selector=self._selector(),
+            reshape_transform=self.reshape_transform,
+            layer_input=layer_input,
+            graph=self._needs_graph() and not torch.is_inference_mode_enabled(),
+            device_ids=self.device_ids,
+        )
+
+    def _result(self, maps: list[Tensors], doubts: list[str]) -> Maps:
+        """Captum's form: a tuple for several tensors, a list for a list of layers. Warns of each doubt once."""
+        for doubt in dict.fromkeys(doubts):
+            warn(doubt)
+        results = [layer if len(layer) > 1 else layer[0] for layer in maps]
+        return results if isinstance(self.layer, list) else results[0]
+
+
+def _usable(x: Tensor) -> Tensor:
+    """Which embeddings (N, D) are finite and not zero."""
+    largest = x.abs().amax(1)
+    return largest.isfinite() & (largest > 0)
+
+
+def _uncompiled(func: Any) -> Any:
+    """The module behind torch.compile, which runs past hooks that are set after its first call."""
+    return getattr(func, "_orig_mod", func)
+
+
+def _check_layer(layer: object) -> None:
+    layers = layer if isinstance(layer, list) else [layer]
+    if not layers or not all(isinstance(m, nn.Module) for m in layers):
+        hint = "; pass model.get_submodule(name)" if any(isinstance(m, str) for m in layers) else ""
+        got = f"a list of {[type(m).__name__ for m in layers]}" if isinstance(layer, list) else describe(layer)
+        raise TypeError(f"Expected `layer` to be a module or a list of modules, but got {got}{hint}.")
+
+
+def _other(contrast: object, references: int, inputs: int) -> Other:
+    """The references to contrast with: (B, 1), the rest, or none."""
+    if contrast is None:
+        return None
+    if not isinstance(contrast, str):
+        return reference_index("contrast", contrast, references, inputs)[:, None]
+    if contrast != "rest":
+        raise ValueError(f'Expected `contrast` to be the number of a reference or "rest", but got {contrast!r}.')
+    if references < 2:
+        raise ValueError(f'contrast="rest" needs at least two references, but there is {references}.')
+    return "rest"
