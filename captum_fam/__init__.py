@@ -1,12 +1,24 @@
 """Feature Activation Map and its companions: explanations of similarity scores, for Captum users."""
 
 from captum_fam.adapters import explanation_func, to_input_space
+from captum_fam.class_activation_map import ClassActivationMap
 from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.label_free_activation_map import LabelFreeActivationMap
+from captum_fam.relax import Relax
+from captum_fam.relevance_cam import RelevanceCam
 from captum_fam.score import SimilarityScore, prototypes
+from captum_fam.score_cam import ScoreCam
 from captum_fam.similarity import channel_contributions, contribution_weights
+from captum_fam.similarity_decomposition import SimilarityDecomposition
 
 __all__ = [
+    "ClassActivationMap",
     "FeatureActivationMap",
+    "LabelFreeActivationMap",
+    "Relax",
+    "RelevanceCam",
+    "ScoreCam",
+    "SimilarityDecomposition",
     "SimilarityScore",
     "channel_contributions",
     "contribution_weights",

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -47,47 +47,69 @@ class References:
         return len(self.tensors[0])
 
 
+@dataclass(frozen=True)
+class Question:
+    """
+    Which similarities are explained.
+
+    Attributes:
+        s: embeddings (K, D) of the references.
+        own: the numbers (B, P) of the references that each input is compared with.
+        other: the references to contrast with, (B, 1), "rest" or none.
+        similarity: as in channel_contributions.
+    """
+
+    s: Tensor
+    own: Tensor
+    other: Other
+    similarity: Similarity
+
+    def to(self, z: Tensor) -> "Question":
+        """On the device of the embeddings z (B, D) and in their dtype."""
+        check_dimensions(z, self.s)
+        other = self.other.to(z.device) if isinstance(self.other, Tensor) else self.other
+        return replace(self, s=self.s.to(z), own=self.own.to(z.device), other=other)
+
+    def of(self, rows: Tensor) -> "Question":
+        """The question about the inputs of these rows."""
+        other = self.other[rows] if isinstance(self.other, Tensor) else self.other
+        return replace(self, own=self.own[rows], other=other)
+
+    def contributions(self, z: Tensor, similarity: Similarity | None = None) -> Tensor:
+        """c (B, P, D) for embeddings z (B, D)."""
+        return _method.contributions(z, self.s, self.own, self.other, similarity or self.similarity)
+
+
 class Pairs:
     """
-    B recorded inputs, each with P of K references.
+    A question about recorded inputs.
 
     Attributes:
         recording: of the inputs' forward pass.
+        question: about them.
         z: embeddings (B, D) of the inputs.
-        s: embeddings (K, D) of the references.
-        own: the references' numbers (B, P).
-        other: the references to contrast with, (B, 1), "rest" or none.
-        similarity: as in channel_contributions.
         c: contributions (B, P, D).
     """
 
     def __init__(
-        self,
-        recording: Recording,
-        s: Tensor,
-        own: Tensor,
-        other: Other,
-        similarity: Similarity,
-        sides: tuple[str, str] = ("inputs", "references"),
+        self, recording: Recording, question: Question, sides: tuple[str, str] = ("inputs", "references")
     ) -> None:
         self.recording = recording
         self.z = widen(recording.embedding)
-        check_dimensions(self.z, s)
-        self.s, self.own = s.to(self.z), own.to(self.z.device)
-        self.other = other.to(self.z.device) if isinstance(other, Tensor) else other
-        self.similarity = similarity
-        self.c = self.contributions(similarity)
+        self.question = question.to(self.z)
+        self.c = self.question.contributions(self.z)
         self._sides = sides
 
     def explainable(self) -> Tensor:
         """Which pairs (B, P) have a similarity that can be explained: their embeddings are finite and not zero."""
+        s, own, other = self.question.s, self.question.own, self.question.other
         inputs = _usable(self.z)
-        references = torch.ones(len(self.s), dtype=torch.bool, device=self.s.device)
-        used = self.own.unique() if self.other is None else slice(None)
-        references[used] = _usable(self.s[used])
-        valid = inputs[:, None] & references[self.own] & self.c.abs().amax(2).isfinite()
-        if isinstance(self.other, Tensor):
-            valid &= references[self.other]
+        references = torch.ones(len(s), dtype=torch.bool, device=s.device)
+        used = own.unique() if other is None else slice(None)
+        references[used] = _usable(s[used])
+        valid = inputs[:, None] & references[own] & self.c.abs().amax(2).isfinite()
+        if isinstance(other, Tensor):
+            valid &= references[other]
         if not valid.all():
             bad = [
                 f"{side} {(~good).nonzero().flatten().tolist()}"
@@ -99,10 +121,6 @@ class Pairs:
                 f"Embeddings are zero or not finite ({which}): the maps that depend on them are zero."
             )
         return valid
-
-    def contributions(self, similarity: Similarity) -> Tensor:
-        """c (B, P, D) by another similarity."""
-        return _method.contributions(self.z, self.s, self.own, self.other, similarity)
 
 
 class SimilarityAttribution(Attribution):
@@ -196,23 +214,53 @@ class SimilarityAttribution(Attribution):
             self._encoder(), "reference", references.tensors, additional_forward_args, self._selector()
         )
 
+    def _question(
+        self,
+        inputs: Tensors,
+        target: TargetType,
+        additional_forward_args: object | None,
+        reference: Inputs | None,
+        reference_embedding: Tensor | None,
+        contrast: TargetType | str,
+    ) -> Question:
+        """The question about one reference for each input."""
+        references = self._references(inputs, reference, reference_embedding, additional_forward_args)
+        B, K = len(inputs[0]), len(references)
+        own, other = self._own(target, K, B)[:, None], _other(contrast, K, B)
+        s = self._embedded(references, inputs, additional_forward_args)
+        return Question(s, own, other, references.similarity)
+
+    def _scores(
+        self, changed: Tensor, rows: Tensor, inputs: int, additional_forward_args: Any, question: Question
+    ) -> Tensor:
+        """Scores (N, P) of changed inputs (N, ...), each made from the input of that row."""
+        given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+        args: Any = tuple(a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == inputs else a for a in given)
+        args = None if additional_forward_args is None else args
+        z = _recording.embed(self._encoder(), "inputs", (changed,), args, self._selector())
+        scores = question.to(widen(z)).of(rows).contributions(widen(z)).sum(2)
+        if scores.isfinite().all():
+            return scores
+        warn("Scores of masked inputs are not finite; they count as zero.")
+        return torch.where(scores.isfinite(), scores, torch.zeros_like(scores))
+
     def _own(self, target: TargetType, references: int, inputs: int) -> Tensor:
         """The number of the reference that each input takes, (B,)."""
         return reference_index("target", target, references, inputs)
 
     def _score(self) -> SimilarityScore | None:
-        func = _uncompiled(self.forward_func)
+        func = uncompiled(self.forward_func)
         module = func.module if isinstance(func, nn.DataParallel) else func
         return module if isinstance(module, SimilarityScore) else None
 
     def _encoder(self) -> Callable[..., Any]:
-        score, func = self._score(), _uncompiled(self.forward_func)
+        score, func = self._score(), uncompiled(self.forward_func)
         if score is None:
             encoder = func
         elif isinstance(func, nn.DataParallel) and func.device_ids:
             encoder = nn.DataParallel(func.module.encoder, func.device_ids, func.output_device, func.dim)
         else:
-            encoder = _uncompiled(score.encoder)
+            encoder = uncompiled(score.encoder)
         return encoder  # type: ignore[no-any-return]  # what the user gave
 
     def _similarity(self) -> Similarity:
@@ -323,15 +371,9 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
             torch.Size([4, 1, 14, 14])
         """
         inputs = format_inputs("inputs", inputs)
-        B = len(inputs[0])
-        references = self._references(inputs, reference, reference_embedding, additional_forward_args)
-        own = self._own(target, len(references), B)[:, None]
-        other = _other(contrast, len(references), B)
-        s = self._embedded(references, inputs, additional_forward_args)
+        question = self._question(inputs, target, additional_forward_args, reference, reference_embedding, contrast)
         with self._record(inputs, additional_forward_args, attribute_to_layer_input) as recording:
-            maps = self._maps(
-                Pairs(recording, s, own, other, references.similarity), relu_attributions, attr_dim_summation
-            )
+            maps = self._maps(Pairs(recording, question), relu_attributions, attr_dim_summation)
         return self._result(maps, recording.doubts)
 
     def attribute_all(
@@ -378,9 +420,11 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
                 f'Expected `contrast` to be "rest" or None, but got {describe(contrast)}; `attribute` takes a number.'
             )
         own, other = torch.arange(K).expand(B, -1), _other(contrast, K, B)
-        s = self._embedded(references, inputs, additional_forward_args)
+        question = Question(
+            self._embedded(references, inputs, additional_forward_args), own, other, references.similarity
+        )
         with self._record(inputs, additional_forward_args) as recording:
-            maps = self._maps(Pairs(recording, s, own, other, references.similarity), relu_attributions)
+            maps = self._maps(Pairs(recording, question), relu_attributions)
         return self._result(maps, recording.doubts)
 
     def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
@@ -410,16 +454,14 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
         check_same_form(reference, inputs)
         B, K = len(inputs[0]), len(reference[0])
-        if K not in (1, B):
-            raise ValueError(f"Expected `reference` to hold one reference or {B}, one for each input, but got {K}.")
-        own, similarity = reference_index("reference", None, K, B)[:, None], self._similarity()
+        own, similarity = pair_index(B, K), self._similarity()
         with self._record(inputs, None) as one, self._record(reference, None) as two:
-            maps = self._maps(Pairs(one, two.embedding, own, None, similarity))
+            maps = self._maps(Pairs(one, Question(two.embedding, own, None, similarity)))
             # A shared reference has one map for each input: its P maps become B of one.
-            numbers = own if K == B else torch.arange(B)[None]
-            back = Pairs(two, one.embedding, numbers, None, similarity, ("references", "inputs"))
+            back = Question(one.embedding, own if K == B else torch.arange(B)[None], None, similarity)
             reference_maps = [
-                tuple(M if K == B else M.transpose(0, 1).contiguous() for M in layer) for layer in self._maps(back)
+                tuple(M if K == B else M.transpose(0, 1).contiguous() for M in layer)
+                for layer in self._maps(Pairs(two, back, ("references", "inputs")))
             ]
         return self._result(maps, one.doubts + two.doubts), self._result(reference_maps, [])
 
@@ -486,7 +528,7 @@ def _usable(x: Tensor) -> Tensor:
     return largest.isfinite() & (largest > 0)
 
 
-def _uncompiled(func: Any) -> Any:
+def uncompiled(func: Any) -> Any:
     """The module behind torch.compile, which runs past hooks that are set after its first call."""
     return getattr(func, "_orig_mod", func)
 
@@ -497,6 +539,15 @@ def _check_layer(layer: object) -> None:
         hint = "; pass model.get_submodule(name)" if any(isinstance(m, str) for m in layers) else ""
         got = f"a list of {[type(m).__name__ for m in layers]}" if isinstance(layer, list) else describe(layer)
         raise TypeError(f"Expected `layer` to be a module or a list of modules, but got {got}{hint}.")
+
+
+def pair_index(inputs: int, references: int) -> Tensor:
+    """The reference of each input (B, 1), where they are paired or share one."""
+    if references not in (1, inputs):
+        raise ValueError(
+            f"Expected `reference` to hold one reference or {inputs}, one for each input, but got {references}."
+        )
+    return reference_index("reference", None, references, inputs)[:, None]
 
 
 def _other(contrast: object, references: int, inputs: int) -> Other:

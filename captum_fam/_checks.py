@@ -33,6 +33,12 @@ def check_callable(name: str, value: object) -> None:
         raise TypeError(f"Expected `{name}` to be a module or a function, but got {describe(value)}.")
 
 
+def check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        error = TypeError if not isinstance(value, int) or isinstance(value, bool) else ValueError
+        raise error(f"Expected `{name}` to be a positive int, but got {describe(value)}.")
+
+
 def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
     """A tensor or a tuple of tensors, as a tuple."""
     tensors = value if isinstance(value, tuple) else (value,)

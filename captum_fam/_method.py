@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from captum_fam._recording import Recording
-from captum_fam.similarity import Similarity, channel_contributions, unit, widen
+from captum_fam.similarity import Similarity, channel_contributions, nonzero, norm, unit, widen
 
 # How far unit vectors may differ that are equal but for the rounding of a mean in their dtype.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -57,6 +57,32 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
     return bool((close | aside).all())
 
 
+def aligned_scale(z: Tensor, A: Tensor) -> Tensor | None:
+    """Where z is a positive multiple of A's spatial mean, for every z but zeros: that multiple, (B, 1)."""
+    return norm(widen(z)) / nonzero(norm(_places(A).mean(2))) if is_aligned(z, A) else None
+
+
+def location_embeddings(recording: Recording) -> list[list[Tensor]]:
+    """v (B, D, N), for each tensor of each layer: what each of the N locations adds to z, to first order."""
+    z = widen(recording.embedding)
+    scales = [[aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
+    if any(scale is None for layer in scales for scale in layer):
+        rows = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1).unbind(1)
+        parts = [
+            [[(_places(g) * _places(A)).sum(1) for g, A in zip(*layer)] for layer in zip(gradients, recording.layers)]
+            for gradients in map(recording.gradients, rows)
+        ]
+    return [
+        [
+            torch.stack([part[i][j] for part in parts], 1)
+            if scale is None
+            else _places(A) * scale[..., None] / A.shape[2:].numel()
+            for j, (A, scale) in enumerate(zip(layer, scales[i]))
+        ]
+        for i, layer in enumerate(recording.layers)
+    ]
+
+
 def jacobian_weights(recording: Recording, w: Tensor, summed: bool = True) -> list[list[Tensor]]:
     """alpha (B, P, C) for w (B, P, D), for each tensor of each layer; not summed, (B, P, C, *spatial)."""
     P, D = w.shape[1:]
@@ -90,6 +116,11 @@ def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:
     with _exact(A):
         M = alpha @ _places(A) if alpha.ndim == 3 else (alpha.flatten(3) * _places(A)[:, None]).sum(2)
     return M.reshape(*alpha.shape[:2], *A.shape[2:])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    with _exact(a):
+        return a @ b
 
 
 def weighted_activations(alpha: Tensor, A: Tensor) -> Tensor:

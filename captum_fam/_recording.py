@@ -187,7 +187,7 @@ def record(
         # A DataParallel model calls the hook with a replica in the layer's place.
         return lambda _, *values: hook(layer, *values)
 
-    with _buffers_restored(forward_func):
+    with buffers_restored(forward_func):
         with ExitStack() as stack, torch.set_grad_enabled(parallel is not None and graph):
             if parallel is not None:  # its gathering of outputs must be recorded, its replicas' first modules not
                 stack.enter_context(_PARALLEL)
@@ -237,7 +237,7 @@ def embed(
     output_selector: Callable[[Any], Tensor] | None,
 ) -> Tensor:
     """The embeddings (B, D) of the argument of that name, without a graph and without hooks."""
-    with torch.no_grad(), _buffers_restored(forward_func):
+    with torch.no_grad(), buffers_restored(forward_func):
         output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
         return check_rows(name, inputs, select_embedding(output, output_selector)).detach()
 
@@ -246,22 +246,22 @@ def _gradients_off(*_: Any) -> None:
     torch.set_grad_enabled(False)
 
 
-def _model(forward_func: Callable[..., Any]) -> nn.Module | None:
+def model_of(forward_func: Callable[..., Any]) -> nn.Module | None:
     """The model behind a forward function: itself, or the object of a bound method."""
     owner = getattr(forward_func, "__self__", forward_func)
     return owner if isinstance(owner, nn.Module) else None
 
 
 def _name(forward_func: Callable[..., Any], layer: nn.Module) -> str:
-    model = _model(forward_func)
+    model = model_of(forward_func)
     names = {m: n for n, m in model.named_modules()} if model is not None else {}
     return f"{names[layer]!r} ({type(layer).__name__})" if layer in names else type(layer).__name__
 
 
 @contextmanager
-def _buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
+def buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
     """A model in training mode updates its running statistics in every forward pass: put them back."""
-    model = _model(forward_func)
+    model = model_of(forward_func)
     modules = [m for m in model.modules() if m.training] if model is not None else []
     saved = [(m, name, b, b.detach().clone()) for m in modules for name, b in m.named_buffers(recurse=False)]
     try:
@@ -273,7 +273,7 @@ def _buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
 
 
 def _doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:
-    model = _model(forward_func)
+    model = model_of(forward_func)
     modules = model.modules() if model is not None else []
     if not any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         return []

@@ -1,6 +1,6 @@
 """Layer maps in the forms that Captum's metrics take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from captum.attr import Attribution, LayerAttribution
@@ -93,12 +93,18 @@ def _resize(maps: Tensor, inputs: Tensor, mode: str) -> Tensor:
             "Expected `attributions` (B, 1, *spatial) for `inputs` (B, C, *spatial), but got shapes"
             f" {tuple(maps.shape)} and {tuple(inputs.shape)}."
         )
+    channels = inputs.shape[1]
+    return (resize(maps, inputs.shape[2:], mode) / channels).expand(-1, channels, *inputs.shape[2:])
+
+
+def resize(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """Maps (N, C, *spatial) at another spatial size, also none of them."""
     if mode in ("linear", "bilinear", "trilinear"):
         mode = _LINEAR.get(maps.ndim - 2, mode)
-    size = tuple(inputs.shape[2:])
-    resized = LayerAttribution.interpolate(maps, size, mode) if len(maps) else maps.new_empty(0, 1, *size)
-    channels = inputs.shape[1]
-    return (resized / channels).expand(-1, channels, *size)
+    if not len(maps):
+        return maps.new_empty(*maps.shape[:2], *size)
+    resized: Tensor = LayerAttribution.interpolate(maps, tuple(size), mode)
+    return resized
 
 
 def _flat(attributions: Any) -> list[Tensor]:

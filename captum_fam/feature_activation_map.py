@@ -114,7 +114,7 @@ class FeatureActivationMap(ChannelAttribution):
         return self.channel_weights != "aligned"
 
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        w = contribution_weights(pairs.c, self.normalize) if pairs.other is None else pairs.c
+        w = contribution_weights(pairs.c, self.normalize) if pairs.question.other is None else pairs.c
         layers = pairs.recording.layers
         aligned = [[self._is_aligned(pairs.recording.embedding, A) for A in layer] for layer in layers]
         if all(map(all, aligned)):

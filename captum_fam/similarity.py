@@ -172,7 +172,15 @@ def widen(x: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """x divided by its norm over the last dimension; zeros stay zeros."""
     # Scaled by the largest entry first, so that no square over- or underflows.
-    largest = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, torch.ones_like(largest))
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
+    x = x / nonzero(x.detach().abs().amax(-1, keepdim=True))
+    return x / nonzero(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+
+
+def norm(x: Tensor) -> Tensor:
+    """The norm over the last dimension, kept, of vectors of any size."""
+    return (unit(x) * x).sum(-1, keepdim=True)
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """A divisor for which 0 / 0 is 0."""
+    return torch.where(x > 0, x, torch.ones_like(x))

@@ -45,7 +45,13 @@ def scored(kind=HeadEncoder, K=3):
 @pytest.mark.parametrize(
     "name",
     [
+        "ClassActivationMap",
         "FeatureActivationMap",
+        "LabelFreeActivationMap",
+        "Relax",
+        "RelevanceCam",
+        "ScoreCam",
+        "SimilarityDecomposition",
         "SimilarityScore",
         "channel_contributions",
         "contribution_weights",

@@ -1,0 +1,136 @@
+"""CAM, for classifiers that pool their last map and have one linear layer after it."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_fam._attribution import ChannelAttribution, Inputs, Maps, Pairs, References, uncompiled
+from captum_fam._checks import describe
+from captum_fam._method import is_aligned
+from captum_fam._recording import Tensors, model_of
+
+
+class ClassActivationMap(ChannelAttribution):
+    r"""
+    Class Activation Map (CAM; Zhou, Khosla, Lapedriza, Oliva, Torralba,
+    https://arxiv.org/abs/1512.04150, equation 2), for classifiers whose logits are a linear
+    layer of the spatial mean of the activations A:
+
+    .. math:: M = \sum_k W_{tk} A_k
+
+    with the linear layer's weight W, and t the ``target``, a class. The mean of the map is the
+    logit less its bias. Where the classifier has this form, LayerGradCam gives M / (h·w);
+    where it has not, this method says so and LayerGradCam is the one to use. An encoder
+    without a classifier has no W: :class:`~captum_fam.SimilarityDecomposition` puts the
+    reference in its place.
+
+    ``attribute`` takes no references: these are the rows of W. ``contrast`` is a class too,
+    or ``"rest"``.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The classifier.
+        layer (torch.nn.Module or list of torch.nn.Module): Its last layer with activations
+                    (B, C, \*spatial).
+        device_ids (list[int]): As for other Captum layer methods; a DataParallel model is
+                    run on its first device.
+                    Default: None
+        classifier (torch.nn.Linear, optional): The linear layer.
+                    Default: None, the last torch.nn.Linear of the model
+        reshape_transform (Callable, optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above, or, in ``attribute``, the
+                    input of the linear layer is not the spatial mean of the activations.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        >>> ClassActivationMap(model, model[0]).attribute(torch.rand(2, 3, 16, 16), target=3).shape
+        torch.Size([2, 1, 14, 14])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        *,
+        classifier: nn.Linear | None = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
+        if classifier is not None and not isinstance(classifier, nn.Linear):
+            raise TypeError(f"Expected `classifier` to be a torch.nn.Linear, but got {describe(classifier)}.")
+        if self._score() is not None:
+            raise ValueError(
+                "A SimilarityScore has no linear layer whose weight could be taken; use SimilarityDecomposition, which"
+                " is CAM with the reference in its place."
+            )
+        model = model_of(uncompiled(forward_func))
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)] if model is not None else []
+        if classifier is None and not linear:
+            raise ValueError(
+                "Expected `forward_func` to be a classifier with a torch.nn.Linear; pass it as classifier=, or use"
+                " LayerGradCam."
+            )
+        self.classifier = linear[-1] if classifier is None else classifier
+
+    def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
+        r"""This method is not implemented: a class has no other side."""
+        raise NotImplementedError("ClassActivationMap explains classes; use SimilarityDecomposition for pairs.")
+
+    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+        for name, layer in zip(pairs.recording.names, pairs.recording.layers):
+            if not all(is_aligned(pairs.recording.embedding, A) for A in layer):
+                raise ValueError(
+                    f"The classifier's input is not the spatial mean of layer {name}; pass the last layer before the"
+                    " global average pooling, or use LayerGradCam, which explains other classifiers too."
+                )
+        w = pairs.question.contributions(pairs.z, lambda z, s: s)
+        return [[w] * len(layer) for layer in pairs.recording.layers]
+
+    def _encoder(self) -> Callable[..., Any]:
+        func = uncompiled(self.forward_func)
+        return InputOf(self.classifier, func.module if isinstance(func, nn.DataParallel) else func)
+
+    def _references(
+        self,
+        inputs: Tensors,
+        reference: Inputs | None,
+        reference_embedding: Tensor | None,
+        additional_forward_args: object | None,
+    ) -> References:
+        if reference is not None or reference_embedding is not None:
+            raise ValueError("ClassActivationMap takes no references; pass a class as `target`.")
+        return References((self.classifier.weight.detach(),), False, "dot")
+
+
+class InputOf(nn.Module):
+    """What a module of a model takes, as the model's output."""
+
+    def __init__(self, module: nn.Module, model: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.model = model
+        self.owner = model_of(model)
+
+    def forward(self, *args: Any) -> Tensor:
+        found: list[Tensor] = []
+        thread = threading.get_ident()
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                found.append(args[0])
+
+        handle = self.module.register_forward_pre_hook(keep)
+        try:
+            self.model(*args)
+        finally:
+            handle.remove()
+        if not found:
+            raise ValueError("Expected `classifier` to be a module that the forward pass calls, but it was not called.")
+        return found[-1]

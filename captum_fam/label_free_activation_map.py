@@ -1,0 +1,59 @@
+"""LaFAM, the mean of a layer's activation maps, as a Captum layer attribution."""
+
+import torch
+from torch import Tensor
+
+from captum_fam._attribution import ChannelAttribution, Pairs
+from captum_fam._captum import TargetType
+
+
+class LabelFreeActivationMap(ChannelAttribution):
+    r"""
+    Label-Free Activation Map (LaFAM, https://arxiv.org/abs/2407.06059): the plain mean of
+    the layer's C activation maps,
+
+    .. math:: M = \frac{1}{C} \sum_k A_k
+
+    It knows of no reference: it is the baseline that shows what the weights of other methods
+    add. The references and ``target`` may be left out; they are accepted, so that it can
+    stand in for other methods, and change nothing. Its ``contrast`` is zero. The min-max
+    normalisation of the paper, which is for display, is left to the figure.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
+                    (B, D), a classifier, or a :class:`~captum_fam.SimilarityScore`.
+        layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
+                    (B, C, \*spatial) make the map, or a list of layers.
+        device_ids (list[int]): Device ID list, necessary only if forward_func applies a
+                    DataParallel model, as for other Captum layer methods.
+                    Default: None
+        similarity (str or Callable, optional): As for other methods; changes nothing.
+                    Default: None
+        output_selector, reshape_transform (Callable, optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> LabelFreeActivationMap(encoder, encoder[1]).attribute(torch.rand(2, 3, 16, 16)).shape
+        torch.Size([2, 1, 14, 14])
+    """
+
+    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+        weight = 1.0 if pairs.question.other is None else 0.0
+        return [
+            [pairs.z.new_full((*pairs.question.own.shape, A.shape[1]), weight / A.shape[1]) for A in layer]
+            for layer in pairs.recording.layers
+        ]
+
+    def _valid(self, pairs: Pairs) -> Tensor:
+        return torch.ones_like(pairs.question.own, dtype=torch.bool)
+
+    def _own(self, target: TargetType, references: int, inputs: int) -> Tensor:
+        if target is None:
+            return torch.zeros(inputs, dtype=torch.long)
+        return super()._own(target, references, inputs)

@@ -1,0 +1,159 @@
+"""RELAX, a perturbation method for embeddings, as a Captum attribution."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from captum.attr import PerturbationAttribution
+from captum.log import log_usage
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_fam._attribution import Inputs, Selector, SimilarityAttribution
+from captum_fam._captum import TargetType
+from captum_fam._checks import check_positive, format_inputs
+from captum_fam.adapters import resize
+from captum_fam.similarity import Similarity, nonzero, widen
+
+
+class Relax(SimilarityAttribution, PerturbationAttribution):
+    r"""
+    RELAX (Wickstrøm et al., https://arxiv.org/abs/2112.10161): the importance of a pixel is
+    the mean score of the input under random masks, weighted by what each mask shows of it,
+
+    .. math:: R(i) = \frac{\sum_n f(X \circ M_n) M_n(i)}{\sum_n M_n(i)}
+
+    with the score f of the input X and N masks :math:`M_n` as in RISE (Petsiuk et al.,
+    https://arxiv.org/abs/1806.07421): each cell of a coarse grid is kept with one
+    probability, the grid is interpolated linearly to the input's size and shifted at random.
+    The paper's score is the cosine to the embedding of the unmasked input itself
+    (``reference=inputs``); here it is the similarity to any reference. The quotient is that of
+    the authors' code; the paper's mean over masks is the same in expectation up to a factor.
+
+    It knows nothing of the encoder but its outputs, so it is a reference for methods that look
+    inside; it needs ``n_samples`` forward passes of each input. Values are scores, not centred:
+    what stands out, and not the sign, tells. The same ``seed`` gives the same masks, whatever
+    the batch and the device. Also explains classifiers: without references, ``target`` is a
+    class.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
+                    (B, D), a :class:`~captum_fam.SimilarityScore`, or a classifier.
+        similarity, output_selector (optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+        n_samples (int): Number of masks N. The paper takes 3,000.
+                    Default: 1000
+        grid (int): Cells of a mask along each spatial dimension.
+                    Default: 7
+        keep (float): Probability of keeping a cell, in (0, 1).
+                    Default: 0.5
+        seed (int): Of the masks.
+                    Default: 0
+        perturbations_per_eval (int): Masked inputs in one forward pass.
+                    Default: 32
+        show_progress (bool): Shows a progress bar.
+                    Default: False
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> score = SimilarityScore(encoder, torch.rand(5, 8))
+        >>> Relax(score, n_samples=100).attribute(torch.rand(2, 3, 16, 16), target=3).shape
+        torch.Size([2, 1, 16, 16])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        similarity: Similarity | None = None,
+        output_selector: Selector = None,
+        n_samples: int = 1000,
+        grid: int = 7,
+        keep: float = 0.5,
+        seed: int = 0,
+        perturbations_per_eval: int = 32,
+        show_progress: bool = False,
+    ) -> None:
+        super().__init__(forward_func, similarity=similarity, output_selector=output_selector)
+        for name, value in (
+            ("n_samples", n_samples),
+            ("grid", grid),
+            ("perturbations_per_eval", perturbations_per_eval),
+        ):
+            check_positive(name, value)
+        if not 0 < keep < 1:
+            raise ValueError(f"Expected `keep` to be a probability between 0 and 1, but got {keep!r}.")
+        self.n_samples = n_samples
+        self.grid = grid
+        self.keep = keep
+        self.seed = seed
+        self.perturbations_per_eval = perturbations_per_eval
+        self.show_progress = show_progress
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: TargetType = None,
+        additional_forward_args: object | None = None,
+        *,
+        reference: Inputs | None = None,
+        reference_embedding: Tensor | None = None,
+        contrast: TargetType | str = None,
+    ) -> Tensor:
+        r"""
+        Explains each input's similarity to one reference.
+
+        Args:
+            inputs (Tensor): Inputs to explain, (B, C, \*spatial).
+            target, additional_forward_args, reference, reference_embedding, contrast: As in
+                        :meth:`FeatureActivationMap.attribute`.
+
+        Returns:
+            *Tensor* of **attributions**: maps (B, 1, \*spatial) at the size of the inputs and in
+            their dtype.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described above; the message names it.
+        """
+        tensors = format_inputs("inputs", inputs)
+        x = tensors[0]
+        if len(tensors) != 1 or x.ndim < 3:
+            raise ValueError(
+                "Relax masks one input (B, C, *spatial), but got inputs of shapes"
+                f" {[tuple(t.shape) for t in tensors]}; bind other inputs in the encoder."
+            )
+        question = self._question(tensors, target, additional_forward_args, reference, reference_embedding, contrast)
+        B, size = len(x), x.shape[2:]
+        if not B:
+            return x.new_empty(0, 1, *size)
+        generator = torch.Generator().manual_seed(self.seed)
+        cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
+        shifts = torch.rand(self.n_samples, len(size), generator=generator)
+        scored, shown = (widen(x.new_zeros(B, *size)) for _ in range(2))
+        with (
+            torch.no_grad(),
+            tqdm(total=self.n_samples * B, desc="Relax", unit="pass", disable=not self.show_progress) as progress,
+        ):
+            for index in torch.arange(self.n_samples * B).split(self.perturbations_per_eval):
+                numbers, rows = index // B, (index % B).to(x.device)
+                masks = masks_of(cells[numbers], shifts[numbers], size).to(shown)
+                scores = self._scores(x[rows] * masks[:, None].to(x.dtype), rows, B, additional_forward_args, question)
+                scored.index_add_(0, rows, masks * scores.to(masks).reshape(-1, *[1] * len(size)))
+                shown.index_add_(0, rows, masks)
+                progress.update(len(index))
+        return (scored / nonzero(shown))[:, None].to(x.dtype)
+
+
+def masks_of(cells: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
+    """Masks (N, *size) in [0, 1] from coarse grids (N, *grid) of kept cells and shifts (N, dimensions) in [0, 1)."""
+    cell = [math.ceil(s / g) for s, g in zip(size, cells.shape[1:])]
+    large = resize(cells[:, None].float(), [(g + 1) * c for g, c in zip(cells.shape[1:], cell)])[:, 0]
+    starts = (shifts * torch.tensor(cell)).long().tolist()
+    return torch.stack([m[tuple(slice(a, a + n) for a, n in zip(start, size))] for m, start in zip(large, starts)])

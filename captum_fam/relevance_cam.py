@@ -1,0 +1,206 @@
+"""Relevance-CAM on a similarity, as a Captum layer attribution."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from captum.attr import LRP
+from torch import Tensor, nn
+
+from captum_fam import _captum, _recording
+from captum_fam._attribution import ChannelAttribution, Pairs, Selector
+from captum_fam._checks import describe
+from captum_fam._recording import Recording, model_of
+from captum_fam.score import select_embedding
+from captum_fam.similarity import widen
+
+# Modules that Captum's LRP has no rule for, with rules of its own that are right for them.
+_RULES: dict[type[nn.Module], Callable[[], Any]] = {
+    **dict.fromkeys(
+        (nn.Conv1d, nn.Conv3d, nn.AvgPool1d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool3d),
+        _captum.EpsilonRule,
+    ),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm3d), _captum.EpsilonRule),
+    **dict.fromkeys((nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish), _captum.IdentityRule),
+}
+# Relevance goes through these as a gradient does.
+_RESHAPING = (nn.Flatten, nn.Unflatten, nn.Identity)
+# Steps between modules that LRP cannot follow, by the names of their gradients.
+_ARITHMETIC = ("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "BmmBackward0", "MmBackward0")
+
+
+class RelevanceCam(ChannelAttribution):
+    r"""
+    Relevance-CAM (Lee, Kim, Park, Jeong, CVPR 2021) on a similarity, with Captum's
+    layer-wise relevance propagation (LRP): each channel's weight is its relevance,
+
+    .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = \sum_{locations} R_k
+
+    where R is what LRP brings to the layer's activations A when the embedding starts with the
+    contributions to the score, :math:`R(z) = c` (see :func:`~captum_fam.channel_contributions`),
+    which add up to it. Captum's own LRP of a similarity would start from its gradient.
+
+    The rules are Captum's: by default its epsilon rule; set ``module.rule`` for others, such as
+    ``Alpha1_Beta0_Rule`` from ``captum.attr._utils.lrp_rules``, which is close to the paper's
+    (they stay set, unlike after ``LRP``). The paper starts from the target's logit, less the same
+    logit shared among the other classes; here these are ``contrast="rest"``, with each class's
+    own logit. Also explains classifiers: without references, ``target`` is a class.
+
+    LRP needs a rule for each module after the layer, and these modules may be connected by
+    reshaping and spatial means only: a sum in the ``forward`` of a residual block, a final
+    normalisation or attention is refused. So it explains plain networks at any layer, and most
+    others at the last stage. During the call, weights of these modules are changed and put
+    back: do not run the model from another thread meanwhile.
+
+    Args:
+        forward_func (torch.nn.Module): The encoder, from inputs to embeddings (B, D), a
+                    :class:`~captum_fam.SimilarityScore`, or a classifier.
+        layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
+                    (B, C, \*spatial), one tensor, make the map; or a list of layers.
+        device_ids (list[int]): As for other Captum layer methods; a DataParallel model is run
+                    on its first device.
+                    Default: None
+        similarity, output_selector, reshape_transform (optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above, or, in ``attribute``, LRP
+                    cannot follow the encoder.
+
+    Examples::
+
+        >>> pool, head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 6)
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool, nn.Flatten(), head)
+        >>> score = SimilarityScore(encoder, torch.rand(5, 6))
+        >>> RelevanceCam(score, encoder[1]).attribute(torch.rand(2, 3, 16, 16), target=3).shape
+        torch.Size([2, 1, 14, 14])
+    """
+
+    def _encoder(self) -> Callable[..., Any]:
+        encoder = super()._encoder()
+        return encoder.module if isinstance(encoder, nn.DataParallel) else encoder
+
+    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "LRP needs a gradient, which torch.inference_mode() rules out; use torch.no_grad() instead."
+            )
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        recording, encoder, weights = pairs.recording, self._encoder(), []
+        for layer, tensors, name in zip(layers, recording.layers, recording.names):
+            if len(tensors) > 1:
+                raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {len(tensors)}.")
+            model = _Scored(encoder, self._selector(), _called_after(layer, encoder, self._selector(), recording))
+            relevances = [model.relevance(layer, name, c, recording) for c in pairs.c.unbind(1)]
+            alpha = torch.stack([widen(recording.reshape(R)).flatten(2).sum(2) for R in relevances], 1)
+            weights.append([torch.where(valid[..., None], alpha, torch.zeros_like(alpha))])
+        return weights
+
+
+class _Scored(nn.Module):
+    """
+    An encoder as the model that Captum's LRP takes: its children are the modules that an
+    embedding's relevance goes through on its way back to the layer.
+    """
+
+    def __init__(self, encoder: Callable[..., Any], selector: Selector, modules: list[nn.Module]) -> None:
+        super().__init__()
+        if model_of(encoder) is None:
+            raise TypeError(f"RelevanceCam needs an encoder that is a torch.nn.Module, but got {describe(encoder)}.")
+        self._encoder = [encoder]  # in a list, it is no child: LRP asks for a rule for every one
+        self._selector = selector
+        for i, module in enumerate(modules):
+            self.add_module(str(i), module)
+
+    def forward(self, *args: Any) -> Tensor:
+        """Ones (B,), whose gradient by the embedding is the relevance that it starts with."""
+        z = select_embedding(self._encoder[0](*args), self._selector)
+        additions = sum(isinstance(m, _captum.Addition_Module) for m in self.children())
+        steps = _arithmetic(z, self._stop)
+        if steps.count("Add") > additions or set(steps) - {"Add"}:
+            raise ValueError(
+                f"LRP cannot follow the arithmetic ({', '.join(sorted(set(steps)))}) in a forward function after layer"
+                f" {self._name}; choose a layer after it, or make sums Captum's Addition_Module."
+            )
+        return 1 + ((z - z.detach()) * self._start.to(z)).sum(1)
+
+    def relevance(self, layer: nn.Module, name: str, start: Tensor, recording: Recording) -> Tensor:
+        """R of the layer's activations, for the relevance (B, D) that the embedding starts with."""
+        self._start, self._name, self._stop = start, name, set[Any]()
+        found: list[Tensor] = []
+
+        def hook(_: nn.Module, value: Any, output: Any = None) -> Any:
+            activation = value[0] if recording.layer_input else output
+            if not isinstance(activation, Tensor):
+                raise TypeError(f"RelevanceCam needs a layer with one tensor, but {name} has {describe(activation)}.")
+            found[:] = [torch.zeros_like(activation)]
+            if activation.requires_grad:
+                self._stop.add(activation.grad_fn)
+                activation.register_hook(lambda gradient: found.__setitem__(0, gradient.detach()))
+            changed = activation.clone()
+            return (changed, *value[1:]) if recording.layer_input else changed
+
+        register = layer.register_forward_pre_hook if recording.layer_input else layer.register_forward_hook
+        inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in recording.inputs)
+        with ExitStack() as stack:
+            stack.callback(register(hook).remove)
+            stack.enter_context(_rules(self.children()))
+            stack.enter_context(_recording.buffers_restored(self._encoder[0]))
+            LRP(self).attribute(inputs, additional_forward_args=recording.additional_forward_args)
+        return found[0]
+
+
+def _called_after(
+    layer: nn.Module, encoder: Callable[..., Any], selector: Selector, recording: Recording
+) -> list[nn.Module]:
+    """The modules without children that are called after the layer's output, or input, is there."""
+    model, called = model_of(encoder), dict[nn.Module, None]()
+    with ExitStack() as stack:
+        start = layer.register_forward_pre_hook if recording.layer_input else layer.register_forward_hook
+        stack.callback(start(lambda *_: called.clear()).remove)
+        for module in model.modules() if model is not None else ():
+            if not any(module.children()) and not isinstance(module, _RESHAPING):
+                stack.callback(module.register_forward_pre_hook(lambda m, _: called.setdefault(m)).remove)
+        _recording.embed(encoder, "inputs", recording.inputs, recording.additional_forward_args, selector)
+    return list(called)
+
+
+@contextmanager
+def _rules(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Rules for the modules that have none; afterwards, what LRP left on them or took from them is put right."""
+    names = ["rule", "activations"]
+    saved = [(m, {name: vars(m)[name] for name in names if name in vars(m)}) for m in modules]
+    try:
+        for module, attributes in saved:
+            if "rule" not in attributes and type(module) in _RULES:
+                module.rule = _RULES[type(module)]()
+        yield
+    finally:
+        for module, attributes in saved:
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)
+
+
+def _arithmetic(z: Tensor, stop: set[Any]) -> list[str]:
+    """The steps between the layer and the embedding that combine or multiply what depends on the input."""
+    found: list[str] = []
+    depends: dict[Any, bool] = dict.fromkeys(stop, True)
+    waiting = [z.grad_fn]
+    while waiting:
+        node = waiting[-1]
+        sources = [n for n, _ in node.next_functions if n is not None] if node is not None else []
+        unknown = [n for n in sources if n not in depends] if node not in depends else []
+        waiting += unknown
+        if unknown:
+            continue
+        waiting.pop()
+        if node is None or node in depends:
+            continue
+        of_input = sum(depends[n] for n in sources)
+        depends[node] = of_input > 0 or not isinstance(getattr(node, "variable", nn.Parameter()), nn.Parameter)
+        if of_input and (node.name() == "PowBackward0" or (node.name() in _ARITHMETIC and of_input > 1)):
+            found.append(node.name().removesuffix("Backward0"))
+    return found

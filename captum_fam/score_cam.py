@@ -1,0 +1,124 @@
+"""Score-CAM on a similarity, as a Captum layer attribution."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_fam._attribution import ChannelAttribution, Pairs, Selector
+from captum_fam._checks import check_positive
+from captum_fam.adapters import resize
+from captum_fam.similarity import Similarity, nonzero, widen
+
+
+class ScoreCam(ChannelAttribution):
+    r"""
+    Score-CAM (Wang et al., https://arxiv.org/abs/1910.01279) on a similarity: each channel's
+    weight is what the input keeps of its score when it is seen through that channel's map,
+
+    .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = f(X \circ H_k) - f(0), \quad
+              H_k = \frac{up(A_k) - \min A_k}{\max A_k - \min A_k}
+
+    with the score f of the input X, and up(A_k) the map of channel k at the input's size
+    (linear interpolation). That is the paper's channel-wise increase of confidence, with an
+    input of zeros as the baseline. Not taken over: the softmax over channels of its algorithm 1,
+    which is nearly constant on similarities between -1 and 1; and the ReLU, unless asked for.
+    Channels with a constant map weigh nothing.
+
+    It needs no gradient and C + 1 forward passes of each input; all references share them.
+    Also explains classifiers: without references, ``target`` is a class.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
+                    (B, D), a :class:`~captum_fam.SimilarityScore`, or a classifier.
+        layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
+                    (B, C, \*spatial) make the map, with as many spatial dimensions as the
+                    input; or a list of layers.
+        device_ids (list[int]): Device ID list, necessary only if forward_func applies a
+                    DataParallel model, as for other Captum layer methods.
+                    Default: None
+        similarity, output_selector, reshape_transform (optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+        perturbations_per_eval (int): Masked inputs in one forward pass.
+                    Default: 32
+        show_progress (bool): Shows a progress bar.
+                    Default: False
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above, or, in ``attribute``, the
+                    input is not one tensor (B, C, \*spatial).
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> score = SimilarityScore(encoder, torch.rand(5, 8))
+        >>> ScoreCam(score, encoder[1]).attribute(torch.rand(2, 3, 16, 16), target=3).shape
+        torch.Size([2, 1, 14, 14])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        *,
+        similarity: Similarity | None = None,
+        output_selector: Selector = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+        perturbations_per_eval: int = 32,
+        show_progress: bool = False,
+    ) -> None:
+        super().__init__(
+            forward_func,
+            layer,
+            device_ids,
+            similarity=similarity,
+            output_selector=output_selector,
+            reshape_transform=reshape_transform,
+        )
+        check_positive("perturbations_per_eval", perturbations_per_eval)
+        self.perturbations_per_eval = perturbations_per_eval
+        self.show_progress = show_progress
+
+    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+        tensors = [A for layer in pairs.recording.layers for A in layer]
+        x = self._image(pairs.recording.inputs, tensors)
+        B, rows = len(x), torch.arange(len(x), device=x.device)
+
+        def scores(changed: Tensor, rows: Tensor) -> Tensor:
+            args = pairs.recording.additional_forward_args
+            return self._scores(changed, rows, B, args, pairs.question)
+
+        baseline = scores(torch.zeros_like(x), rows)[:, None]
+        total = sum(B * A.shape[1] for A in tensors)
+        with tqdm(total=total, desc="ScoreCam", unit="pass", disable=not self.show_progress) as progress:
+
+            def weights(A: Tensor) -> Tensor:
+                C = A.shape[1]
+                found = []
+                for index in torch.arange(B * C, device=x.device).split(self.perturbations_per_eval):
+                    rows = index // C
+                    maps = widen(A[rows, index % C])[:, None]
+                    low, high = maps.flatten(1).amin(1), maps.flatten(1).amax(1)
+                    low, span = (v.reshape(-1, *[1] * (maps.ndim - 1)) for v in (low, high - low))
+                    H = resize((maps - low) / nonzero(span), x.shape[2:])
+                    increase = scores(x[rows] * H.to(x.dtype), rows) - baseline[rows, 0]
+                    found.append(torch.where(span.flatten(1) > 0, increase, torch.zeros_like(increase)))
+                    progress.update(len(index))
+                alpha: Tensor = torch.cat(found).unflatten(0, (B, C)).mT
+                return alpha
+
+            return [[weights(A) for A in layer] for layer in pairs.recording.layers]
+
+    def _image(self, inputs: tuple[Tensor, ...], maps: list[Tensor]) -> Tensor:
+        shapes = [tuple(A.shape) for A in maps if A.ndim != inputs[0].ndim]
+        if len(inputs) != 1 or inputs[0].ndim < 3 or shapes:
+            raise ValueError(
+                "ScoreCam scales the layer's maps to the input, so it needs one input (B, C, *spatial) and activations"
+                f" with as many dimensions, but got inputs of shapes {[tuple(t.shape) for t in inputs]}"
+                + (f" and activations of shape {shapes[0]}; pass a reshape_transform." if shapes else ".")
+            )
+        return inputs[0]

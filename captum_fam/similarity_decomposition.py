@@ -1,0 +1,179 @@
+"""The decomposition of a similarity into locations, as a Captum layer attribution."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from captum_fam import _method
+from captum_fam._attribution import ChannelAttribution, Inputs, Maps, Pairs, Question, pair_index
+from captum_fam._checks import check_same_form, describe, format_inputs
+from captum_fam._recording import Recording, Tensors
+from captum_fam.similarity import Similarity, nonzero, norm, unit, widen
+
+
+def _cosine(z: Tensor, s: Tensor) -> Tensor:
+    return unit(s) / nonzero(norm(z))
+
+
+def _dot(z: Tensor, s: Tensor) -> Tensor:
+    return s
+
+
+# f of a similarity f.z: what each embedding dimension is multiplied by.
+_FACTORS: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "dot": _dot}
+
+
+class SimilarityDecomposition(ChannelAttribution):
+    r"""
+    Decomposition of a similarity (Stylianou, Souvenir, Pless,
+    https://arxiv.org/abs/1901.00536; Zhu, Yang, Chen, https://arxiv.org/abs/1909.12977):
+    what each location contributes to it. The mean of the map is the similarity itself.
+
+    Where the embedding z is the spatial mean of the activations A, the cosine to a reference
+    s is a mean over locations of
+
+    .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = \frac{\hat s_k}{\|z\|}, \quad \hat s = s / \|s\|
+
+    and :math:`\alpha = s` for the dot product. Where z is a positive multiple of that mean,
+    :math:`\|z\|` is the norm of the mean. For every other encoder and layer (flattening,
+    projection heads, GeM), the factor differs between locations: it is the gradient of the
+    score, with :math:`\|z\|` held constant, times the number of locations. Where all that
+    lies between is linear or a power (no biases, no normalisation), the mean of the map is
+    still the similarity; otherwise a warning says how much of the score belongs to no
+    location.
+
+    With ``contrast``, the map is the difference of two, and its mean the margin.
+    :meth:`attribute_matrix` decomposes the similarity on both sides at once.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
+                    (B, D), or a :class:`~captum_fam.SimilarityScore`.
+        layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
+                    (B, C, \*spatial) make the map, or a list of layers.
+        device_ids (list[int]): Device ID list, necessary only if forward_func applies a
+                    DataParallel model, as for other Captum layer methods.
+                    Default: None
+        similarity (str, optional): ``"cosine"`` or ``"dot"``; others have no such
+                    decomposition.
+                    Default: None, that of the SimilarityScore, else ``"cosine"``
+        output_selector, reshape_transform (Callable, optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> decomposition = SimilarityDecomposition(encoder, encoder[1])
+        >>> queries, reference = torch.rand(2, 3, 16, 16), torch.rand(1, 3, 16, 16)
+        >>> map = decomposition.attribute(queries, reference=reference)
+        >>> torch.allclose(map.mean((1, 2, 3)), torch.cosine_similarity(encoder(queries), encoder(reference)))
+        True
+    """
+
+    explains_classifiers = False
+
+    def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Maps:
+        r"""
+        What each location of the inputs, with each location of the reference, contributes to
+        their similarity (Zhu, Yang, Chen): with location embeddings v(i) and v'(j), which add
+        up to z and s,
+
+        .. math:: P_{ij} = \frac{v(i) \cdot v'(j)}{\|z\| \|s\|}
+
+        (without the norms for ``"dot"``). All entries add up to the score; the sum of a row,
+        times the number of rows, is the value of :meth:`attribute` at that location, and row i
+        is the map over the reference of what matches location i. Encoders other than a spatial
+        mean need one gradient for each embedding dimension.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): B inputs.
+            reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
+                        paired with the inputs, or one that they share.
+
+        Returns:
+            *Tensor*, *tuple[Tensor, ...]* or *list*: (B, h·w, h'·w'), locations in row-major
+            order: ``matrix.reshape(B, h, w, h', w')``. In the dtype of the activations; a tuple
+            for a layer that gives several tensors, a list for a list of layers.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> decomposition = SimilarityDecomposition(encoder, encoder[1])
+            >>> decomposition.attribute_matrix(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 24)).shape
+            torch.Size([2, 196, 484])
+        """
+        inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
+        check_same_form(reference, inputs)
+        own, similarity = pair_index(len(inputs[0]), len(reference[0])), self._similarity()
+        _check(similarity)
+        with self._record(inputs, None) as one, self._record(reference, None) as two, torch.no_grad():
+            pairs = Pairs(one, Question(two.embedding, own, None, similarity))
+            valid = pairs.explainable()
+            matrices: list[Tensors] = []
+            for layers in zip(one.layers, self._locations(one, similarity), self._locations(two, similarity)):
+                matrices.append(())
+                for A, v, v_reference in zip(*layers):
+                    matrix = _method.product(v.mT, v_reference.expand(len(v), -1, -1))
+                    matrix = torch.where(valid[..., None], matrix, torch.zeros_like(matrix))
+                    one.doubts += _remainder(matrix.sum((1, 2))[:, None], pairs, valid, A)
+                    matrices[-1] += (matrix.to(A.dtype),)
+        return self._result(matrices, one.doubts + two.doubts)
+
+    def _needs_graph(self) -> bool:
+        return True
+
+    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+        _check(pairs.question.similarity)
+        f = pairs.question.contributions(pairs.z, _FACTORS[pairs.question.similarity])
+        recording = pairs.recording
+        scales = [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
+        if any(scale is None for layer in scales for scale in layer):
+            jacobian = _method.jacobian_weights(recording, f, summed=False)
+            recording.doubts += _method.independent(recording.names, jacobian, f, valid)
+        weights: list[list[Tensor]] = []
+        for i, layer in enumerate(recording.layers):
+            weights.append([])
+            for j, (A, scale) in enumerate(zip(layer, scales[i])):
+                if scale is not None:
+                    alpha = f * scale[..., None]
+                else:
+                    alpha = jacobian[i][j] * A.shape[2:].numel()
+                    mean = _method.activation_maps(alpha, A).flatten(2).mean(2)
+                    recording.doubts += _remainder(mean, pairs, valid, A)
+                weights[-1].append(alpha)
+        return weights
+
+    def _locations(self, recording: Recording, similarity: Similarity) -> list[list[Tensor]]:
+        """v (B, D, N), which add up to the embedding; for the cosine, to its unit vector."""
+        scale = nonzero(norm(widen(recording.embedding)))[..., None] if similarity == "cosine" else 1
+        return [[v / scale for v in layer] for layer in _method.location_embeddings(recording)]
+
+
+def _check(similarity: Similarity) -> None:
+    if not isinstance(similarity, str) or similarity not in _FACTORS:
+        raise ValueError(
+            f'Expected `similarity` to be "cosine" or "dot", but got {describe(similarity)}, which is no mean over'
+            ' locations; pass similarity="cosine".'
+        )
+
+
+def _remainder(found: Tensor, pairs: Pairs, valid: Tensor, A: Tensor) -> list[str]:
+    """A doubt about maps whose totals (B, P) are not the similarities."""
+    half = any(dtype in (torch.float16, torch.bfloat16) for dtype in (A.dtype, pairs.recording.embedding.dtype))
+    score = pairs.c.sum(2)
+    off = (found - score).abs() / nonzero(pairs.c.abs().sum(2)) * valid
+    if not off.numel() or off.max() <= (5e-2 if half else 1e-3):
+        return []
+    i = off.argmax()
+    return [
+        f"Only {found.flatten()[i]:.3g} of a score of {score.flatten()[i]:.3g} belongs to locations; the rest comes"
+        " from biases, a normalisation or another step between the layer and the embedding that is not linear. A final"
+        " normalisation can be left out of the encoder: the cosine is the same without it."
+    ]
