@@ -2,6 +2,7 @@
 
 from captum_fam.adapters import explanation_func, to_input_space
 from captum_fam.class_activation_map import ClassActivationMap
+from captum_fam.comparison import compare_attributions
 from captum_fam.feature_activation_map import FeatureActivationMap
 from captum_fam.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.relax import Relax
@@ -10,6 +11,7 @@ from captum_fam.score import SimilarityScore, prototypes
 from captum_fam.score_cam import ScoreCam
 from captum_fam.similarity import channel_contributions, contribution_weights
 from captum_fam.similarity_decomposition import SimilarityDecomposition
+from captum_fam.visualization import visualize_comparison, visualize_pair
 
 __all__ = [
     "ClassActivationMap",
@@ -21,8 +23,11 @@ __all__ = [
     "SimilarityDecomposition",
     "SimilarityScore",
     "channel_contributions",
+    "compare_attributions",
     "contribution_weights",
     "explanation_func",
     "prototypes",
     "to_input_space",
+    "visualize_comparison",
+    "visualize_pair",
 ]

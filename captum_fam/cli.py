@@ -6,8 +6,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 import click
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
+from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, load_encoder, one_line
 from captum_fam.feature_activation_map import FeatureActivationMap
-from captum_fam.figures import explanation_figure
 from captum_fam.images import read_image, to_tensor
+from captum_fam.score import SimilarityScore
 from captum_fam.similarity import channel_contributions, widen
+from captum_fam.visualization import explanation_figure, visualize_comparison
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,38 +47,96 @@ def demo(output: Path) -> None:
     click.echo(f"\nwrote {output}")
 
 
+def _encoder_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of commands that explain images with an encoder."""
+    options = [
+        click.option(
+            "--encoder", default="bundled", show_default=True, help="bundled, torchvision:NAME or module.path:factory."
+        ),
+        click.option("--weights", type=Path, help="State dict of the encoder, as torch.save writes it."),
+        click.option("--layer", help="Dotted name.  [default: the last module that returns a map]"),
+        click.option(
+            "--similarity", type=click.Choice(["cosine", "dot", "euclidean"]), default="cosine", show_default=True
+        ),
+        click.option(
+            "--size",
+            type=click.IntRange(1, 4096),
+            help="Side in pixels that images are resized to.  [default: the encoder's]",
+        ),
+        click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda."),
+        click.option(
+            "--mean", type=float, nargs=3, help="Mean of the RGB channels in [0, 1].  [default: the encoder's]"
+        ),
+        click.option(
+            "--std", type=float, nargs=3, help="Standard deviation of the RGB channels.  [default: the encoder's]"
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Images as an encoder sees them, their embeddings, and the layer to explain."""
+
+    model: torch.nn.Module
+    layer_name: str
+    layer: torch.nn.Module
+    tensors: Tensor
+    embeddings: Tensor
+    size: int
+
+
+@contextmanager
+def _loaded(
+    images: Sequence[Image.Image],
+    encoder: str,
+    weights: Path | None,
+    layer: str | None,
+    size: int | None,
+    device: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Iterator[Loaded]:
+    """Loads the encoder and embeds the images; in this context, whatever the encoder raises becomes one line."""
+    if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
+        raise ValueError("--mean must be finite and --std positive: give three numbers for each")
+    with redirect_stdout(sys.stderr), _running(encoder, size):  # whatever a factory or an encoder prints
+        loaded = load_encoder(encoder, weights)
+        size = size or loaded.size
+        model = _to_device(loaded.model, device)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        pixels = [to_tensor(i, size, mean or loaded.mean, std or loaded.std) for i in images]
+        tensors = torch.stack(pixels).to(device, dtype)
+        layer_name, module = find_layer(model, layer, tensors[:1])
+        fam = FeatureActivationMap(model, module)
+        try:
+            embeddings = torch.cat([fam.embed(tensors[:1]), fam.embed(tensors[1:])])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{encoder} gives no embeddings (B, D) ({one_line(error)}): let the factory return a module that does"
+            ) from error
+        yield Loaded(model, layer_name, module, tensors, embeddings, size)
+
+
 @command.command()
 @click.argument("query", type=Path)
 @click.argument("references", type=Path, nargs=-1, required=True, metavar="REFERENCE...")
 @click.option("-o", "--output", type=Path, help="PNG to write.  [default: QUERY_fam.png beside the query]")
 @click.option("--json", "as_json", is_flag=True, help="Print scores, layer, encoder and map statistics as JSON.")
-@click.option(
-    "--encoder", default="bundled", show_default=True, help="bundled, torchvision:NAME or module.path:factory."
-)
-@click.option("--weights", type=Path, help="State dict of the encoder, as torch.save writes it.")
-@click.option("--layer", help="Dotted name.  [default: the last module that returns a map]")
-@click.option("--similarity", type=click.Choice(["cosine", "dot", "euclidean"]), default="cosine", show_default=True)
 @click.option("--contrast", help='Why each reference rather than another: its number, from 1, or "rest" for the mean.')
-@click.option(
-    "--size", type=click.IntRange(1, 4096), help="Side in pixels that images are resized to.  [default: the encoder's]"
-)
-@click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda.")
-@click.option("--mean", type=float, nargs=3, help="Mean of the RGB channels in [0, 1].  [default: the encoder's]")
-@click.option("--std", type=float, nargs=3, help="Standard deviation of the RGB channels.  [default: the encoder's]")
+@_encoder_options
 def explain(
     query: Path,
     references: Sequence[Path],
     output: Path | None,
     as_json: bool,
+    contrast: str | None,
     encoder: str,
-    weights: Path | None,
     layer: str | None,
     similarity: str,
-    contrast: str | None,
-    size: int | None,
-    device: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
+    **loading: Any,
 ) -> None:
     """
     Explain the similarity of the image QUERY to each REFERENCE.
@@ -86,24 +148,11 @@ def explain(
     output = output or query.with_name(f"{query.stem}_fam.png")
     _check_output(output, (query, *references))
     other = _contrast(contrast, len(references))
-    if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
-        raise ValueError("--mean must be finite and --std positive: give three numbers for each")
 
-    with redirect_stdout(sys.stderr), _running(encoder, size):  # whatever a factory or an encoder prints
-        loaded = load_encoder(encoder, weights)
-        size = size or loaded.size
-        model = _to_device(loaded.model, device)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        pixels = [to_tensor(i, size, mean or loaded.mean, std or loaded.std) for i in images]
-        tensors = torch.stack(pixels).to(device, dtype)
-        layer_name, module = find_layer(model, layer, tensors[:1])
-        fam = FeatureActivationMap(model, module, similarity=similarity)
-        try:
-            z, s = fam.embed(tensors[:1]), fam.embed(tensors[1:])
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{encoder} gives no embeddings (B, D) ({one_line(error)}): let the factory return a module that does"
-            ) from error
+    with _loaded(images, encoder, layer=layer, **loading) as loaded:
+        layer_name, tensors = loaded.layer_name, loaded.tensors
+        fam = FeatureActivationMap(loaded.model, loaded.layer, similarity=similarity)
+        z, s = loaded.embeddings[:1], loaded.embeddings[1:]
         scores = channel_contributions(widen(z), widen(s), similarity).sum(1).tolist()
         if isinstance(other, int):
             queries = tensors[:1].expand(len(s), -1, -1, -1)
@@ -136,7 +185,7 @@ def explain(
             "layer": layer_name,
             "similarity": similarity,
             "contrast": contrast,
-            "size": size,
+            "size": loaded.size,
             "query": str(query),
             "references": [
                 {
@@ -153,11 +202,55 @@ def explain(
         click.echo(json.dumps(report, indent=2, allow_nan=False))
         return
     found = "" if layer else ", the last with a map"
-    click.echo(f"encoder {encoder}, layer {layer_name} ({type(module).__name__}){found}")
+    click.echo(f"encoder {encoder}, layer {layer_name} ({type(loaded.layer).__name__}){found}")
     for i, path in enumerate(references):
         click.echo(
             f"{i + 1}  {similarity} {scores[i]: .4f}" + (f"  margin {margins[i]: .4f}" if margins else "") + f"  {path}"
         )
+    click.echo(f"wrote {output}")
+
+
+@command.command()
+@click.argument("query", type=Path)
+@click.argument("reference", type=Path)
+@click.option("-o", "--output", type=Path, help="PNG to write.  [default: QUERY_compare.png beside the query]")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    help=f"A class of captum_fam or captum.attr, any number of times.  [default: {', '.join(DEFAULT)}]",
+)
+@_encoder_options
+def compare(
+    query: Path,
+    reference: Path,
+    output: Path | None,
+    methods: Sequence[str],
+    encoder: str,
+    layer: str | None,
+    similarity: str,
+    **loading: Any,
+) -> None:
+    """
+    Compare attribution methods on the similarity of the images QUERY and REFERENCE.
+
+    Writes one figure: a row for each of the two images, a column for each method.
+    """
+    images = [read_image(path) for path in (query, reference)]
+    output = output or query.with_name(f"{query.stem}_compare.png")
+    _check_output(output, (query, reference))
+    with _loaded(images, encoder, layer=layer, **loading) as loaded:
+        score = SimilarityScore(loaded.model, loaded.embeddings, similarity)
+        value = score(loaded.tensors[:1])[0, 1].item()
+        maps = compare_attributions(
+            score, loaded.layer, loaded.tensors, [1, 0], methods or None, show_progress=sys.stderr.isatty()
+        )
+    titles = [f"query: {_short(query.name)}\n{similarity} {value:.3f}", f"reference: {_short(reference.name)}"]
+    figure, _ = visualize_comparison(images, maps, titles=titles, use_pyplot=False)
+    _write(figure, output)
+    found = "" if layer else ", the last with a map"
+    click.echo(f"encoder {encoder}, layer {loaded.layer_name} ({type(loaded.layer).__name__}){found}")
+    click.echo(f"{similarity} {value: .4f}  {', '.join(maps)}")
     click.echo(f"wrote {output}")
 
 

@@ -12,7 +12,7 @@ from skimage import data
 from skimage.io import imread
 from torch import Tensor
 
-from captum_fam import figures
+from captum_fam import visualization
 from captum_fam.bundled import BundledEncoder, bundled_encoder
 from captum_fam.feature_activation_map import FeatureActivationMap
 from captum_fam.images import to_tensor
@@ -118,17 +118,17 @@ def demo_figure() -> tuple[Figure, list[str]]:
     columns = len(names) + 1
     figure = Figure(figsize=(2.6 * columns + 0.6, 8.4), layout="constrained")
     axes = figure.subplots(3, columns)
-    figures.show(axes[0, 0], query, "query: a collage")
+    visualization.show(axes[0, 0], query, "query: a collage")
     axes[1, 0].axis("off")
     axes[2, 0].axis("off")
     for axis, name in zip(axes[0, 1:], names):
-        figures.show(axis, another_view(photos[name]), f"reference: {name}")
+        visualization.show(axis, another_view(photos[name]), f"reference: {name}")
     for row, maps, share, label in (
         (1, plain, inside.fam, "FAM"),
         (2, contrast, inside.contrast, "contrast to the rest"),
     ):
         captions = [f"{s:.0%} inside (chance 25%)" for s in share.tolist()]
-        figures.map_row(figure, axes[row, 1:], [query] * len(names), maps, captions, label)
+        visualization.draw_maps(figure, axes[row, 1:], [query] * len(names), list(maps), captions, label)
 
     every = list(photos.values())
     ours = all_pairs(encoder, every)

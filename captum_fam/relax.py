@@ -21,8 +21,9 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
     r"""
     RELAX (Wickstrøm et al., https://arxiv.org/abs/2112.10161): the importance of a pixel is
     the mean score of the input under random masks, weighted by what each mask shows of it,
+    here less the plain mean over all masks,
 
-    .. math:: R(i) = \frac{\sum_n f(X \circ M_n) M_n(i)}{\sum_n M_n(i)}
+    .. math:: R(i) = \frac{\sum_n f(X \circ M_n) M_n(i)}{\sum_n M_n(i)} - \frac{1}{N} \sum_n f(X \circ M_n)
 
     with the score f of the input X and N masks :math:`M_n` as in RISE (Petsiuk et al.,
     https://arxiv.org/abs/1806.07421): each cell of a coarse grid is kept with one
@@ -30,10 +31,11 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
     The paper's score is the cosine to the embedding of the unmasked input itself
     (``reference=inputs``); here it is the similarity to any reference. The quotient is that of
     the authors' code; the paper's mean over masks is the same in expectation up to a factor.
+    The second term is ours: it changes no difference between pixels, and makes zero the value
+    of a pixel that makes no difference when it is shown.
 
     It knows nothing of the encoder but its outputs, so it is a reference for methods that look
-    inside; it needs ``n_samples`` forward passes of each input. Values are scores, not centred:
-    what stands out, and not the sign, tells. The same ``seed`` gives the same masks, whatever
+    inside; it needs ``n_samples`` forward passes of each input. The same ``seed`` gives the same masks, whatever
     the batch and the device. Also explains classifiers: without references, ``target`` is a
     class.
 
@@ -136,19 +138,25 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         generator = torch.Generator().manual_seed(self.seed)
         cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
         shifts = torch.rand(self.n_samples, len(size), generator=generator)
-        scored, shown = (widen(x.new_zeros(B, *size)) for _ in range(2))
+        scored, shown, total = (widen(x.new_zeros(B, *shape)) for shape in (size, size, ()))
         with (
             torch.no_grad(),
-            tqdm(total=self.n_samples * B, desc="Relax", unit="pass", disable=not self.show_progress) as progress,
+            tqdm(
+                total=self.n_samples * B, desc="Relax", unit="pass", leave=None, disable=not self.show_progress
+            ) as progress,
         ):
             for index in torch.arange(self.n_samples * B).split(self.perturbations_per_eval):
                 numbers, rows = index // B, (index % B).to(x.device)
                 masks = masks_of(cells[numbers], shifts[numbers], size).to(shown)
                 scores = self._scores(x[rows] * masks[:, None].to(x.dtype), rows, B, additional_forward_args, question)
-                scored.index_add_(0, rows, masks * scores.to(masks).reshape(-1, *[1] * len(size)))
+                scores = scores.to(masks)[:, 0]
+                total.index_add_(0, rows, scores)
+                scored.index_add_(0, rows, masks * scores.reshape(-1, *[1] * len(size)))
                 shown.index_add_(0, rows, masks)
                 progress.update(len(index))
-        return (scored / nonzero(shown))[:, None].to(x.dtype)
+        mean = (total / self.n_samples).reshape(-1, *[1] * len(size))
+        importance = torch.where(shown > 0, scored / nonzero(shown) - mean, torch.zeros_like(shown))
+        return importance[:, None].to(x.dtype)
 
 
 def masks_of(cells: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:

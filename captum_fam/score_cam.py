@@ -94,7 +94,7 @@ class ScoreCam(ChannelAttribution):
 
         baseline = scores(torch.zeros_like(x), rows)[:, None]
         total = sum(B * A.shape[1] for A in tensors)
-        with tqdm(total=total, desc="ScoreCam", unit="pass", disable=not self.show_progress) as progress:
+        with tqdm(total=total, desc="ScoreCam", unit="pass", leave=None, disable=not self.show_progress) as progress:
 
             def weights(A: Tensor) -> Tensor:
                 C = A.shape[1]

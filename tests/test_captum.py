@@ -54,10 +54,13 @@ def scored(kind=HeadEncoder, K=3):
         "SimilarityDecomposition",
         "SimilarityScore",
         "channel_contributions",
+        "compare_attributions",
         "contribution_weights",
         "explanation_func",
         "prototypes",
         "to_input_space",
+        "visualize_comparison",
+        "visualize_pair",
     ],
 )
 def test_a_public_name_stays(name):

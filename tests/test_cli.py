@@ -334,13 +334,13 @@ def test_the_demo_writes_its_figure_and_prints_its_table(run, tmp_path, monkeypa
 
 
 def test_a_zero_map_is_said_to_be_one_and_signed_maps_share_one_scale_around_zero():
-    from captum_fam.figures import map_row
+    from captum_fam.visualization import draw_maps
 
     image = Image.new("RGB", (32, 32))
     figure = Figure()
     axes = figure.subplots(1, 2)
     maps = torch.stack([torch.zeros(4, 4), torch.linspace(-1, 3, 16).reshape(4, 4)])
-    map_row(figure, axes, [image, image], maps, ["none", "some"], "FAM")
+    draw_maps(figure, axes, [image, image], list(maps), ["none", "some"], "FAM")
     assert "zero" in axes[0].get_xlabel()
     assert "zero" not in axes[1].get_xlabel()
     assert figure.axes[-1].get_ylim() == (-3.0, 3.0)

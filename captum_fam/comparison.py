@@ -1,0 +1,214 @@
+"""Several attribution methods on one similarity."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, TypeAlias
+
+import captum.attr
+from captum.attr import LRP, Attribution, Occlusion
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_fam._captum import TargetType
+from captum_fam._checks import check_callable, describe, reference_index, warn
+from captum_fam.adapters import resize
+from captum_fam.class_activation_map import ClassActivationMap
+from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.label_free_activation_map import LabelFreeActivationMap
+from captum_fam.relax import Relax
+from captum_fam.relevance_cam import RelevanceCam
+from captum_fam.score import SimilarityScore
+from captum_fam.score_cam import ScoreCam
+from captum_fam.similarity_decomposition import SimilarityDecomposition
+
+Method: TypeAlias = str | type[Attribution] | Attribution | Callable[[Tensor, Any], Any]
+
+_OURS = (
+    ClassActivationMap,
+    FeatureActivationMap,
+    LabelFreeActivationMap,
+    Relax,
+    RelevanceCam,
+    ScoreCam,
+    SimilarityDecomposition,
+)
+DEFAULT = (
+    "FeatureActivationMap",
+    "SimilarityDecomposition",
+    "LabelFreeActivationMap",
+    "LayerGradCam",
+    "RelevanceCam",
+    "Relax",
+)
+
+
+class Comparison(dict[str, Tensor]):
+    """
+    Maps (B, 1, *spatial) at the size of the inputs, by the names of their methods.
+
+    Attributes:
+        failures: why methods have no map, by their names.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: dict[str, str] = {}
+
+
+def compare_attributions(
+    score: Callable[..., Any],
+    layer: nn.Module,
+    inputs: Tensor,
+    target: TargetType = None,
+    methods: Iterable[Method] | Mapping[str, Method] | None = None,
+    *,
+    additional_forward_args: object | None = None,
+    show_progress: bool = True,
+) -> Comparison:
+    r"""
+    Maps of several attribution methods for the same similarity.
+
+    Args:
+        score (SimilarityScore): An encoder and its references, as one function for all methods.
+                    (Methods that explain classifiers take one here, too.)
+        layer (torch.nn.Module): The layer that layer methods explain.
+        inputs (Tensor): Inputs to explain, (B, C, \*spatial).
+        target (int, list, Tensor, optional): Number of the reference, as in
+                    :meth:`FeatureActivationMap.attribute`.
+                    Default: None
+        methods (list or dict, optional): Methods, or methods by the names to give them, each one
+
+                    - a name: that of a class of captum_fam or ``captum.attr``,
+                    - a class, which is made with ``score`` and, if it takes one, ``layer``,
+                    - an instance, for one with other arguments,
+                    - a function ``(inputs, target) -> attributions``, for other arguments of
+                      ``attribute``.
+
+                    Default: FeatureActivationMap, SimilarityDecomposition,
+                    LabelFreeActivationMap, LayerGradCam, RelevanceCam and Relax (whose 1,000
+                    passes take the most time)
+        additional_forward_args (Any, optional): As for other Captum methods; not given to
+                    functions.
+                    Default: None
+        show_progress (bool): Shows a progress bar.
+                    Default: True
+
+    Returns:
+        *dict*: maps (B, 1, \*spatial) at the size of the inputs, by name: layer maps are
+        interpolated linearly, attributions of several channels are added up. Methods that
+        could not explain this encoder are missing from it; a warning names each with the
+        reason, and ``.failures`` holds both. Captum's Occlusion, which cannot do without, gets
+        windows of an eighth of the input's size, half overlapping.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above, or no method succeeded.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> score = SimilarityScore(encoder, torch.rand(5, 8))
+        >>> methods = ["FeatureActivationMap", "LayerGradCam", "Occlusion"]
+        >>> maps = compare_attributions(score, encoder[1], torch.rand(2, 3, 16, 16), 3, methods, show_progress=False)
+        >>> {name: tuple(map.shape) for name, map in maps.items()}
+        {'FeatureActivationMap': (2, 1, 16, 16), 'LayerGradCam': (2, 1, 16, 16), 'Occlusion': (2, 1, 16, 16)}
+    """
+    check_callable("score", score)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"Expected `layer` to be a module, but got {describe(layer)}.")
+    if not isinstance(inputs, Tensor) or inputs.ndim < 3:
+        raise TypeError(f"Expected `inputs` to be one tensor (B, C, *spatial), but got {describe(inputs)}.")
+    if isinstance(score, SimilarityScore):
+        numbers = reference_index("target", target, len(score.reference_embedding), len(inputs)).tolist()
+        target = numbers if target is None else target
+    named = _named(DEFAULT if methods is None else methods)
+    comparison = Comparison()
+    with tqdm(named.items(), desc="compare_attributions", unit="method", disable=not show_progress) as progress:
+        for name, method in progress:
+            progress.set_postfix_str(name)
+            try:
+                attribute = _function(method, score, layer, additional_forward_args, show_progress)
+                comparison[name] = _map(attribute(inputs.detach().clone(), target), inputs)
+            except Exception as error:  # whatever a method raises for an encoder that it does not fit
+                comparison.failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    for name, reason in comparison.failures.items():
+        warn(f"{name} could not explain this encoder: {reason}")
+    if named and not comparison:
+        raise ValueError(f"No method could explain this encoder: {comparison.failures}")
+    return comparison
+
+
+def _named(methods: Iterable[Method] | Mapping[str, Method]) -> dict[str, Method]:
+    """The methods, looked up, by names that differ."""
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise TypeError(f"Expected `methods` to be a list or a dict of methods, but got {describe(methods)}.")
+    if isinstance(methods, Mapping):
+        return {name: _lookup(method) for name, method in methods.items()}
+    named: dict[str, Method] = {}
+    for method in map(_lookup, methods):
+        kind = method if inspect.isroutine(method) or isinstance(method, type) else type(method)
+        name, same = kind.__name__, sum(n.partition(" ")[0] == kind.__name__ for n in named)
+        named[f"{name} {same + 1}" if same else name] = method
+    return named
+
+
+def _lookup(method: Method) -> Method:
+    if not isinstance(method, str):
+        if not callable(method) and not callable(getattr(method, "attribute", None)):
+            raise TypeError(
+                "Expected `methods` to hold names, classes, instances of Captum attribution methods or functions, but"
+                f" got {describe(method)}."
+            )
+        return method
+    known = {n: m for n, m in vars(captum.attr).items() if isinstance(m, type) and issubclass(m, Attribution)}
+    known |= {ours.__name__: ours for ours in _OURS}
+    if method not in known:
+        near = get_close_matches(method, known, 3, 0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"Neither captum_fam nor captum.attr has a method {method!r}.{hint}")
+    return known[method]
+
+
+def _function(
+    method: Method, score: Callable[..., Any], layer: nn.Module, additional_forward_args: object | None, progress: bool
+) -> Callable[[Tensor, Any], Any]:
+    """A method as a function of inputs and target."""
+    if isinstance(method, type):
+        parameters = inspect.signature(method).parameters
+        where = (layer,) if "layer" in parameters else ()
+        if issubclass(method, LRP) and isinstance(score, SimilarityScore):
+            raise ValueError(
+                "LRP takes the gradient of a similarity for the relevance to start from; RelevanceCam starts from the"
+                " contributions to the score"
+            )
+        method = method(score, *where, **({"show_progress": progress} if "show_progress" in parameters else {}))
+    explain: Any = getattr(method, "attribute", None)
+    if explain is None:
+        return method  # type: ignore[return-value]  # _lookup has seen that it is a function
+
+    def attribute(inputs: Tensor, target: Any) -> Any:
+        arguments: dict[str, Any] = {"target": target, "additional_forward_args": additional_forward_args}
+        if isinstance(method, Occlusion):
+            size = [max(1, n // 8) for n in inputs.shape[2:]]
+            arguments["sliding_window_shapes"] = (inputs.shape[1], *size)
+            arguments["strides"] = (inputs.shape[1], *(max(1, n // 2) for n in size))
+        return explain(inputs, **arguments)
+
+    return attribute
+
+
+def _map(attributions: Any, inputs: Tensor) -> Tensor:
+    """One map (B, 1, *spatial) at the size of the inputs."""
+    while isinstance(attributions, (tuple, list)) and len(attributions) == 1:
+        attributions = attributions[0]
+    if (
+        not isinstance(attributions, Tensor)
+        or attributions.ndim != inputs.ndim
+        or len(attributions) != len(inputs)
+        or not attributions.is_floating_point()
+    ):
+        raise ValueError(
+            f"its attributions ({describe(attributions)}) are no maps (B, C, *spatial) of inputs of shape"
+            f" {tuple(inputs.shape)}"
+        )
+    return resize(attributions.detach().sum(1, keepdim=True), inputs.shape[2:])

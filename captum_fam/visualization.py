@@ -1,0 +1,338 @@
+"""Figures of maps over the images that they explain."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from captum_fam._checks import describe, warn
+from captum_fam.adapters import resize
+from captum_fam.comparison import Comparison
+
+Picture: TypeAlias = Tensor | NDArray[Any] | Image.Image
+Pictures: TypeAlias = Picture | Sequence[Picture]
+Values: TypeAlias = Tensor | NDArray[Any]
+
+STRONGEST = 0.85  # opacity of a figure's largest map value over its image, in grey
+LONGEST = 512  # pixels of an image's longer side in a figure
+NARROWEST = 4  # an image is drawn at no more than this ratio of its sides
+ROUNDING = 0.01  # how far values may leave [0, 1] when a normalisation is undone
+COARSE = 3  # a map with so few locations along a side is said to be coarse
+# Red speaks for, blue against; opacity carries the value, so that zero is clear.
+SIGNED = LinearSegmentedColormap.from_list("signed", ["#0033dd", "white", "#dd1100"])
+
+
+def visualize_pair(
+    query: Pictures,
+    reference: Pictures,
+    query_map: Values,
+    reference_map: Values,
+    *,
+    titles: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    label: str = "attribution",
+    use_pyplot: bool = True,
+) -> tuple[Figure, NDArray[Any]]:
+    r"""
+    Draws pairs of images side by side, each with its map over it: a row for each pair.
+
+    All maps of the figure are on one colour scale. Those without negative values run from
+    blue to red, their opacity with the root of the value; where there are negative values,
+    all are red for positive and blue for negative ones. Maps are interpolated linearly to the
+    size of their image; a map that is zero, constant, very coarse or not finite everywhere is
+    said to be so under it.
+
+    Args:
+        query, reference (Tensor, array, PIL.Image or a list of them): B images each; a single
+                    one is drawn in every row. One image is (C, H, W), (H, W, C) or (H, W), with
+                    1, 3 or 4 channels; a batch has one dimension more. Values in [0, 1], or
+                    uint8.
+        query_map, reference_map (Tensor or array): Their maps, as ``attribute_pair`` returns
+                    them: (B, 1, h, w), (B, h, w) or (h, w), any size.
+        titles (list of str, optional): One for each pair.
+                    Default: None
+        mean, std (sequence of float, optional): Mean and standard deviation that the images
+                    were normalised with, of each channel; undone.
+                    Default: None
+        label (str): Of the colour scale.
+                    Default: ``"attribution"``
+        use_pyplot (bool): Makes the figure with pyplot, so that a notebook shows it. It is never
+                    shown from here.
+                    Default: True
+
+    Returns:
+        *tuple*: the Figure and its Axes, an array (B, 4).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> images, maps = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 7, 7)
+        >>> figure, axes = visualize_pair(images, images.flip(0), maps, maps.flip(0), use_pyplot=False)
+        >>> axes.shape
+        (2, 4)
+    """
+    maps = [_maps("query_map", query_map), _maps("reference_map", reference_map)]
+    rows = len(maps[0])
+    if len(maps[1]) != rows:
+        raise ValueError(f"Expected as many maps of the references as of the queries, {rows}, but got {len(maps[1])}.")
+    sides = [_pictures("query", query, rows, mean, std), _pictures("reference", reference, rows, mean, std)]
+    titles = _titles(titles, rows)
+    figure = _figure(4, rows, use_pyplot)
+    axes = figure.subplots(rows, 4, squeeze=False)
+    for row in range(rows):
+        for side, name in enumerate(("query", "reference")):
+            caption = f"{name}\n{titles[row]}" if titles[row] and not side else name
+            show(axes[row, 2 * side], sides[side][row], caption)
+    draw_maps(
+        figure,
+        [*axes[:, 1], *axes[:, 3]],
+        [*sides[0], *sides[1]],
+        maps[0] + maps[1],
+        [f"map of the {name}" for name in ("query", "reference") for _ in range(rows)],
+        label,
+    )
+    return figure, axes
+
+
+def visualize_comparison(
+    images: Pictures,
+    attributions: Mapping[str, Values],
+    *,
+    titles: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    use_pyplot: bool = True,
+) -> tuple[Figure, NDArray[Any]]:
+    r"""
+    Draws the maps of several methods for the same images: a row for each image, a column for
+    each method.
+
+    Methods have units of their own, so each one's values are divided by its largest absolute
+    value in the figure; on that one colour scale all maps are drawn, as in
+    :func:`visualize_pair`. The range of each map's own values is written under it. Methods
+    that failed in :func:`~captum_fam.compare_attributions` are named at the foot, with the
+    reason.
+
+    Args:
+        images (Tensor, array, PIL.Image or a list of them): B images, as in
+                    :func:`visualize_pair`.
+        attributions (dict): Maps by the names of their methods, as
+                    :func:`~captum_fam.compare_attributions` returns them: (B, 1, h, w),
+                    (B, h, w) or (h, w), any size.
+        titles (list of str, optional): One for each image.
+                    Default: None
+        mean, std, use_pyplot: As in :func:`visualize_pair`.
+
+    Returns:
+        *tuple*: the Figure and its Axes, an array (B, 1 + number of methods).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> images, maps = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64)
+        >>> figure, axes = visualize_comparison(images, {"FAM": maps, "signed": maps - 0.5}, use_pyplot=False)
+        >>> axes.shape
+        (2, 3)
+    """
+    if not isinstance(attributions, Mapping) or not attributions:
+        raise TypeError(f"Expected `attributions` to be a dict of maps by name, but got {describe(attributions)}.")
+    maps = {name: _maps(f"attributions[{name!r}]", values) for name, values in attributions.items()}
+    counts = {name: len(values) for name, values in maps.items()}
+    rows = next(iter(counts.values()))
+    if set(counts.values()) != {rows}:
+        raise ValueError(f"Expected as many maps of each method, but got {counts}.")
+    pictures, titles = _pictures("images", images, rows, mean, std), _titles(titles, rows)
+    figure = _figure(1 + len(maps), rows, use_pyplot)
+    axes = figure.subplots(rows, 1 + len(maps), squeeze=False)
+    for axis, picture, title in zip(axes[:, 0], pictures, titles):
+        show(axis, picture, title)
+    relative, captions = [], []
+    for column, (name, values) in enumerate(maps.items(), 1):
+        axes[0, column].set_title(name, fontsize="medium", parse_math=False)
+        largest = max((_finite(v).abs().max().item() for v in values), default=0) or 1.0
+        relative += [v / largest for v in values]
+        captions += [f"{_finite(v).min():.2g} to {_finite(v).max():.2g}" for v in values]
+    draw_maps(
+        figure,
+        axes[:, 1:].T.flat,
+        pictures * len(maps),
+        relative,
+        captions,
+        "share of the method's largest value",
+    )
+    if isinstance(attributions, Comparison) and attributions.failures:
+        failures = [f"{name} could not explain this encoder: {why}" for name, why in attributions.failures.items()]
+        figure.supxlabel("\n".join(failures), fontsize="small", x=0.01, ha="left", wrap=True, parse_math=False)
+    return figure, axes
+
+
+def draw_maps(
+    figure: Figure,
+    axes: Iterable[Axes],
+    images: Sequence[Image.Image],
+    maps: Sequence[Tensor],
+    captions: Sequence[str],
+    label: str,
+) -> None:
+    """Draws maps (h, w) over images on one colour scale, with its bar, and says what a map lacks."""
+    axes = list(axes)
+    limit = max((_finite(m).abs().max().item() for m in maps), default=0) or 1.0
+    signed = any(bool((_finite(m) < 0).any()) for m in maps)
+    scale = ScalarMappable(Normalize(-limit if signed else 0, limit), SIGNED if signed else "turbo")
+    for axis, image, values, caption in zip(axes, images, maps, captions):
+        height, width = show(axis, image.convert("L"), "\n".join([caption, *_lacks(values)]))
+        resized = resize(_finite(values)[None, None], (height, width))[0, 0].numpy()
+        strength = np.abs(resized) / limit
+        if signed:
+            axis.imshow(SIGNED((resized > 0).astype(float))[..., :3], alpha=STRONGEST * strength.clip(0, 1))
+        else:
+            axis.imshow(scale.to_rgba(resized)[..., :3], alpha=STRONGEST * np.sqrt(strength).clip(0, 1))
+    figure.colorbar(scale, ax=axes, label=label, fraction=0.02, pad=0.01, aspect=30)
+
+
+def show(axis: Axes, image: Image.Image, caption: str) -> tuple[int, int]:
+    """Draws an image with a caption below it; returns its height and width as drawn."""
+    width, height = max(image.width, image.height / NARROWEST), max(image.height, image.width / NARROWEST)
+    scale = LONGEST / max(width, height)
+    drawn = image.resize((round(width * scale), round(height * scale)))
+    axis.imshow(np.asarray(drawn), cmap="gray", vmin=0, vmax=255)
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel(caption, parse_math=False)
+    return drawn.height, drawn.width
+
+
+def explanation_figure(
+    query: Image.Image,
+    references: Sequence[Image.Image],
+    maps: Tensor,
+    reference_maps: Tensor,
+    captions: Sequence[str],
+    reference_captions: Sequence[str],
+    label: str,
+) -> Figure:
+    """
+    The query, its maps (K, h, w) for K references, and below each the reference with its own map.
+    """
+    columns = len(references) + 1
+    figure = _figure(columns, 2, use_pyplot=False)
+    axes = figure.subplots(2, columns, squeeze=False)
+    show(axes[0, 0], query, "query")
+    axes[1, 0].axis("off")
+    draw_maps(figure, axes[0, 1:], [query] * len(references), list(maps), captions, label)
+    draw_maps(figure, axes[1, 1:], references, list(reference_maps), reference_captions, "FAM")
+    return figure
+
+
+def _figure(columns: int, rows: int, use_pyplot: bool) -> Figure:
+    size = (2.6 * columns + 0.6, 2.9 * rows)
+    if not use_pyplot:
+        return Figure(figsize=size, layout="constrained")
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=size, layout="constrained")
+
+
+def _finite(values: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, torch.zeros_like(values))
+
+
+def _lacks(values: Tensor) -> list[str]:
+    """What should be known of a map (h, w) before it is read."""
+    finite = values.isfinite()
+    said = []
+    if not finite.all():
+        said.append(f"{int((~finite).sum())} of {values.numel()} values are not finite")
+    if not _finite(values).any():
+        said.append("the map is zero")
+    elif values.min() == values.max():
+        said.append("the map is constant")
+    if min(values.shape) <= COARSE:
+        said.append(f"the map has {values.shape[0]} x {values.shape[1]} locations")
+    return [f"({line})" for line in said]
+
+
+def _titles(titles: Sequence[str] | None, rows: int) -> Sequence[str]:
+    if titles is None:
+        return [""] * rows
+    if isinstance(titles, str) or len(titles) != rows:
+        raise ValueError(f"Expected `titles` to be a list of {rows}, one for each row, but got {titles!r}.")
+    return titles
+
+
+def _maps(name: str, values: Values) -> list[Tensor]:
+    """Maps (h, w), in float32 on the CPU."""
+    maps = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    maps = maps.detach().cpu().float()
+    if maps.ndim == 2:
+        maps = maps[None]
+    if maps.ndim == 4 and maps.shape[1] == 1:
+        maps = maps[:, 0]
+    if maps.ndim != 3 or not maps.numel():
+        raise ValueError(
+            f"Expected `{name}` to be maps (B, 1, h, w), (B, h, w) or (h, w), but got {describe(maps)}; sum"
+            " attributions over their channels first."
+        )
+    return list(maps)
+
+
+def _pictures(
+    name: str, images: Pictures, rows: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> list[Image.Image]:
+    """One image for each row."""
+    batch = isinstance(images, Sequence) or (isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4)
+    one_by_one: Any = images if batch else [images]
+    pictures = [_picture(name, image, mean, std) for image in one_by_one]
+    if len(pictures) not in (1, rows):
+        raise ValueError(f"Expected `{name}` to be one image or {rows}, one for each row, but got {len(pictures)}.")
+    return pictures * (rows // len(pictures))
+
+
+def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise TypeError(f"Expected `{name}` to be a tensor, an array or a PIL image, but got {describe(image)}.")
+    given = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    pixels: NDArray[Any] = given.float().numpy()
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    channels = [axis for axis in (0, -1) if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4)]
+    if not channels or not pixels.size:
+        raise ValueError(
+            f"Expected `{name}` to be images (C, H, W), (H, W, C) or (H, W) with 1, 3 or 4 channels, but got one of"
+            f" shape {tuple(image.shape)}."
+        )
+    # Where both ends could be the channels, tensors have them first, arrays last.
+    pixels = np.moveaxis(pixels, channels[0 if isinstance(image, Tensor) else -1], -1)
+    if not given.is_floating_point():
+        pixels = pixels / 255
+    try:
+        pixels = pixels * np.asarray(1 if std is None else std, np.float32) + np.asarray(mean or 0, np.float32)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected `mean` and `std` to have one number for each of {pixels.shape[2]} channels, but got {mean!r} and"
+            f" {std!r}."
+        ) from error
+    pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
+    low, high = pixels.min(), pixels.max()
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        warn(
+            f"`{name}` has values from {low:.3g} to {high:.3g}, not from 0 to 1; they are stretched to be seen. Pass"
+            " the mean and std that it was normalised with."
+        )
+        pixels = (pixels - low) / (high - low)
+    pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3]).convert("RGB")
