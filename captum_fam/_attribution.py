@@ -387,7 +387,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         contrast: Literal["rest"] | str | None = None,
     ) -> Maps:
         r"""
-        Explains each input's similarity to every reference, with one forward pass of the inputs.
+        Explains each input's similarity to every reference, from one recorded forward pass of the inputs.
 
         Args:
             inputs, additional_forward_args, reference, reference_embedding, relu_attributions:

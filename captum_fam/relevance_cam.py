@@ -95,7 +95,12 @@ class RelevanceCam(ChannelAttribution):
             model = _Scored(encoder, self._selector(), _called_after(layer, encoder, self._selector(), recording))
             relevances = [model.relevance(layer, name, c, recording) for c in pairs.c.unbind(1)]
             alpha = torch.stack([widen(recording.reshape(R)).flatten(2).sum(2) for R in relevances], 1)
-            weights.append([torch.where(valid[..., None], alpha, torch.zeros_like(alpha))])
+            finite = alpha.isfinite().all(2, keepdim=True)
+            if not (finite[..., 0] | ~valid).all():
+                recording.doubts.append(
+                    f"Relevances of layer {name} are not finite: the maps that depend on them are zero."
+                )
+            weights.append([torch.where(finite, alpha, torch.zeros_like(alpha))])
         return weights
 
 
@@ -113,6 +118,13 @@ class _Scored(nn.Module):
         self._selector = selector
         for i, module in enumerate(modules):
             self.add_module(str(i), module)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Nothing: LRP would copy weights back in place, which breaks graphs that wait for backward. See _rules."""
+        return {}
+
+    def load_state_dict(self, *_: Any, **__: Any) -> None:
+        """Does nothing, as state_dict."""
 
     def forward(self, *args: Any) -> Tensor:
         """Ones (B,), whose gradient by the embedding is the relevance that it starts with."""
@@ -169,9 +181,10 @@ def _called_after(
 
 @contextmanager
 def _rules(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Rules for the modules that have none; afterwards, what LRP left on them or took from them is put right."""
-    names = ["rule", "activations"]
+    """Rules for the modules that have none; afterwards, what LRP changed of them is as it was."""
+    names, modules = ["rule", "activations"], list(modules)
     saved = [(m, {name: vars(m)[name] for name in names if name in vars(m)}) for m in modules]
+    weights = [(p, p.data) for m in modules for p in m.parameters(recurse=False)]
     try:
         for module, attributes in saved:
             if "rule" not in attributes and type(module) in _RULES:
@@ -182,6 +195,8 @@ def _rules(modules: Iterable[nn.Module]) -> Iterator[None]:
             for name in names:
                 vars(module).pop(name, None)
             vars(module).update(attributes)
+        for parameter, data in weights:
+            parameter.data = data
 
 
 def _arithmetic(z: Tensor, stop: set[Any]) -> list[str]:

@@ -164,7 +164,7 @@ def visualize_comparison(
         axes[0, column].set_title(name, fontsize="medium", parse_math=False)
         largest = max((_finite(v).abs().max().item() for v in values), default=0) or 1.0
         relative += [v / largest for v in values]
-        captions += [f"{_finite(v).min():.2g} to {_finite(v).max():.2g}" for v in values]
+        captions += [f"{_finite(v).min():.3g} to {_finite(v).max():.3g}" for v in values]
     draw_maps(
         figure,
         axes[:, 1:].T.flat,

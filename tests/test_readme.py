@@ -57,12 +57,14 @@ def test_a_python_block_of_the_readme_runs(block):
         "fam": captum_fam.FeatureActivationMap(encoder, encoder.layer4),
         "maps": torch.rand(3, 1, 7, 7),
         "photo": np.zeros((9, 9, 3)),
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
     }
     exec(block, names)
 
 
 def test_the_readme_has_the_blocks_that_are_tested():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def test_the_usual_wrapper_of_two_encoder_calls_explains_the_reference_as_the_readme_says():
