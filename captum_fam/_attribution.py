@@ -23,7 +23,7 @@ from captum_fam._checks import (
     describe,
     format_inputs,
     reference_index,
-    warn,
+    warn_once,
 )
 from captum_fam._recording import Recording, Tensors
 from captum_fam.score import SimilarityScore
@@ -126,9 +126,6 @@ class Pairs:
 class SimilarityAttribution(Attribution):
     """A method that explains the similarity of the inputs' embeddings to references."""
 
-    # Whether the method explains a classifier too: its outputs are an embedding, a class is one dimension of it.
-    explains_classifiers = True
-
     def __init__(
         self,
         forward_func: Callable[..., Any],
@@ -187,7 +184,7 @@ class SimilarityAttribution(Attribution):
             )
             if value is not None
         ]
-        if not given and self.explains_classifiers and self.similarity is None:
+        if not given and self._explains_classifiers():
             classes = self.embed(inputs, additional_forward_args).shape[1]
             return References((torch.eye(classes),), False, "dot")
         if len(given) != 1:
@@ -204,6 +201,10 @@ class SimilarityAttribution(Attribution):
             return References((score.reference_embedding,), False, similarity)
         check_reference_embedding(reference_embedding)
         return References((reference_embedding,), False, similarity)  # type: ignore[arg-type]  # checked
+
+    def _explains_classifiers(self) -> bool:
+        """Whether references may be left out: the outputs are then an embedding, a class is one dimension of it."""
+        return self.similarity is None
 
     def _embedded(self, references: References, inputs: Tensors, additional_forward_args: object | None) -> Tensor:
         """s (K, D)"""
@@ -231,7 +232,13 @@ class SimilarityAttribution(Attribution):
         return Question(s, own, other, references.similarity)
 
     def _scores(
-        self, changed: Tensor, rows: Tensor, inputs: int, additional_forward_args: Any, question: Question
+        self,
+        changed: Tensor,
+        rows: Tensor,
+        inputs: int,
+        additional_forward_args: Any,
+        question: Question,
+        doubts: list[str],
     ) -> Tensor:
         """Scores (N, P) of changed inputs (N, ...), each made from the input of that row."""
         given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
@@ -241,7 +248,7 @@ class SimilarityAttribution(Attribution):
         scores = question.to(widen(z)).of(rows).contributions(widen(z)).sum(2)
         if scores.isfinite().all():
             return scores
-        warn("Scores of masked inputs are not finite; they count as zero.")
+        doubts.append("Scores of masked inputs are not finite; they count as zero.")
         return torch.where(scores.isfinite(), scores, torch.zeros_like(scores))
 
     def _own(self, target: TargetType, references: int, inputs: int) -> Tensor:
@@ -250,6 +257,8 @@ class SimilarityAttribution(Attribution):
 
     def _score(self) -> SimilarityScore | None:
         func = uncompiled(self.forward_func)
+        if getattr(func, "__name__", "") in ("forward", "_wrapped_call_impl"):  # score.forward, score.__call__
+            func = getattr(func, "__self__", func)
         module = func.module if isinstance(func, nn.DataParallel) else func
         return module if isinstance(module, SimilarityScore) else None
 
@@ -516,8 +525,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
 
     def _result(self, maps: list[Tensors], doubts: list[str]) -> Maps:
         """Captum's form: a tuple for several tensors, a list for a list of layers. Warns of each doubt once."""
-        for doubt in dict.fromkeys(doubts):
-            warn(doubt)
+        warn_once(doubts)
         results = [layer if len(layer) > 1 else layer[0] for layer in maps]
         return results if isinstance(self.layer, list) else results[0]
 

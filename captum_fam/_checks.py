@@ -28,6 +28,12 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def warn_once(doubts: list[str]) -> None:
+    """A warning for each doubt, once."""
+    for doubt in dict.fromkeys(doubts):
+        warn(doubt)
+
+
 def check_callable(name: str, value: object) -> None:
     if not callable(value):
         raise TypeError(f"Expected `{name}` to be a module or a function, but got {describe(value)}.")

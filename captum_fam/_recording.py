@@ -1,9 +1,10 @@
 """One forward pass that records layers, and leaves the model as it was."""
 
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -141,6 +142,7 @@ def record(
     context is entered. Each thread's hooks ignore the calls of the other threads.
     """
     parallel = forward_func if isinstance(forward_func, nn.DataParallel) else None
+    in_threads = parallel is not None or device_ids is not None
     thread, lock = threading.get_ident(), threading.Lock()
     found: dict[nn.Module, dict[torch.device, Tensors]] = defaultdict(dict)
     repeated: set[nn.Module] = set()
@@ -157,7 +159,7 @@ def record(
 
     def hook(layer: nn.Module, args: Any, output: Any = None) -> Any:
         nonlocal graph
-        if threading.get_ident() != thread and parallel is None:
+        if threading.get_ident() != thread and not in_threads:
             return None
         if torch.is_inference_mode_enabled():
             graph = False
@@ -188,19 +190,21 @@ def record(
         return lambda _, *values: hook(layer, *values)
 
     with buffers_restored(forward_func):
-        with ExitStack() as stack, torch.set_grad_enabled(parallel is not None and graph):
-            if parallel is not None:  # its gathering of outputs must be recorded, its replicas' first modules not
+        with ExitStack() as stack, torch.set_grad_enabled(in_threads and graph):  # the gathering must be recorded
+            if in_threads:
                 stack.enter_context(_PARALLEL)
+            if parallel is not None:  # the first modules of its replicas need not be
                 stack.callback(parallel.module.register_forward_pre_hook(_gradients_off).remove)
             for layer in dict.fromkeys(layers):
                 register = layer.register_forward_pre_hook if layer_input else layer.register_forward_hook
                 stack.callback(register(hook_of(layer)).remove)
             if graph:  # tensors made under inference mode cannot be part of a graph
                 inputs = tuple(t.clone() if t.is_inference() else t for t in inputs)
-            output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
+            with _eager():
+                output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
             with torch.set_grad_enabled(graph):
                 embedding = check_rows("inputs", inputs, select_embedding(output, output_selector))
-        doubts = _doubts_of_training(forward_func)
+        doubts = doubts_of_training(forward_func)
         names = [_name(forward_func, layer) for layer in layers]
         for layer, name in dict(zip(layers, names)).items():
             if layer not in found:
@@ -242,6 +246,13 @@ def embed(
         return check_rows(name, inputs, select_embedding(output, output_selector)).detach()
 
 
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled parts of a model, run as they are: torch.compile runs past hooks that are set after its first call."""
+    # Importing Dynamo takes seconds; where it has not been imported, nothing is compiled.
+    set_stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
 def _gradients_off(*_: Any) -> None:
     torch.set_grad_enabled(False)
 
@@ -272,7 +283,7 @@ def buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
                 module._buffers[name] = buffer.copy_(value)
 
 
-def _doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:
+def doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:
     model = model_of(forward_func)
     modules = model.modules() if model is not None else []
     if not any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):

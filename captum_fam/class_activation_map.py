@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_fam._attribution import ChannelAttribution, Inputs, Maps, Pairs, References, uncompiled
 from captum_fam._checks import describe
-from captum_fam._method import is_aligned
+from captum_fam._method import aligned_scale
 from captum_fam._recording import Tensors, model_of
 
 
@@ -21,7 +21,8 @@ class ClassActivationMap(ChannelAttribution):
     .. math:: M = \sum_k W_{tk} A_k
 
     with the linear layer's weight W, and t the ``target``, a class. The mean of the map is the
-    logit less its bias. Where the classifier has this form, LayerGradCam gives M / (h·w);
+    logit less its bias, also where the linear layer takes a positive multiple of the mean, such
+    as an L2-normalised one. Where the classifier has this form, LayerGradCam gives M / (h·w);
     where it has not, this method says so and LayerGradCam is the one to use. An encoder
     without a classifier has no W: :class:`~captum_fam.SimilarityDecomposition` puts the
     reference in its place.
@@ -84,14 +85,16 @@ class ClassActivationMap(ChannelAttribution):
         raise NotImplementedError("ClassActivationMap explains classes; use SimilarityDecomposition for pairs.")
 
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+        w, weights = pairs.question.contributions(pairs.z, lambda z, s: s), []
         for name, layer in zip(pairs.recording.names, pairs.recording.layers):
-            if not all(is_aligned(pairs.recording.embedding, A) for A in layer):
+            scales = [s for A in layer if (s := aligned_scale(pairs.recording.embedding, A)) is not None]
+            if len(scales) < len(layer):
                 raise ValueError(
                     f"The classifier's input is not the spatial mean of layer {name}; pass the last layer before the"
                     " global average pooling, or use LayerGradCam, which explains other classifiers too."
                 )
-        w = pairs.question.contributions(pairs.z, lambda z, s: s)
-        return [[w] * len(layer) for layer in pairs.recording.layers]
+            weights.append([w * scale[..., None] for scale in scales])
+        return weights
 
     def _encoder(self) -> Callable[..., Any]:
         func = uncompiled(self.forward_func)

@@ -80,8 +80,6 @@ class FeatureActivationMap(ChannelAttribution):
         torch.Size([2, 1, 14, 14])
     """
 
-    explains_classifiers = False
-
     def __init__(
         self,
         forward_func: Callable[..., Any],
@@ -109,6 +107,9 @@ class FeatureActivationMap(ChannelAttribution):
         )
         self.normalize = normalize
         self.channel_weights = channel_weights
+
+    def _explains_classifiers(self) -> bool:
+        return False
 
     def _needs_graph(self) -> bool:
         return self.channel_weights != "aligned"

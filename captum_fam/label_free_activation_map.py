@@ -50,6 +50,9 @@ class LabelFreeActivationMap(ChannelAttribution):
             for layer in pairs.recording.layers
         ]
 
+    def _explains_classifiers(self) -> bool:
+        return True
+
     def _valid(self, pairs: Pairs) -> Tensor:
         return torch.ones_like(pairs.question.own, dtype=torch.bool)
 

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from captum_fam._attribution import Inputs, Selector, SimilarityAttribution
 from captum_fam._captum import TargetType
-from captum_fam._checks import check_positive, format_inputs
+from captum_fam._checks import check_positive, describe, format_inputs, warn_once
+from captum_fam._recording import doubts_of_training
 from captum_fam.adapters import resize
 from captum_fam.similarity import Similarity, nonzero, widen
 
@@ -89,6 +90,10 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
             ("perturbations_per_eval", perturbations_per_eval),
         ):
             check_positive(name, value)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"Expected `seed` to be an int, but got {describe(seed)}.")
+        if not isinstance(keep, (int, float)):
+            raise TypeError(f"Expected `keep` to be a probability between 0 and 1, but got {describe(keep)}.")
         if not 0 < keep < 1:
             raise ValueError(f"Expected `keep` to be a probability between 0 and 1, but got {keep!r}.")
         self.n_samples = n_samples
@@ -135,6 +140,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         B, size = len(x), x.shape[2:]
         if not B:
             return x.new_empty(0, 1, *size)
+        doubts = doubts_of_training(self._encoder())
         generator = torch.Generator().manual_seed(self.seed)
         cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
         shifts = torch.rand(self.n_samples, len(size), generator=generator)
@@ -148,12 +154,14 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
             for index in torch.arange(self.n_samples * B).split(self.perturbations_per_eval):
                 numbers, rows = index // B, (index % B).to(x.device)
                 masks = masks_of(cells[numbers], shifts[numbers], size).to(shown)
-                scores = self._scores(x[rows] * masks[:, None].to(x.dtype), rows, B, additional_forward_args, question)
+                changed = x[rows] * masks[:, None].to(x.dtype)
+                scores = self._scores(changed, rows, B, additional_forward_args, question, doubts)
                 scores = scores.to(masks)[:, 0]
                 total.index_add_(0, rows, scores)
                 scored.index_add_(0, rows, masks * scores.reshape(-1, *[1] * len(size)))
                 shown.index_add_(0, rows, masks)
                 progress.update(len(index))
+        warn_once(doubts)
         mean = (total / self.n_samples).reshape(-1, *[1] * len(size))
         importance = torch.where(shown > 0, scored / nonzero(shown) - mean, torch.zeros_like(shown))
         return importance[:, None].to(x.dtype)

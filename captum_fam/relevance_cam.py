@@ -26,8 +26,24 @@ _RULES: dict[type[nn.Module], Callable[[], Any]] = {
 }
 # Relevance goes through these as a gradient does.
 _RESHAPING = (nn.Flatten, nn.Unflatten, nn.Identity)
-# Steps between modules that LRP cannot follow, by the names of their gradients.
-_ARITHMETIC = ("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "BmmBackward0", "MmBackward0")
+# Functional steps, by the names of their gradients, through which these go as relevance should: reordering, and ...
+_REORDERING = (
+    *(
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "_ReshapeAlias",
+        "_UnsafeView",
+        "Squeeze",
+        "Unsqueeze",
+        "AsStrided",
+        "Alias",
+    ),
+    *("Transpose", "Permute", "T", "MT", "Clone", "ToCopy", "Contiguous", "BackwardHookFunction", "Relu", "Flip"),
+    *("Slice", "Select", "Narrow", "Index", "IndexSelect", "Cat", "Stack", "Split", "SplitWithSizes", "Unbind"),
+)
+# ... pooling, which shares relevance evenly, not by activation: the channels' sums are right, what comes before is not.
+_POOLING = ("Mean", "AdaptiveAvgPool1D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AvgPool2D", "AvgPool3D", "Amax")
 
 
 class RelevanceCam(ChannelAttribution):
@@ -47,11 +63,12 @@ class RelevanceCam(ChannelAttribution):
     logit shared among the other classes; here these are ``contrast="rest"``, with each class's
     own logit. Also explains classifiers: without references, ``target`` is a class.
 
-    LRP needs a rule for each module after the layer, and these modules may be connected by
-    reshaping and spatial means only: a sum in the ``forward`` of a residual block, a final
-    normalisation or attention is refused. So it explains plain networks at any layer, and most
-    others at the last stage. During the call, weights of these modules are changed and put
-    back: do not run the model from another thread meanwhile.
+    LRP needs a rule for each module after the layer, and between these modules only reshaping,
+    joining and a ReLU may happen (directly after the layer, a spatial mean too): a sum in the
+    ``forward`` of a residual block, a final normalisation or attention is refused. So it
+    explains plain networks at any layer, and most others at the last stage. During the call,
+    weights of these modules are changed and put back: do not run the model from another thread
+    meanwhile.
 
     Args:
         forward_func (torch.nn.Module): The encoder, from inputs to embeddings (B, D), a
@@ -89,6 +106,8 @@ class RelevanceCam(ChannelAttribution):
             )
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         recording, encoder, weights = pairs.recording, self._encoder(), []
+        if not len(pairs.c):  # LRP cannot run on nothing
+            return [[A.new_zeros(*valid.shape, A.shape[1]) for A in tensors] for tensors in recording.layers]
         for layer, tensors, name in zip(layers, recording.layers, recording.names):
             if len(tensors) > 1:
                 raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {len(tensors)}.")
@@ -128,13 +147,27 @@ class _Scored(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         """Ones (B,), whose gradient by the embedding is the relevance that it starts with."""
-        z = select_embedding(self._encoder[0](*args), self._selector)
-        additions = sum(isinstance(m, _captum.Addition_Module) for m in self.children())
-        steps = _arithmetic(z, self._stop)
-        if steps.count("Add") > additions or set(steps) - {"Add"}:
+        inputs_of: dict[Any, list[Any]] = {}
+        taken: dict[nn.Module, list[Any]] = {}
+
+        def before(module: nn.Module, values: Any) -> None:
+            taken[module] = [v.grad_fn for v in values if isinstance(v, Tensor)]
+
+        def after(module: nn.Module, _: Any, output: Any) -> None:
+            sources, last = taken.pop(module), getattr(output, "grad_fn", None)
+            if last not in sources:  # as of a dropout that does nothing
+                inputs_of[last] = sources
+
+        with ExitStack() as stack:
+            for module in self.children():
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+            z = select_embedding(self._encoder[0](*args), self._selector)
+        steps = _functional_steps(z.grad_fn, self._stop, inputs_of)
+        if steps:
             raise ValueError(
-                f"LRP cannot follow the arithmetic ({', '.join(sorted(set(steps)))}) in a forward function after layer"
-                f" {self._name}; choose a layer after it, or make sums Captum's Addition_Module."
+                f"LRP cannot follow the steps {', '.join(steps)} of a forward function after layer {self._name}; choose"
+                " a later layer, or make them modules that have a rule: sums, Captum's Addition_Module."
             )
         return 1 + ((z - z.detach()) * self._start.to(z)).sum(1)
 
@@ -199,23 +232,31 @@ def _rules(modules: Iterable[nn.Module]) -> Iterator[None]:
             parameter.data = data
 
 
-def _arithmetic(z: Tensor, stop: set[Any]) -> list[str]:
-    """The steps between the layer and the embedding that combine or multiply what depends on the input."""
-    found: list[str] = []
-    depends: dict[Any, bool] = dict.fromkeys(stop, True)
-    waiting = [z.grad_fn]
+def _functional_steps(last: Any, stop: set[Any], inputs_of: dict[Any, list[Any]]) -> list[str]:
+    """
+    The steps between the layer (``stop``) and the embedding (``last``), outside modules, that
+    relevance cannot take as a gradient does; ``inputs_of`` leads from a module's last step to
+    what it takes.
+    """
+    # Of each step: whether the layer is before it, directly or through modules.
+    depends: dict[Any, str] = dict.fromkeys(stop, "directly")
+    found: dict[str, None] = {}
+    waiting = [last]
     while waiting:
-        node = waiting[-1]
-        sources = [n for n, _ in node.next_functions if n is not None] if node is not None else []
-        unknown = [n for n in sources if n not in depends] if node not in depends else []
-        waiting += unknown
+        step = waiting[-1]
+        if step in depends or step is None:
+            waiting.pop()
+            continue
+        sources = [s for s in inputs_of.get(step, [s for s, _ in step.next_functions]) if s is not None]
+        unknown = [s for s in sources if s not in depends]
         if unknown:
+            waiting += unknown
             continue
         waiting.pop()
-        if node is None or node in depends:
-            continue
-        of_input = sum(depends[n] for n in sources)
-        depends[node] = of_input > 0 or not isinstance(getattr(node, "variable", nn.Parameter()), nn.Parameter)
-        if of_input and (node.name() == "PowBackward0" or (node.name() in _ARITHMETIC and of_input > 1)):
-            found.append(node.name().removesuffix("Backward0"))
-    return found
+        reached = {depends[s] for s in sources} - {""}
+        through = step in inputs_of or "through modules" in reached
+        depends[step] = "" if not reached else "through modules" if through else "directly"
+        name = step.name().rstrip("0123456789").removesuffix("Backward")
+        if reached and step not in inputs_of and name not in _REORDERING and (name not in _POOLING or through):
+            found[name] = None
+    return list(found)

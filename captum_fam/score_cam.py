@@ -90,7 +90,7 @@ class ScoreCam(ChannelAttribution):
 
         def scores(changed: Tensor, rows: Tensor) -> Tensor:
             args = pairs.recording.additional_forward_args
-            return self._scores(changed, rows, B, args, pairs.question)
+            return self._scores(changed, rows, B, args, pairs.question, pairs.recording.doubts)
 
         baseline = scores(torch.zeros_like(x), rows)[:, None]
         total = sum(B * A.shape[1] for A in tensors)

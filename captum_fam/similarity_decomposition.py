@@ -74,8 +74,6 @@ class SimilarityDecomposition(ChannelAttribution):
         True
     """
 
-    explains_classifiers = False
-
     def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Maps:
         r"""
         What each location of the inputs, with each location of the reference, contributes to
@@ -95,9 +93,9 @@ class SimilarityDecomposition(ChannelAttribution):
                         paired with the inputs, or one that they share.
 
         Returns:
-            *Tensor*, *tuple[Tensor, ...]* or *list*: (B, h·w, h'·w'), locations in row-major
-            order: ``matrix.reshape(B, h, w, h', w')``. In the dtype of the activations; a tuple
-            for a layer that gives several tensors, a list for a list of layers.
+            *Tensor* or *list*: (B, h·w, h'·w'), locations in row-major
+            order: ``matrix.reshape(B, h, w, h', w')``. In the dtype of the activations; a list
+            for a list of layers.
 
         Raises:
             TypeError, ValueError, RuntimeError: As in :meth:`attribute`.
@@ -118,13 +116,17 @@ class SimilarityDecomposition(ChannelAttribution):
             valid = pairs.explainable()
             matrices: list[Tensors] = []
             for layers in zip(one.layers, self._locations(one, similarity), self._locations(two, similarity)):
-                matrices.append(())
-                for A, v, v_reference in zip(*layers):
-                    matrix = _method.product(v.mT, v_reference.expand(len(v), -1, -1))
-                    matrix = torch.where(valid[..., None], matrix, torch.zeros_like(matrix))
-                    one.doubts += _remainder(matrix.sum((1, 2))[:, None], pairs, valid, A)
-                    matrices[-1] += (matrix.to(A.dtype),)
+                if len(layers[0]) > 1:
+                    raise ValueError("attribute_matrix needs a layer with one tensor; choose another layer.")
+                (A,), (v,), (v_reference,) = layers
+                matrix = _method.product(v.mT, v_reference.expand(len(v), -1, -1))
+                matrix = torch.where(valid[..., None], matrix, torch.zeros_like(matrix))
+                one.doubts += _remainder(matrix.sum((1, 2))[:, None], pairs, valid, (A,))
+                matrices.append((matrix.to(A.dtype),))
         return self._result(matrices, one.doubts + two.doubts)
+
+    def _explains_classifiers(self) -> bool:
+        return False
 
     def _needs_graph(self) -> bool:
         return True
@@ -134,20 +136,15 @@ class SimilarityDecomposition(ChannelAttribution):
         f = pairs.question.contributions(pairs.z, _FACTORS[pairs.question.similarity])
         recording = pairs.recording
         scales = [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
-        if any(scale is None for layer in scales for scale in layer):
-            jacobian = _method.jacobian_weights(recording, f, summed=False)
-            recording.doubts += _method.independent(recording.names, jacobian, f, valid)
-        weights: list[list[Tensor]] = []
-        for i, layer in enumerate(recording.layers):
-            weights.append([])
-            for j, (A, scale) in enumerate(zip(layer, scales[i])):
-                if scale is not None:
-                    alpha = f * scale[..., None]
-                else:
-                    alpha = jacobian[i][j] * A.shape[2:].numel()
-                    mean = _method.activation_maps(alpha, A).flatten(2).mean(2)
-                    recording.doubts += _remainder(mean, pairs, valid, A)
-                weights[-1].append(alpha)
+        aligned = [[f * scale[..., None] for scale in layer if scale is not None] for layer in scales]
+        if sum(map(len, aligned)) == sum(map(len, scales)):
+            return aligned
+        jacobian = _method.jacobian_weights(recording, f, summed=False)
+        recording.doubts += _method.independent(recording.names, jacobian, f, valid)
+        weights = [[alpha * alpha[0, 0, 0].numel() for alpha in layer] for layer in jacobian]
+        for layer, alphas in zip(recording.layers, weights):
+            means = [_method.activation_maps(alpha, A).flatten(2).mean(2) for alpha, A in zip(alphas, layer)]
+            recording.doubts += _remainder(sum(means, torch.zeros_like(means[0])), pairs, valid, layer)
         return weights
 
     def _locations(self, recording: Recording, similarity: Similarity) -> list[list[Tensor]]:
@@ -164,9 +161,9 @@ def _check(similarity: Similarity) -> None:
         )
 
 
-def _remainder(found: Tensor, pairs: Pairs, valid: Tensor, A: Tensor) -> list[str]:
-    """A doubt about maps whose totals (B, P) are not the similarities."""
-    half = any(dtype in (torch.float16, torch.bfloat16) for dtype in (A.dtype, pairs.recording.embedding.dtype))
+def _remainder(found: Tensor, pairs: Pairs, valid: Tensor, layer: Tensors) -> list[str]:
+    """A doubt about a layer's maps whose totals (B, P) are not the similarities."""
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*layer, pairs.recording.embedding))
     score = pairs.c.sum(2)
     off = (found - score).abs() / nonzero(pairs.c.abs().sum(2)) * valid
     if not off.numel() or off.max() <= (5e-2 if half else 1e-3):
