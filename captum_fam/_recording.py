@@ -283,6 +283,24 @@ def buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
                 module._buffers[name] = buffer.copy_(value)
 
 
+@contextmanager
+def attributes_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
+    """Attributes and hooks that other code leaves on a model's modules, or takes from them, are put right."""
+    model = model_of(forward_func)
+    modules = list(model.modules()) if model is not None else []
+    saved = [(m, dict(vars(m)), {n: v.copy() for n, v in vars(m).items() if n.endswith("_hooks")}) for m in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, hooks in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, were in hooks.items():
+                if vars(module)[name] != were:
+                    vars(module)[name].clear()
+                    vars(module)[name].update(were)
+
+
 def doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:
     model = model_of(forward_func)
     modules = model.modules() if model is not None else []

@@ -28,7 +28,7 @@ class ClassActivationMap(ChannelAttribution):
     reference in its place.
 
     ``attribute`` takes no references: these are the rows of W. ``contrast`` is a class too,
-    or ``"rest"``.
+    or ``"rest"``. ``embed`` gives what the linear layer takes.
 
     Args:
         forward_func (Callable or torch.nn.Module): The classifier.

@@ -365,7 +365,9 @@ def _partial(output: Path) -> Path:
 def _write(figure: Figure, output: Path) -> None:
     """Writes the whole file or none."""
     content = BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a file's name, that the font lacks
+        figure.savefig(content, format="png", dpi=110)
     output = output.resolve()
     partial = _partial(output)
     try:

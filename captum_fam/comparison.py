@@ -1,7 +1,9 @@
 """Several attribution methods on one similarity."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
@@ -12,6 +14,7 @@ from tqdm.auto import tqdm
 
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_callable, describe, reference_index, warn
+from captum_fam._recording import attributes_restored, buffers_restored
 from captum_fam.adapters import resize
 from captum_fam.class_activation_map import ClassActivationMap
 from captum_fam.feature_activation_map import FeatureActivationMap
@@ -119,16 +122,16 @@ def compare_attributions(
     if not isinstance(inputs, Tensor) or inputs.ndim < 3:
         raise TypeError(f"Expected `inputs` to be one tensor (B, C, *spatial), but got {describe(inputs)}.")
     if isinstance(score, SimilarityScore):
-        numbers = reference_index("target", target, len(score.reference_embedding), len(inputs)).tolist()
-        target = numbers if target is None else target
+        target = reference_index("target", target, len(score.reference_embedding), len(inputs)).tolist()
     named = _named(DEFAULT if methods is None else methods)
     comparison = Comparison()
     with tqdm(named.items(), desc="compare_attributions", unit="method", disable=not show_progress) as progress:
         for name, method in progress:
             progress.set_postfix_str(name)
             try:
-                attribute = _function(method, score, layer, additional_forward_args, show_progress)
-                comparison[name] = _map(attribute(inputs.detach().clone(), target), inputs)
+                with _undisturbed(score):
+                    attribute = _function(method, score, layer, additional_forward_args, show_progress)
+                    comparison[name] = _map(attribute(inputs.detach().clone(), target), inputs)
             except Exception as error:  # whatever a method raises for an encoder that it does not fit
                 comparison.failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     for name, reason in comparison.failures.items():
@@ -136,6 +139,14 @@ def compare_attributions(
     if named and not comparison:
         raise ValueError(f"No method could explain this encoder: {comparison.failures}")
     return comparison
+
+
+@contextmanager
+def _undisturbed(score: Callable[..., Any]) -> Iterator[None]:
+    """No method's failure is another's: the model stays as it was. Captum's notes on how it works are not shown."""
+    with attributes_restored(score), buffers_restored(score), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"captum\.")
+        yield
 
 
 def _named(methods: Iterable[Method] | Mapping[str, Method]) -> dict[str, Method]:
@@ -154,7 +165,8 @@ def _named(methods: Iterable[Method] | Mapping[str, Method]) -> dict[str, Method
 
 def _lookup(method: Method) -> Method:
     if not isinstance(method, str):
-        if not callable(method) and not callable(getattr(method, "attribute", None)):
+        fits = issubclass(method, Attribution) if isinstance(method, type) else callable(method)
+        if not fits and not callable(getattr(method, "attribute", None)):
             raise TypeError(
                 "Expected `methods` to hold names, classes, instances of Captum attribution methods or functions, but"
                 f" got {describe(method)}."
@@ -176,12 +188,12 @@ def _function(
     if isinstance(method, type):
         parameters = inspect.signature(method).parameters
         where = (layer,) if "layer" in parameters else ()
-        if issubclass(method, LRP) and isinstance(score, SimilarityScore):
-            raise ValueError(
-                "LRP takes the gradient of a similarity for the relevance to start from; RelevanceCam starts from the"
-                " contributions to the score"
-            )
         method = method(score, *where, **({"show_progress": progress} if "show_progress" in parameters else {}))
+    if isinstance(method, LRP) and isinstance(method.forward_func, SimilarityScore):
+        raise ValueError(
+            "LRP takes the gradient of a similarity for the relevance to start from; RelevanceCam starts from the"
+            " contributions to the score"
+        )
     explain: Any = getattr(method, "attribute", None)
     if explain is None:
         return method  # type: ignore[return-value]  # _lookup has seen that it is a function

@@ -92,6 +92,8 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
             check_positive(name, value)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"Expected `seed` to be an int, but got {describe(seed)}.")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"Expected `seed` to be from 0 to 2**63 - 1, but got {seed}.")
         if not isinstance(keep, (int, float)):
             raise TypeError(f"Expected `keep` to be a probability between 0 and 1, but got {describe(keep)}.")
         if not 0 < keep < 1:
@@ -170,6 +172,6 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
 def masks_of(cells: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
     """Masks (N, *size) in [0, 1] from coarse grids (N, *grid) of kept cells and shifts (N, dimensions) in [0, 1)."""
     cell = [math.ceil(s / g) for s, g in zip(size, cells.shape[1:])]
-    large = resize(cells[:, None].float(), [(g + 1) * c for g, c in zip(cells.shape[1:], cell)])[:, 0]
+    large = resize(cells[:, None].float(), [(g + 1) * c for g, c in zip(cells.shape[1:], cell)])[:, 0].clamp(0, 1)
     starts = (shifts * torch.tensor(cell)).long().tolist()
     return torch.stack([m[tuple(slice(a, a + n) for a, n in zip(start, size))] for m, start in zip(large, starts)])

@@ -1,5 +1,6 @@
 """Relevance-CAM on a similarity, as a Captum layer attribution."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -57,11 +58,15 @@ class RelevanceCam(ChannelAttribution):
     contributions to the score, :math:`R(z) = c` (see :func:`~captum_fam.channel_contributions`),
     which add up to it. Captum's own LRP of a similarity would start from its gradient.
 
-    The rules are Captum's: by default its epsilon rule; set ``module.rule`` for others, such as
+    The rules are Captum's, by default its epsilon rule. For others, set ``module.rule``, such as
     ``Alpha1_Beta0_Rule`` from ``captum.attr._utils.lrp_rules``, which is close to the paper's
-    (they stay set, unlike after ``LRP``). The paper starts from the target's logit, less the same
-    logit shared among the other classes; here these are ``contrast="rest"``, with each class's
-    own logit. Also explains classifiers: without references, ``target`` is a class.
+    (here, unlike after ``LRP``, they stay set). Modules that Captum has no rule for get one
+    during the call where it is plain: 1D and 3D convolution, pooling and batch norm the epsilon
+    rule; ReLU6, LeakyReLU, ELU, GELU, SiLU and Hardswish pass relevance on as it is.
+
+    The paper starts from the logit of the target minus a share of it for every other class;
+    ``contrast="rest"`` is close to that: minus the mean of the other classes' logits. Also
+    explains classifiers: without references, ``target`` is a class.
 
     LRP needs a rule for each module after the layer, and between these modules only reshaping,
     joining and a ReLU may happen (directly after the layer, a spatial mean too): a sum in the
@@ -111,7 +116,7 @@ class RelevanceCam(ChannelAttribution):
         for layer, tensors, name in zip(layers, recording.layers, recording.names):
             if len(tensors) > 1:
                 raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {len(tensors)}.")
-            model = _Scored(encoder, self._selector(), _called_after(layer, encoder, self._selector(), recording))
+            model = _Scored(encoder, self._selector(), _called_after(layer, name, encoder, self._selector(), recording))
             relevances = [model.relevance(layer, name, c, recording) for c in pairs.c.unbind(1)]
             alpha = torch.stack([widen(recording.reshape(R)).flatten(2).sum(2) for R in relevances], 1)
             finite = alpha.isfinite().all(2, keepdim=True)
@@ -174,16 +179,17 @@ class _Scored(nn.Module):
     def relevance(self, layer: nn.Module, name: str, start: Tensor, recording: Recording) -> Tensor:
         """R of the layer's activations, for the relevance (B, D) that the embedding starts with."""
         self._start, self._name, self._stop = start, name, set[Any]()
-        found: list[Tensor] = []
+        found: list[Tensor] = []  # of each call of the layer
 
         def hook(_: nn.Module, value: Any, output: Any = None) -> Any:
             activation = value[0] if recording.layer_input else output
             if not isinstance(activation, Tensor):
                 raise TypeError(f"RelevanceCam needs a layer with one tensor, but {name} has {describe(activation)}.")
-            found[:] = [torch.zeros_like(activation)]
+            call = len(found)
+            found.append(torch.zeros_like(activation))
             if activation.requires_grad:
                 self._stop.add(activation.grad_fn)
-                activation.register_hook(lambda gradient: found.__setitem__(0, gradient.detach()))
+                activation.register_hook(lambda gradient: found.__setitem__(call, gradient.detach()))
             changed = activation.clone()
             return (changed, *value[1:]) if recording.layer_input else changed
 
@@ -192,34 +198,41 @@ class _Scored(nn.Module):
         with ExitStack() as stack:
             stack.callback(register(hook).remove)
             stack.enter_context(_rules(self.children()))
-            stack.enter_context(_recording.buffers_restored(self._encoder[0]))
             LRP(self).attribute(inputs, additional_forward_args=recording.additional_forward_args)
-        return found[0]
+        return found[-1]
 
 
 def _called_after(
-    layer: nn.Module, encoder: Callable[..., Any], selector: Selector, recording: Recording
+    layer: nn.Module, name: str, encoder: Callable[..., Any], selector: Selector, recording: Recording
 ) -> list[nn.Module]:
     """The modules without children that are called after the layer's output, or input, is there."""
-    model, called = model_of(encoder), dict[nn.Module, None]()
+    model, called = model_of(encoder), Counter[nn.Module]()
     with ExitStack() as stack:
         start = layer.register_forward_pre_hook if recording.layer_input else layer.register_forward_hook
         stack.callback(start(lambda *_: called.clear()).remove)
         for module in model.modules() if model is not None else ():
             if not any(module.children()) and not isinstance(module, _RESHAPING):
-                stack.callback(module.register_forward_pre_hook(lambda m, _: called.setdefault(m)).remove)
+                stack.callback(module.register_forward_pre_hook(lambda m, _: called.update([m])).remove)
         _recording.embed(encoder, "inputs", recording.inputs, recording.additional_forward_args, selector)
+    for module, calls in called.items():
+        if calls > 1 and type(module) not in _captum.SUPPORTED_NON_LINEAR_LAYERS:
+            raise ValueError(
+                f"LRP cannot follow {type(module).__name__}, which is called {calls} times after layer {name}; choose a"
+                " later layer, or make each call a module of its own."
+            )
     return list(called)
 
 
 @contextmanager
 def _rules(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Rules for the modules that have none; afterwards, what LRP changed of them is as it was."""
-    names, modules = ["rule", "activations"], list(modules)
+    names, modules = ["rule", "activations", "inplace"], list(modules)
     saved = [(m, {name: vars(m)[name] for name in names if name in vars(m)}) for m in modules]
     weights = [(p, p.data) for m in modules for p in m.parameters(recurse=False)]
     try:
         for module, attributes in saved:
+            if "inplace" in attributes:  # a rule needs what the module took
+                vars(module)["inplace"] = False
             if "rule" not in attributes and type(module) in _RULES:
                 module.rule = _RULES[type(module)]()
         yield

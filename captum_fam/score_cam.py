@@ -27,7 +27,8 @@ class ScoreCam(ChannelAttribution):
     which is nearly constant on similarities between -1 and 1; and the ReLU, unless asked for.
     Channels with a constant map weigh nothing.
 
-    It needs no gradient and C + 1 forward passes of each input; all references share them.
+    It needs no gradient. Each input takes C + 2 forward passes (one records the layer, one is the
+    baseline); all references share them.
     Also explains classifiers: without references, ``target`` is a class.
 
     Args:

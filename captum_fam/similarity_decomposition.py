@@ -39,9 +39,9 @@ class SimilarityDecomposition(ChannelAttribution):
     :math:`\|z\|` is the norm of the mean. For every other encoder and layer (flattening,
     projection heads, GeM), the factor differs between locations: it is the gradient of the
     score, with :math:`\|z\|` held constant, times the number of locations. Where all that
-    lies between is linear or a power (no biases, no normalisation), the mean of the map is
-    still the similarity; otherwise a warning says how much of the score belongs to no
-    location.
+    lies between is homogeneous of degree one (linear layers without bias, ReLU, mean, maximum
+    and generalised mean), the mean of the map is still the similarity; with biases or a
+    normalisation it is not, and a warning gives both numbers.
 
     With ``contrast``, the map is the difference of two, and its mean the margin.
     :meth:`attribute_matrix` decomposes the similarity on both sides at once.
@@ -115,9 +115,10 @@ class SimilarityDecomposition(ChannelAttribution):
             pairs = Pairs(one, Question(two.embedding, own, None, similarity))
             valid = pairs.explainable()
             matrices: list[Tensors] = []
+            for name, tensors in zip(one.names, one.layers):
+                if len(tensors) > 1:
+                    raise ValueError(f"attribute_matrix needs a layer with one tensor, but {name} has {len(tensors)}.")
             for layers in zip(one.layers, self._locations(one, similarity), self._locations(two, similarity)):
-                if len(layers[0]) > 1:
-                    raise ValueError("attribute_matrix needs a layer with one tensor; choose another layer.")
                 (A,), (v,), (v_reference,) = layers
                 matrix = _method.product(v.mT, v_reference.expand(len(v), -1, -1))
                 matrix = torch.where(valid[..., None], matrix, torch.zeros_like(matrix))
@@ -165,12 +166,12 @@ def _remainder(found: Tensor, pairs: Pairs, valid: Tensor, layer: Tensors) -> li
     """A doubt about a layer's maps whose totals (B, P) are not the similarities."""
     half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*layer, pairs.recording.embedding))
     score = pairs.c.sum(2)
-    off = (found - score).abs() / nonzero(pairs.c.abs().sum(2)) * valid
+    off = torch.where(valid, (found - score).abs() / nonzero(pairs.c.abs().sum(2)), torch.zeros_like(score))
     if not off.numel() or off.max() <= (5e-2 if half else 1e-3):
         return []
     i = off.argmax()
     return [
-        f"Only {found.flatten()[i]:.3g} of a score of {score.flatten()[i]:.3g} belongs to locations; the rest comes"
-        " from biases, a normalisation or another step between the layer and the embedding that is not linear. A final"
-        " normalisation can be left out of the encoder: the cosine is the same without it."
+        f"The locations add up to {found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: the rest"
+        " comes from biases, a normalisation or another such step between the layer and the embedding. A final"
+        " normalisation can be left out of the encoder; the cosine is the same without it."
     ]

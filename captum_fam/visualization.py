@@ -1,10 +1,12 @@
 """Figures of maps over the images that they explain."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -14,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from captum_fam._checks import describe, warn
-from captum_fam.adapters import resize
 from captum_fam.comparison import Comparison
 
 Picture: TypeAlias = Tensor | NDArray[Any] | Image.Image
@@ -24,6 +25,7 @@ Values: TypeAlias = Tensor | NDArray[Any]
 STRONGEST = 0.85  # opacity of a figure's largest map value over its image, in grey
 LONGEST = 512  # pixels of an image's longer side in a figure
 NARROWEST = 4  # an image is drawn at no more than this ratio of its sides
+CHARACTERS = 13  # of small text to an inch
 ROUNDING = 0.01  # how far values may leave [0, 1] when a normalisation is undone
 COARSE = 3  # a map with so few locations along a side is said to be coarse
 # Red speaks for, blue against; opacity carries the value, so that zero is clear.
@@ -85,7 +87,7 @@ def visualize_pair(
     maps = [_maps("query_map", query_map), _maps("reference_map", reference_map)]
     rows = len(maps[0])
     if len(maps[1]) != rows:
-        raise ValueError(f"Expected as many maps of the references as of the queries, {rows}, but got {len(maps[1])}.")
+        raise ValueError(f"Expected `reference_map` to be {rows} maps, as `query_map` is, but got {len(maps[1])}.")
     sides = [_pictures("query", query, rows, mean, std), _pictures("reference", reference, rows, mean, std)]
     titles = _titles(titles, rows)
     figure = _figure(4, rows, use_pyplot)
@@ -153,9 +155,18 @@ def visualize_comparison(
     counts = {name: len(values) for name, values in maps.items()}
     rows = next(iter(counts.values()))
     if set(counts.values()) != {rows}:
-        raise ValueError(f"Expected as many maps of each method, but got {counts}.")
+        raise ValueError(f"Expected `attributions` to hold as many maps of each method, but got {counts}.")
     pictures, titles = _pictures("images", images, rows, mean, std), _titles(titles, rows)
-    figure = _figure(1 + len(maps), rows, use_pyplot)
+    failures = attributions.failures if isinstance(attributions, Comparison) else {}
+    foot = [
+        line
+        for name, why in failures.items()
+        for line in textwrap.wrap(
+            f"{name} could not explain this encoder: {why}", int(CHARACTERS * _width(1 + len(maps)))
+        )
+    ]
+    figure = _figure(1 + len(maps), rows, use_pyplot, foot)
+    figure.supxlabel("\n".join(foot), fontsize="small", x=0.01, ha="left", parse_math=False)
     axes = figure.subplots(rows, 1 + len(maps), squeeze=False)
     for axis, picture, title in zip(axes[:, 0], pictures, titles):
         show(axis, picture, title)
@@ -164,18 +175,15 @@ def visualize_comparison(
         axes[0, column].set_title(name, fontsize="medium", parse_math=False)
         largest = max((_finite(v).abs().max().item() for v in values), default=0) or 1.0
         relative += [v / largest for v in values]
-        captions += [f"{_finite(v).min():.3g} to {_finite(v).max():.3g}" for v in values]
+        captions += [_range(v) for v in values]
     draw_maps(
         figure,
         axes[:, 1:].T.flat,
         pictures * len(maps),
         relative,
         captions,
-        "share of the method's largest value",
+        "share of the largest value",
     )
-    if isinstance(attributions, Comparison) and attributions.failures:
-        failures = [f"{name} could not explain this encoder: {why}" for name, why in attributions.failures.items()]
-        figure.supxlabel("\n".join(failures), fontsize="small", x=0.01, ha="left", wrap=True, parse_math=False)
     return figure, axes
 
 
@@ -193,14 +201,18 @@ def draw_maps(
     signed = any(bool((_finite(m) < 0).any()) for m in maps)
     scale = ScalarMappable(Normalize(-limit if signed else 0, limit), SIGNED if signed else "turbo")
     for axis, image, values, caption in zip(axes, images, maps, captions):
-        height, width = show(axis, image.convert("L"), "\n".join([caption, *_lacks(values)]))
-        resized = resize(_finite(values)[None, None], (height, width))[0, 0].numpy()
+        height, width = show(axis, image.convert("L"), "\n".join(filter(None, [caption, *_lacks(values)])))
+        # Where a map is larger than its picture, every value counts: antialiased.
+        resized = F.interpolate(_finite(values)[None, None], (height, width), mode="bilinear", antialias=True)[
+            0, 0
+        ].numpy()
         strength = np.abs(resized) / limit
         if signed:
             axis.imshow(SIGNED((resized > 0).astype(float))[..., :3], alpha=STRONGEST * strength.clip(0, 1))
         else:
             axis.imshow(scale.to_rgba(resized)[..., :3], alpha=STRONGEST * np.sqrt(strength).clip(0, 1))
-    figure.colorbar(scale, ax=axes, label=label, fraction=0.02, pad=0.01, aspect=30)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=30)
+    bar.set_label(label, parse_math=False, fontsize="small")
 
 
 def show(axis: Axes, image: Image.Image, caption: str) -> tuple[int, int]:
@@ -236,13 +248,37 @@ def explanation_figure(
     return figure
 
 
-def _figure(columns: int, rows: int, use_pyplot: bool) -> Figure:
-    size = (2.6 * columns + 0.6, 2.9 * rows)
+def _figure(columns: int, rows: int, use_pyplot: bool, foot: Sequence[str] = ()) -> Figure:
+    size = (_width(columns), 2.9 * rows + 0.2 * len(foot))
     if not use_pyplot:
         return Figure(figsize=size, layout="constrained")
     from matplotlib import pyplot
 
     return pyplot.figure(figsize=size, layout="constrained")
+
+
+def _width(columns: int) -> float:
+    """In inches."""
+    return 2.6 * columns + 0.6
+
+
+def _each_channel(name: str, values: Sequence[float] | None, default: float, channels: int) -> NDArray[Any]:
+    numbers = np.atleast_1d(np.asarray(default if values is None else values, np.float32))
+    if numbers.shape not in ((1,), (channels,)):
+        raise ValueError(
+            f"Expected `mean` and `std` to have one number for each of {channels} channels, but got {name} {values!r}."
+        )
+    return numbers
+
+
+def _copy(values: NDArray[Any]) -> NDArray[Any]:
+    """An array that torch can take: writable, without negative strides."""
+    return np.array(values, order="C")
+
+
+def _range(values: Tensor) -> str:
+    finite = values[values.isfinite()]
+    return f"{finite.min():.3g} to {finite.max():.3g}" if len(finite) else ""
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -253,9 +289,11 @@ def _lacks(values: Tensor) -> list[str]:
     """What should be known of a map (h, w) before it is read."""
     finite = values.isfinite()
     said = []
-    if not finite.all():
+    if finite.any() and not finite.all():
         said.append(f"{int((~finite).sum())} of {values.numel()} values are not finite")
-    if not _finite(values).any():
+    if not finite.any():
+        said.append("no value is finite")
+    elif not _finite(values).any():
         said.append("the map is zero")
     elif values.min() == values.max():
         said.append("the map is constant")
@@ -273,9 +311,11 @@ def _titles(titles: Sequence[str] | None, rows: int) -> Sequence[str]:
 
 
 def _maps(name: str, values: Values) -> list[Tensor]:
-    """Maps (h, w), in float32 on the CPU."""
-    maps = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    maps = maps.detach().cpu().float()
+    """Maps (h, w), in float64 on the CPU."""
+    array = isinstance(values, np.ndarray) and values.dtype.kind in "fiub"
+    if not array and (not isinstance(values, Tensor) or values.is_complex()):
+        raise TypeError(f"Expected `{name}` to be a real tensor or array, but got {describe(values)}.")
+    maps = (values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(_copy(values))).double()
     if maps.ndim == 2:
         maps = maps[None]
     if maps.ndim == 4 and maps.shape[1] == 1:
@@ -305,7 +345,7 @@ def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Seque
         return image.convert("RGB")
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"Expected `{name}` to be a tensor, an array or a PIL image, but got {describe(image)}.")
-    given = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    given = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(_copy(image))
     pixels: NDArray[Any] = given.float().numpy()
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -317,15 +357,9 @@ def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Seque
         )
     # Where both ends could be the channels, tensors have them first, arrays last.
     pixels = np.moveaxis(pixels, channels[0 if isinstance(image, Tensor) else -1], -1)
-    if not given.is_floating_point():
+    if not given.is_floating_point() and given.dtype != torch.bool:
         pixels = pixels / 255
-    try:
-        pixels = pixels * np.asarray(1 if std is None else std, np.float32) + np.asarray(mean or 0, np.float32)
-    except ValueError as error:
-        raise ValueError(
-            f"Expected `mean` and `std` to have one number for each of {pixels.shape[2]} channels, but got {mean!r} and"
-            f" {std!r}."
-        ) from error
+    pixels = pixels * _each_channel("std", std, 1, pixels.shape[2]) + _each_channel("mean", mean, 0, pixels.shape[2])
     pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
     low, high = pixels.min(), pixels.max()
     if low < -ROUNDING or high > 1 + ROUNDING:
@@ -333,6 +367,6 @@ def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Seque
             f"`{name}` has values from {low:.3g} to {high:.3g}, not from 0 to 1; they are stretched to be seen. Pass"
             " the mean and std that it was normalised with."
         )
-        pixels = (pixels - low) / (high - low)
+        pixels = (pixels - low) / (high - low or 1)
     pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3]).convert("RGB")

@@ -1,4 +1,4 @@
-"""Makes docs/compare.png: methods on the similarity of a collage to two of its photographs, with the bundled encoder."""
+"""Makes docs/compare.png: methods on the similarity of a collage to two of its photographs, bundled encoder."""
 
 from io import BytesIO
 from pathlib import Path
