@@ -31,7 +31,7 @@ def contributions(
     """c (B, P, D) with the references ``own`` (B, P), less those with ``other`` if it is given."""
 
     def c(index: Tensor) -> Tensor:
-        with _exact(z):
+        with exact(z):
             return channel_contributions(z[:, None], s[index], similarity)
 
     if other is None:
@@ -47,8 +47,8 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
     """Dimension k of z is channel k of A: z is a positive multiple of A's spatial mean, for every z but zeros."""
     if z.shape[1] != A.shape[1]:
         return False
-    places = _places(A)
-    mean, magnitude = places.mean(2), places.abs().mean(2).norm(dim=1)
+    flat = places(A)
+    mean, magnitude = flat.mean(2), flat.abs().mean(2).norm(dim=1)
     rounding = max(_ROUNDING.get(z.dtype, 0), _ROUNDING.get(A.dtype, 0))
     # Where positive and negative values cancel in the mean, its relative error is larger.
     cancellation = magnitude / mean.norm(dim=1).clamp(min=torch.finfo(mean.dtype).tiny)
@@ -59,28 +59,7 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
 
 def aligned_scale(z: Tensor, A: Tensor) -> Tensor | None:
     """Where z is a positive multiple of A's spatial mean, for every z but zeros: that multiple, (B, 1)."""
-    return norm(widen(z)) / nonzero(norm(_places(A).mean(2))) if is_aligned(z, A) else None
-
-
-def location_embeddings(recording: Recording) -> list[list[Tensor]]:
-    """v (B, D, N), for each tensor of each layer: what each of the N locations adds to z, to first order."""
-    z = widen(recording.embedding)
-    scales = [[aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
-    if any(scale is None for layer in scales for scale in layer):
-        rows = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1).unbind(1)
-        parts = [
-            [[(_places(g) * _places(A)).sum(1) for g, A in zip(*layer)] for layer in zip(gradients, recording.layers)]
-            for gradients in map(recording.gradients, rows)
-        ]
-    return [
-        [
-            torch.stack([part[i][j] for part in parts], 1)
-            if scale is None
-            else _places(A) * scale[..., None] / A.shape[2:].numel()
-            for j, (A, scale) in enumerate(zip(layer, scales[i]))
-        ]
-        for i, layer in enumerate(recording.layers)
-    ]
+    return norm(widen(z)) / nonzero(norm(places(A).mean(2))) if is_aligned(z, A) else None
 
 
 def jacobian_weights(recording: Recording, w: Tensor, summed: bool = True) -> list[list[Tensor]]:
@@ -91,10 +70,10 @@ def jacobian_weights(recording: Recording, w: Tensor, summed: bool = True) -> li
     rows = w if direct else torch.eye(D, dtype=w.dtype, device=w.device).expand(len(w), D, D)
 
     def carry(row: Tensor) -> list[list[Tensor]]:
-        return [[_places(g).sum(2) if summed else g for g in layer] for layer in recording.gradients(row)]
+        return [[places(g).sum(2) if summed else g for g in layer] for layer in recording.gradients(row)]
 
     alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*map(carry, rows.unbind(1)))]
-    with _exact(w):
+    with exact(w):
         return alpha if direct else [[torch.einsum("bpd,bd...->bp...", w, J) for J in layer] for layer in alpha]
 
 
@@ -113,26 +92,22 @@ def independent(names: list[str], jacobian: list[list[Tensor]], w: Tensor, valid
 
 def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:
     """M (B, P, *spatial) = sum over k of alpha_k A_k, for alpha (B, P, C) or (B, P, C, *spatial)."""
-    with _exact(A):
-        M = alpha @ _places(A) if alpha.ndim == 3 else (alpha.flatten(3) * _places(A)[:, None]).sum(2)
+    with exact(A):
+        M = alpha @ places(A) if alpha.ndim == 3 else (alpha.flatten(3) * places(A)[:, None]).sum(2)
     return M.reshape(*alpha.shape[:2], *A.shape[2:])
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    with _exact(a):
-        return a @ b
 
 
 def weighted_activations(alpha: Tensor, A: Tensor) -> Tensor:
     """The terms alpha_k A_k of the one map of each input, (B, C, *spatial)."""
     weights = alpha.mT if alpha.ndim == 3 else alpha[:, 0].flatten(2)
-    return (weights * _places(A)).reshape(A.shape)
+    return (weights * places(A)).reshape(A.shape)
 
 
-def _exact(x: Tensor) -> torch.autocast:
+def exact(x: Tensor) -> torch.autocast:
     """Without the half precision that autocast would choose for products of matrices."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _places(A: Tensor) -> Tensor:
+def places(A: Tensor) -> Tensor:
+    """A (B, C, *spatial) as (B, C, N), in at least single precision."""
     return widen(A).reshape(*A.shape[:2], math.prod(A.shape[2:]))

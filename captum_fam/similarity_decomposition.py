@@ -120,7 +120,8 @@ class SimilarityDecomposition(ChannelAttribution):
                     raise ValueError(f"attribute_matrix needs a layer with one tensor, but {name} has {len(tensors)}.")
             for layers in zip(one.layers, self._locations(one, similarity), self._locations(two, similarity)):
                 (A,), (v,), (v_reference,) = layers
-                matrix = _method.product(v.mT, v_reference.expand(len(v), -1, -1))
+                with _method.exact(v):
+                    matrix = v.mT @ v_reference.expand(len(v), -1, -1)
                 matrix = torch.where(valid[..., None], matrix, torch.zeros_like(matrix))
                 one.doubts += _remainder(matrix.sum((1, 2))[:, None], pairs, valid, (A,))
                 matrices.append((matrix.to(A.dtype),))
@@ -151,7 +152,31 @@ class SimilarityDecomposition(ChannelAttribution):
     def _locations(self, recording: Recording, similarity: Similarity) -> list[list[Tensor]]:
         """v (B, D, N), which add up to the embedding; for the cosine, to its unit vector."""
         scale = nonzero(norm(widen(recording.embedding)))[..., None] if similarity == "cosine" else 1
-        return [[v / scale for v in layer] for layer in _method.location_embeddings(recording)]
+        return [[v / scale for v in layer] for layer in _location_embeddings(recording)]
+
+
+def _location_embeddings(recording: Recording) -> list[list[Tensor]]:
+    """v (B, D, N), for each tensor of each layer: what each of the N locations adds to z, to first order."""
+    z = widen(recording.embedding)
+    scales = [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
+    if any(scale is None for layer in scales for scale in layer):
+        rows = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1).unbind(1)
+        parts = [
+            [
+                [(_method.places(g) * _method.places(A)).sum(1) for g, A in zip(*layer)]
+                for layer in zip(gradients, recording.layers)
+            ]
+            for gradients in map(recording.gradients, rows)
+        ]
+    return [
+        [
+            torch.stack([part[i][j] for part in parts], 1)
+            if scale is None
+            else _method.places(A) * scale[..., None] / A.shape[2:].numel()
+            for j, (A, scale) in enumerate(zip(layer, scales[i]))
+        ]
+        for i, layer in enumerate(recording.layers)
+    ]
 
 
 def _check(similarity: Similarity) -> None:

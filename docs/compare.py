@@ -1,4 +1,4 @@
-"""Makes docs/compare.png: methods on the similarity of a collage to two of its photographs, bundled encoder."""
+"""Makes docs/compare.jpg: methods on the similarity of a collage to two of its photographs, bundled encoder."""
 
 from io import BytesIO
 from pathlib import Path
@@ -37,7 +37,7 @@ def main() -> None:
     figure, _ = visualize_comparison([query, query], maps, titles=titles, use_pyplot=False)
     content = BytesIO()
     figure.savefig(content, format="png", dpi=70)
-    Image.open(content).convert("RGB").quantize(256).save(Path(__file__).parent / "compare.png", optimize=True)
+    Image.open(content).convert("RGB").save(Path(__file__).parent / "compare.jpg", quality=88)
 
 
 if __name__ == "__main__":
