@@ -481,26 +481,25 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
     @abstractmethod
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
         """
-        alpha (B, P, C), or (B, P, C, *spatial) where it differs between locations, for each
-        tensor of each layer. What it is for pairs that are not valid (B, P) does not matter.
+        alpha (B, P, C) for each tensor of each layer. What it is for pairs that are not valid
+        (B, P) does not matter.
         """
 
-    def _maps(
-        self,
-        pairs: Pairs,
-        relu: bool = False,
-        summed: bool = True,
-    ) -> list[Tensors]:
-        """For each layer the maps (B, P, *spatial); not summed, for P = 1, their terms (B, C, *spatial)."""
+    def _weighted(self, pairs: Pairs, valid: Tensor, summed: bool) -> list[list[Tensor]]:
+        """M (B, P, *spatial) for each tensor of each layer; not summed, for P = 1, its terms (B, C, *spatial)."""
+        combine = _method.activation_maps if summed else _method.weighted_activations
+        layers = zip(self._channel_weights(pairs, valid), pairs.recording.layers)
+        return [[combine(alpha, A) for alpha, A in zip(*layer)] for layer in layers]
+
+    def _maps(self, pairs: Pairs, relu: bool = False, summed: bool = True) -> list[Tensors]:
+        """For each layer the maps, as _weighted, zero where they mean nothing, in the dtype of the activations."""
         maps: list[Tensors] = []
         with torch.no_grad():
             valid = self._valid(pairs)
-            for layer, weights in zip(pairs.recording.layers, self._channel_weights(pairs, valid)):
-                maps.append(())
-                for A, alpha in zip(layer, weights):
-                    M = _method.activation_maps(alpha, A) if summed else _method.weighted_activations(alpha, A)
-                    M = torch.where(valid.reshape(*valid.shape, *[1] * (M.ndim - 2)), M, torch.zeros_like(M))
-                    maps[-1] += ((F.relu(M) if relu else M).to(A.dtype),)
+            for found, layer in zip(self._weighted(pairs, valid, summed), pairs.recording.layers):
+                shown = [valid.reshape(*valid.shape, *[1] * (M.ndim - 2)) for M in found]
+                kept = [torch.where(v, F.relu(M) if relu else M, torch.zeros_like(M)) for v, M in zip(shown, found)]
+                maps.append(tuple(M.to(A.dtype) for M, A in zip(kept, layer)))
         return maps
 
     def _valid(self, pairs: Pairs) -> Tensor:

@@ -62,19 +62,17 @@ def aligned_scale(z: Tensor, A: Tensor) -> Tensor | None:
     return norm(widen(z)) / nonzero(norm(places(A).mean(2))) if is_aligned(z, A) else None
 
 
-def jacobian_weights(recording: Recording, w: Tensor, summed: bool = True) -> list[list[Tensor]]:
-    """alpha (B, P, C) for w (B, P, D), for each tensor of each layer; not summed, (B, P, C, *spatial)."""
+def jacobian_weights(recording: Recording, w: Tensor) -> list[list[Tensor]]:
+    """alpha (B, P, C) for w (B, P, D), for each tensor of each layer."""
     P, D = w.shape[1:]
     # alpha is linear in w: for more references than dimensions (or none), one gradient a dimension serves all.
     direct = 0 < P <= D
     rows = w if direct else torch.eye(D, dtype=w.dtype, device=w.device).expand(len(w), D, D)
 
-    def carry(row: Tensor) -> list[list[Tensor]]:
-        return [[places(g).sum(2) if summed else g for g in layer] for layer in recording.gradients(row)]
-
-    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*map(carry, rows.unbind(1)))]
+    sums = [[[places(g).sum(2) for g in layer] for layer in recording.gradients(row)] for row in rows.unbind(1)]
+    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*sums)]
     with exact(w):
-        return alpha if direct else [[torch.einsum("bpd,bd...->bp...", w, J) for J in layer] for layer in alpha]
+        return alpha if direct else [[w @ jacobian for jacobian in layer] for layer in alpha]
 
 
 def independent(names: list[str], jacobian: list[list[Tensor]], w: Tensor, valid: Tensor) -> list[str]:
@@ -91,16 +89,14 @@ def independent(names: list[str], jacobian: list[list[Tensor]], w: Tensor, valid
 
 
 def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:
-    """M (B, P, *spatial) = sum over k of alpha_k A_k, for alpha (B, P, C) or (B, P, C, *spatial)."""
+    """M (B, P, *spatial) = sum over k of alpha_k A_k."""
     with exact(A):
-        M = alpha @ places(A) if alpha.ndim == 3 else (alpha.flatten(3) * places(A)[:, None]).sum(2)
-    return M.reshape(*alpha.shape[:2], *A.shape[2:])
+        return (alpha @ places(A)).reshape(*alpha.shape[:2], *A.shape[2:])
 
 
 def weighted_activations(alpha: Tensor, A: Tensor) -> Tensor:
     """The terms alpha_k A_k of the one map of each input, (B, C, *spatial)."""
-    weights = alpha.mT if alpha.ndim == 3 else alpha[:, 0].flatten(2)
-    return (weights * places(A)).reshape(A.shape)
+    return (alpha.mT * places(A)).reshape(A.shape)
 
 
 def exact(x: Tensor) -> torch.autocast:

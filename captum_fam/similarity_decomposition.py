@@ -1,6 +1,7 @@
 """The decomposition of a similarity into locations, as a Captum layer attribution."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -134,49 +135,77 @@ class SimilarityDecomposition(ChannelAttribution):
         return True
 
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        _check(pairs.question.similarity)
-        f = pairs.question.contributions(pairs.z, _FACTORS[pairs.question.similarity])
-        recording = pairs.recording
-        scales = [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
-        aligned = [[f * scale[..., None] for scale in layer if scale is not None] for layer in scales]
-        if sum(map(len, aligned)) == sum(map(len, scales)):
-            return aligned
-        jacobian = _method.jacobian_weights(recording, f, summed=False)
-        recording.doubts += _method.independent(recording.names, jacobian, f, valid)
-        weights = [[alpha * alpha[0, 0, 0].numel() for alpha in layer] for layer in jacobian]
-        for layer, alphas in zip(recording.layers, weights):
-            means = [_method.activation_maps(alpha, A).flatten(2).mean(2) for alpha, A in zip(alphas, layer)]
-            recording.doubts += _remainder(sum(means, torch.zeros_like(means[0])), pairs, valid, layer)
-        return weights
+        f, scales = _factors(pairs), _scales(pairs.recording)
+        assert _aligned(scales)  # _weighted has seen to it
+        return [[f * scale[..., None] for scale in layer] for layer in scales]
+
+    def _weighted(self, pairs: Pairs, valid: Tensor, summed: bool) -> list[list[Tensor]]:
+        recording, f = pairs.recording, _factors(pairs)
+        scales = _scales(recording)
+        if _aligned(scales):
+            return super()._weighted(pairs, valid, summed)
+        # Weights that differ between locations would be large, (B, P, C, *spatial): they are used as they come.
+        found = _location_sums(recording, f) if summed else _products(recording, f[:, 0], scales)
+        maps: list[list[Tensor]] = []
+        for terms, layer in zip(found, recording.layers):
+            total = torch.stack([t.sum(2) if summed else t.sum((1, 2))[:, None] for t in terms]).sum(0)
+            recording.doubts += _remainder(total, pairs, valid, layer)
+            places = [A.shape[2:] for A in layer]
+            maps.append([t.unflatten(2, p) * p.numel() if p else t[..., 0] for t, p in zip(terms, places)])
+        recording.doubts += _method.independent(recording.names, maps, f, valid)
+        return maps
 
     def _locations(self, recording: Recording, similarity: Similarity) -> list[list[Tensor]]:
         """v (B, D, N), which add up to the embedding; for the cosine, to its unit vector."""
-        scale = nonzero(norm(widen(recording.embedding)))[..., None] if similarity == "cosine" else 1
-        return [[v / scale for v in layer] for layer in _location_embeddings(recording)]
+        z = widen(recording.embedding)
+        length = nonzero(norm(z))[..., None] if similarity == "cosine" else 1
+        return [[v / length for v in layer] for layer in _location_sums(recording, _unit_vectors(z))]
 
 
-def _location_embeddings(recording: Recording) -> list[list[Tensor]]:
-    """v (B, D, N), for each tensor of each layer: what each of the N locations adds to z, to first order."""
-    z = widen(recording.embedding)
-    scales = [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
-    if any(scale is None for layer in scales for scale in layer):
-        rows = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1).unbind(1)
-        parts = [
-            [
-                [(_method.places(g) * _method.places(A)).sum(1) for g, A in zip(*layer)]
-                for layer in zip(gradients, recording.layers)
-            ]
-            for gradients in map(recording.gradients, rows)
-        ]
+def _factors(pairs: Pairs) -> Tensor:
+    """f (B, P, D)"""
+    _check(pairs.question.similarity)
+    return pairs.question.contributions(pairs.z, _FACTORS[pairs.question.similarity])
+
+
+def _scales(recording: Recording) -> list[list[Tensor | None]]:
+    """Of each tensor of each layer, as in aligned_scale."""
+    return [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
+
+
+def _aligned(scales: list[list[Tensor | None]]) -> TypeGuard[list[list[Tensor]]]:
+    return all(scale is not None for layer in scales for scale in layer)
+
+
+def _products(recording: Recording, row: Tensor, scales: list[list[Tensor | None]]) -> list[list[Tensor]]:
+    """Each activation's part of row·z, for row (B, D), to first order: (B, C, N) for each tensor of each layer."""
     return [
         [
-            torch.stack([part[i][j] for part in parts], 1)
-            if scale is None
-            else _method.places(A) * scale[..., None] / A.shape[2:].numel()
-            for j, (A, scale) in enumerate(zip(layer, scales[i]))
+            _method.places(A) * (_method.places(g) if scale is None else (row * scale)[..., None] / A.shape[2:].numel())
+            for A, g, scale in zip(*layer)
         ]
-        for i, layer in enumerate(recording.layers)
+        for layer in zip(recording.layers, recording.gradients(row), scales)
     ]
+
+
+def _location_sums(recording: Recording, rows: Tensor) -> list[list[Tensor]]:
+    """The same for rows (B, R, D), summed over the channels: (B, R, N)."""
+    scales, (R, D) = _scales(recording), rows.shape[1:]
+    with _method.exact(rows):
+        if _aligned(scales):
+            return [
+                [(rows * scale[..., None]) @ _method.places(A) / A.shape[2:].numel() for A, scale in zip(*layer)]
+                for layer in zip(recording.layers, scales)
+            ]
+        if R > D:  # the sums are linear in the rows
+            return [[rows @ v for v in layer] for layer in _location_sums(recording, _unit_vectors(rows[:, 0]))]
+    sums = [[[p.sum(1) for p in layer] for layer in _products(recording, row, scales)] for row in rows.unbind(1)]
+    return [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*sums)]
+
+
+def _unit_vectors(z: Tensor) -> Tensor:
+    """(B, D, D)"""
+    return torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
 
 
 def _check(similarity: Similarity) -> None:
