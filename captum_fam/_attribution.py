@@ -42,6 +42,7 @@ class References:
     tensors: Tensors
     are_inputs: bool
     similarity: Similarity
+    are_classes: bool = False
 
     def __len__(self) -> int:
         return len(self.tensors[0])
@@ -103,10 +104,10 @@ class Pairs:
     def explainable(self) -> Tensor:
         """Which pairs (B, P) have a similarity that can be explained: their embeddings are finite and not zero."""
         s, own, other = self.question.s, self.question.own, self.question.other
-        inputs = _usable(self.z)
+        inputs = usable(self.z)
         references = torch.ones(len(s), dtype=torch.bool, device=s.device)
         used = own.unique() if other is None else slice(None)
-        references[used] = _usable(s[used])
+        references[used] = usable(s[used])
         valid = inputs[:, None] & references[own] & self.c.abs().amax(2).isfinite()
         if isinstance(other, Tensor):
             valid &= references[other]
@@ -186,7 +187,7 @@ class SimilarityAttribution(Attribution):
         ]
         if not given and self._explains_classifiers():
             classes = self.embed(inputs, additional_forward_args).shape[1]
-            return References((torch.eye(classes),), False, "dot")
+            return References((self._classes(classes),), False, "dot", are_classes=True)
         if len(given) != 1:
             raise ValueError(
                 "Expected exactly one of `reference`, `reference_embedding` and the references of a SimilarityScore,"
@@ -227,7 +228,7 @@ class SimilarityAttribution(Attribution):
         """The question about one reference for each input."""
         references = self._references(inputs, reference, reference_embedding, additional_forward_args)
         B, K = len(inputs[0]), len(references)
-        own, other = self._own(target, K, B)[:, None], _other(contrast, K, B)
+        own, other = self._own(target, references, B)[:, None], _other(contrast, K, B)
         s = self._embedded(references, inputs, additional_forward_args)
         return Question(s, own, other, references.similarity)
 
@@ -251,9 +252,18 @@ class SimilarityAttribution(Attribution):
         doubts.append("Scores of masked inputs are not finite; they count as zero.")
         return torch.where(scores.isfinite(), scores, torch.zeros_like(scores))
 
-    def _own(self, target: TargetType, references: int, inputs: int) -> Tensor:
+    def _classes(self, classes: int) -> Tensor:
+        """Embeddings (K, D) that stand for the classes of a classifier."""
+        return torch.eye(classes)
+
+    def _own(self, target: TargetType, references: References, inputs: int) -> Tensor:
         """The number of the reference that each input takes, (B,)."""
-        return reference_index("target", target, references, inputs)
+        if target is None and references.are_classes and len(references) > 1:
+            raise ValueError(
+                f"`target` is needed: a class, 0 to {len(references) - 1}, for all inputs, or a list of {inputs}."
+                " (For the similarity to a reference, pass it as `reference` or in a SimilarityScore.)"
+            )
+        return reference_index("target", target, len(references), inputs)
 
     def _score(self) -> SimilarityScore | None:
         func = uncompiled(self.forward_func)
@@ -529,7 +539,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         return results if isinstance(self.layer, list) else results[0]
 
 
-def _usable(x: Tensor) -> Tensor:
+def usable(x: Tensor) -> Tensor:
     """Which embeddings (N, D) are finite and not zero."""
     largest = x.abs().amax(1)
     return largest.isfinite() & (largest > 0)

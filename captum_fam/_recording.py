@@ -285,20 +285,33 @@ def buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def attributes_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
-    """Attributes and hooks that other code leaves on a model's modules, or takes from them, are put right."""
+    """
+    Attributes that other code leaves on a model's modules, or takes from them, are put right;
+    after a failure, so are the hooks that it left.
+    """
     model = model_of(forward_func)
     modules = list(model.modules()) if model is not None else []
-    saved = [(m, dict(vars(m)), {n: v.copy() for n, v in vars(m).items() if n.endswith("_hooks")}) for m in modules]
+    saved = [(m, dict(vars(m)), {n: set(v) for n, v in vars(m).items() if n.endswith("_hooks")}) for m in modules]
     try:
         yield
-    finally:
-        for module, attributes, hooks in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
+    except BaseException:
+        for module, _, hooks in saved:
             for name, were in hooks.items():
-                if vars(module)[name] != were:
-                    vars(module)[name].clear()
-                    vars(module)[name].update(were)
+                left = vars(module)[name]
+                for key in [k for k in left if k not in were and not _is_ours(left[k])]:
+                    del left[key]
+        raise
+    finally:
+        for module, attributes, _ in saved:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            for name in attributes.keys() - vars(module).keys():
+                vars(module)[name] = attributes[name]
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook belongs to a call of this package, in another thread, which will remove it."""
+    return str(getattr(hook, "__module__", "")).startswith("captum_fam.")
 
 
 def doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from captum_fam._attribution import ChannelAttribution, Inputs, Maps, Pairs, References, uncompiled
@@ -79,6 +80,7 @@ class ClassActivationMap(ChannelAttribution):
                 " LayerGradCam."
             )
         self.classifier = linear[-1] if classifier is None else classifier
+        self._several = classifier is None and len(linear) > 1
 
     def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
         r"""This method is not implemented: a class has no other side."""
@@ -98,7 +100,8 @@ class ClassActivationMap(ChannelAttribution):
 
     def _encoder(self) -> Callable[..., Any]:
         func = uncompiled(self.forward_func)
-        return InputOf(self.classifier, func.module if isinstance(func, nn.DataParallel) else func)
+        model = func.module if isinstance(func, nn.DataParallel) else func
+        return InputOf(self.classifier, model, self._several)
 
     def _references(
         self,
@@ -109,31 +112,38 @@ class ClassActivationMap(ChannelAttribution):
     ) -> References:
         if reference is not None or reference_embedding is not None:
             raise ValueError("ClassActivationMap takes no references; pass a class as `target`.")
-        return References((self.classifier.weight.detach(),), False, "dot")
+        return References((self.classifier.weight.detach(),), False, "dot", are_classes=True)
 
 
 class InputOf(nn.Module):
-    """What a module of a model takes, as the model's output."""
+    """What a module of a model takes, as the model's output; in doubt, the model's own must be the module's."""
 
-    def __init__(self, module: nn.Module, model: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, model: Callable[..., Any], in_doubt: bool) -> None:
         super().__init__()
+        self.in_doubt = in_doubt
         self.module = module
         self.model = model
-        self.owner = model_of(model)
+        self.owner = model_of(model)  # a bound method's, so that it is among the modules
 
     def forward(self, *args: Any) -> Tensor:
-        found: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor]] = []
         thread = threading.get_ident()
 
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if threading.get_ident() == thread:
-                found.append(args[0])
+                found.append((args[0], output))
 
-        handle = self.module.register_forward_pre_hook(keep)
+        handle = self.module.register_forward_hook(keep)
         try:
-            self.model(*args)
+            output = self.model(*args)
         finally:
             handle.remove()
         if not found:
             raise ValueError("Expected `classifier` to be a module that the forward pass calls, but it was not called.")
-        return found[-1]
+        taken, given = found[-1]
+        if self.in_doubt and isinstance(output, Tensor) and not torch.equal(output, given):
+            raise ValueError(
+                "The model has several linear layers, and its output is not that of the last; pass classifier=, the one"
+                " that gives the classes."
+            )
+        return taken

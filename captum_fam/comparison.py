@@ -90,7 +90,8 @@ def compare_attributions(
 
                     Default: FeatureActivationMap, SimilarityDecomposition,
                     LabelFreeActivationMap, LayerGradCam, RelevanceCam and Relax (whose 1,000
-                    passes take the most time)
+                    passes take the most time); without SimilarityDecomposition where the score
+                    is neither cosine nor dot product
         additional_forward_args (Any, optional): As for other Captum methods; not given to
                     functions.
                     Default: None
@@ -101,7 +102,8 @@ def compare_attributions(
         *dict*: maps (B, 1, \*spatial) at the size of the inputs, by name: layer maps are
         interpolated linearly, attributions of several channels are added up. Methods that
         could not explain this encoder are missing from it; a warning names each with the
-        reason, and ``.failures`` holds both. Captum's Occlusion, which cannot do without, gets
+        reason, and ``.failures`` holds both. (A method that needs other arguments goes in as
+        an instance or a function.) Captum's Occlusion, which cannot do without, gets
         windows of an eighth of the input's size, half overlapping.
 
     Raises:
@@ -118,12 +120,16 @@ def compare_attributions(
     """
     check_callable("score", score)
     if not isinstance(layer, nn.Module):
-        raise TypeError(f"Expected `layer` to be a module, but got {describe(layer)}.")
+        raise TypeError(
+            f"Expected `layer` to be a module, such as model.get_submodule(name), but got {describe(layer)}."
+        )
     if not isinstance(inputs, Tensor) or inputs.ndim < 3:
         raise TypeError(f"Expected `inputs` to be one tensor (B, C, *spatial), but got {describe(inputs)}.")
     if isinstance(score, SimilarityScore):
         target = reference_index("target", target, len(score.reference_embedding), len(inputs)).tolist()
-    named = _named(DEFAULT if methods is None else methods)
+    if methods is None:
+        methods = [name for name in DEFAULT if name != "SimilarityDecomposition" or _is_decomposable(score)]
+    named = _named(methods)
     comparison = Comparison()
     with tqdm(named.items(), desc="compare_attributions", unit="method", disable=not show_progress) as progress:
         for name, method in progress:
@@ -135,10 +141,14 @@ def compare_attributions(
             except Exception as error:  # whatever a method raises for an encoder that it does not fit
                 comparison.failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     for name, reason in comparison.failures.items():
-        warn(f"{name} could not explain this encoder: {reason}")
+        warn(f"{name} has no map: {reason}")
     if named and not comparison:
-        raise ValueError(f"No method could explain this encoder: {comparison.failures}")
+        raise ValueError(f"No method has a map. {'; '.join(f'{n}: {r}' for n, r in comparison.failures.items())}")
     return comparison
+
+
+def _is_decomposable(score: Callable[..., Any]) -> bool:
+    return not isinstance(score, SimilarityScore) or score.similarity in ("cosine", "dot")
 
 
 @contextmanager

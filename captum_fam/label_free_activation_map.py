@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from captum_fam._attribution import ChannelAttribution, Pairs
+from captum_fam._attribution import ChannelAttribution, Pairs, References
 from captum_fam._captum import TargetType
 
 
@@ -56,7 +56,10 @@ class LabelFreeActivationMap(ChannelAttribution):
     def _valid(self, pairs: Pairs) -> Tensor:
         return torch.ones_like(pairs.question.own, dtype=torch.bool)
 
-    def _own(self, target: TargetType, references: int, inputs: int) -> Tensor:
-        if target is None:
+    def _classes(self, classes: int) -> Tensor:
+        return torch.zeros(1, classes)  # one for all: a matrix of all classes may be large
+
+    def _own(self, target: TargetType, references: References, inputs: int) -> Tensor:
+        if target is None or references.are_classes:
             return torch.zeros(inputs, dtype=torch.long)
         return super()._own(target, references, inputs)

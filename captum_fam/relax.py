@@ -10,12 +10,12 @@ from captum.log import log_usage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_fam._attribution import Inputs, Selector, SimilarityAttribution
+from captum_fam._attribution import Inputs, Selector, SimilarityAttribution, usable
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
 from captum_fam._recording import doubts_of_training
 from captum_fam.adapters import resize
-from captum_fam.similarity import Similarity, nonzero, widen
+from captum_fam.similarity import Similarity, nonzero
 
 
 class Relax(SimilarityAttribution, PerturbationAttribution):
@@ -143,10 +143,18 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         if not B:
             return x.new_empty(0, 1, *size)
         doubts = doubts_of_training(self._encoder())
+        bad = ~usable(question.s)
+        unexplained = bad.to(x.device)[question.own[:, 0].to(x.device)]
+        if unexplained.any():
+            numbers = bad.nonzero().flatten().tolist()
+            doubts.append(
+                f"Embeddings are zero or not finite (references {numbers}): the maps that depend on them are zero."
+            )
         generator = torch.Generator().manual_seed(self.seed)
         cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
         shifts = torch.rand(self.n_samples, len(size), generator=generator)
-        scored, shown, total = (widen(x.new_zeros(B, *shape)) for shape in (size, size, ()))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scored, shown, total = (x.new_zeros(B, *shape, dtype=dtype) for shape in (size, size, ()))
         with (
             torch.no_grad(),
             tqdm(
@@ -154,9 +162,9 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
             ) as progress,
         ):
             for index in torch.arange(self.n_samples * B).split(self.perturbations_per_eval):
-                numbers, rows = index // B, (index % B).to(x.device)
-                masks = masks_of(cells[numbers], shifts[numbers], size).to(shown)
-                changed = x[rows] * masks[:, None].to(x.dtype)
+                mask, rows = index // B, (index % B).to(x.device)
+                masks = masks_of(cells[mask], shifts[mask], size).to(shown)
+                changed = (x[rows] * masks[:, None]).to(x.dtype)
                 scores = self._scores(changed, rows, B, additional_forward_args, question, doubts)
                 scores = scores.to(masks)[:, 0]
                 total.index_add_(0, rows, scores)
@@ -165,8 +173,9 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
                 progress.update(len(index))
         warn_once(doubts)
         mean = (total / self.n_samples).reshape(-1, *[1] * len(size))
+        shown[unexplained] = 0
         importance = torch.where(shown > 0, scored / nonzero(shown) - mean, torch.zeros_like(shown))
-        return importance[:, None].to(x.dtype)
+        return importance[:, None].to(x.dtype if x.is_floating_point() else dtype)
 
 
 def masks_of(cells: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:

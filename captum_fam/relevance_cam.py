@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_fam import _captum, _recording
 from captum_fam._attribution import ChannelAttribution, Pairs, Selector
 from captum_fam._checks import describe
+from captum_fam._method import exact
 from captum_fam._recording import Recording, model_of
 from captum_fam.score import select_embedding
 from captum_fam.similarity import widen
@@ -71,7 +72,8 @@ class RelevanceCam(ChannelAttribution):
     LRP needs a rule for each module after the layer, and between these modules only reshaping,
     joining and a ReLU may happen (directly after the layer, a spatial mean too): a sum in the
     ``forward`` of a residual block, a final normalisation or attention is refused. So it
-    explains plain networks at any layer, and most others at the last stage. During the call,
+    explains plain networks at any layer, and most others at the last stage. Each reference
+    takes two forward passes and one backward pass of its own. During the call,
     weights of these modules are changed and put back: do not run the model from another thread
     meanwhile.
 
@@ -109,6 +111,8 @@ class RelevanceCam(ChannelAttribution):
             raise RuntimeError(
                 "LRP needs a gradient, which torch.inference_mode() rules out; use torch.no_grad() instead."
             )
+        if not all(t.is_floating_point() for t in pairs.recording.inputs):
+            raise TypeError("RelevanceCam needs floating-point inputs, as LRP takes gradients; pass inputs.float().")
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         recording, encoder, weights = pairs.recording, self._encoder(), []
         if not len(pairs.c):  # LRP cannot run on nothing
@@ -117,8 +121,14 @@ class RelevanceCam(ChannelAttribution):
             if len(tensors) > 1:
                 raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {len(tensors)}.")
             model = _Scored(encoder, self._selector(), _called_after(layer, name, encoder, self._selector(), recording))
-            relevances = [model.relevance(layer, name, c, recording) for c in pairs.c.unbind(1)]
+            P, D = pairs.c.shape[1:]
+            # Relevance is linear in what it starts with: for more references than dimensions, unit vectors serve all.
+            starts = pairs.c if P <= D else torch.eye(D).to(pairs.c).expand(len(pairs.c), D, D)
+            relevances = [model.relevance(layer, name, start, recording) for start in starts.unbind(1)]
             alpha = torch.stack([widen(recording.reshape(R)).flatten(2).sum(2) for R in relevances], 1)
+            if P > D:
+                with exact(alpha):
+                    alpha = pairs.c @ alpha
             finite = alpha.isfinite().all(2, keepdim=True)
             if not (finite[..., 0] | ~valid).all():
                 recording.doubts.append(
@@ -198,7 +208,13 @@ class _Scored(nn.Module):
         with ExitStack() as stack:
             stack.callback(register(hook).remove)
             stack.enter_context(_rules(self.children()))
-            LRP(self).attribute(inputs, additional_forward_args=recording.additional_forward_args)
+            try:
+                LRP(self).attribute(inputs, additional_forward_args=recording.additional_forward_args)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"LRP cannot follow the encoder after layer {name} ({' '.join(str(error).split())}). It needs"
+                    " modules that are called once, and no cut of the gradient (detach, torch.no_grad) after the layer."
+                ) from error
         return found[-1]
 
 
@@ -253,6 +269,7 @@ def _functional_steps(last: Any, stop: set[Any], inputs_of: dict[Any, list[Any]]
     """
     # Of each step: whether the layer is before it, directly or through modules.
     depends: dict[Any, str] = dict.fromkeys(stop, "directly")
+    entered: set[Any] = set()
     found: dict[str, None] = {}
     waiting = [last]
     while waiting:
@@ -261,12 +278,13 @@ def _functional_steps(last: Any, stop: set[Any], inputs_of: dict[Any, list[Any]]
             waiting.pop()
             continue
         sources = [s for s in inputs_of.get(step, [s for s, _ in step.next_functions]) if s is not None]
-        unknown = [s for s in sources if s not in depends]
+        unknown = [s for s in sources if s not in depends and s not in entered]
+        entered.add(step)
         if unknown:
             waiting += unknown
             continue
         waiting.pop()
-        reached = {depends[s] for s in sources} - {""}
+        reached = {depends.get(s, "") for s in sources} - {""}
         through = step in inputs_of or "through modules" in reached
         depends[step] = "" if not reached else "through modules" if through else "directly"
         name = step.name().rstrip("0123456789").removesuffix("Backward")

@@ -106,8 +106,7 @@ class ScoreCam(ChannelAttribution):
                     low, high = maps.flatten(1).amin(1), maps.flatten(1).amax(1)
                     low, span = (v.reshape(-1, *[1] * (maps.ndim - 1)) for v in (low, high - low))
                     H = resize((maps - low) / nonzero(span), x.shape[2:])
-                    increase = scores(x[rows] * H.to(x.dtype), rows) - baseline[rows, 0]
-                    found.append(torch.where(span.flatten(1) > 0, increase, torch.zeros_like(increase)))
+                    found.append(scores((x[rows] * H).to(x.dtype), rows) - baseline[rows, 0])
                     progress.update(len(index))
                 alpha: Tensor = torch.cat(found).unflatten(0, (B, C)).mT
                 return alpha

@@ -161,9 +161,7 @@ def visualize_comparison(
     foot = [
         line
         for name, why in failures.items()
-        for line in textwrap.wrap(
-            f"{name} could not explain this encoder: {why}", int(CHARACTERS * _width(1 + len(maps)))
-        )
+        for line in textwrap.wrap(f"{name} has no map: {why}", int(CHARACTERS * _width(1 + len(maps))))
     ]
     figure = _figure(1 + len(maps), rows, use_pyplot, foot)
     figure.supxlabel("\n".join(foot), fontsize="small", x=0.01, ha="left", parse_math=False)

@@ -147,8 +147,8 @@ def test_a_method_that_fails_is_a_warning_and_the_figure_says_so_too(run, two, t
     assert status == 0
     assert is_png(tmp_path / "out.png")
     lrp, shap = err.splitlines()
-    assert lrp.startswith("captum-fam: warning: LRP could not explain this encoder: ")
-    assert shap.startswith("captum-fam: warning: GradientShap could not explain this encoder: ")
+    assert lrp.startswith("captum-fam: warning: LRP has no map: ")
+    assert shap.startswith("captum-fam: warning: GradientShap has no map: ")
     assert "LRP" not in out
     assert "FeatureActivationMap\n" in out
     assert list(drawn[0][1].failures) == ["LRP", "GradientShap"]
@@ -219,7 +219,7 @@ def test_methods_that_need_no_map_explain_a_layer_of_tokens(run, two, odd):  # n
     arguments = ("--encoder", "odd_encoders:tokens", "--layer", "norm", "--size", 32, "-o", "out.png")
     status, out, err = run("compare", *two, *arguments, "--method", "LayerGradCam", "--method", "Occlusion")
     assert status == 0
-    assert "warning: LayerGradCam could not explain this encoder" in err
+    assert "warning: LayerGradCam has no map" in err
     assert out.splitlines()[1].endswith("  Occlusion")
     assert is_png(odd / "out.png")
 

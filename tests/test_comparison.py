@@ -19,6 +19,7 @@ from captum.attr import (
 )
 from encoders import FlatEncoder, HeadEncoder, PooledEncoder, PowerPooledEncoder, TokenEncoder, random, seeded
 from test_model_untouched import state, users_model
+from torch import nn
 
 from captum_fam import (
     ClassActivationMap,
@@ -382,9 +383,9 @@ def broken(inputs, target):
 def test_a_method_that_fails_is_named_with_its_reason_and_the_others_come_back():
     score, layer = scored()
     alone = compare(score, layer, X, 1, ["LayerGradCam", "Saliency"])
-    with pytest.warns(UserWarning, match="could not explain") as caught:
+    with pytest.warns(UserWarning, match="has no map") as caught:
         maps = compare(score, layer, X, 1, ["LayerGradCam", broken, "Saliency", "GradientShap"])
-    warned = [w for w in caught if "could not explain this encoder" in str(w.message)]
+    warned = [w for w in caught if "has no map" in str(w.message)]
     assert list(maps) == ["LayerGradCam", "Saliency"]
     assert list(maps.failures) == ["broken", "GradientShap"]
     assert maps.failures["broken"].startswith("KeyError: ")
@@ -404,7 +405,7 @@ def test_a_method_that_fails_is_named_with_its_reason_and_the_others_come_back()
 def test_lrp_is_refused_on_a_similarity_and_its_substitute_named(method):
     score, layer = scored()
     method = method if isinstance(method, (str, type)) else method(score)
-    with pytest.warns(UserWarning, match="LRP could not explain.*RelevanceCam"):
+    with pytest.warns(UserWarning, match="LRP has no map.*RelevanceCam"):
         maps = compare(score, layer, X, 1, {"mine LRP": method, "RelevanceCam": "RelevanceCam"})
     assert list(maps) == ["RelevanceCam"]
     assert "gradient" in maps.failures["mine LRP"]
@@ -426,7 +427,7 @@ def test_lrp_is_refused_on_a_similarity_and_its_substitute_named(method):
 )
 def test_attributions_that_are_no_maps_are_a_failure(attributions):
     score, layer = scored()
-    with pytest.warns(UserWarning, match="mine could not explain.*no maps"):
+    with pytest.warns(UserWarning, match="mine has no map.*no maps"):
         maps = compare(score, layer, X, 1, {"mine": lambda x, target: attributions(x), "Saliency": Saliency})
     assert list(maps) == ["Saliency"]
 
@@ -442,13 +443,13 @@ def test_layers_without_a_map_leave_the_methods_that_need_none():
     encoder = seeded(TokenEncoder)
     x = random(2, 3, 12, 12)
     score = SimilarityScore(encoder, random(1, 6, seed=2))
-    with pytest.warns(UserWarning, match="could not explain"):
+    with pytest.warns(UserWarning, match="has no map"):
         maps = compare(score, encoder.layer, x, methods=["FeatureActivationMap", LayerGradCam, Saliency, "Occlusion"])
     assert list(maps) == ["Saliency", "Occlusion"]
     assert list(maps.failures) == ["FeatureActivationMap", "LayerGradCam"]
 
 
-@pytest.mark.filterwarnings("ignore:.*could not explain")
+@pytest.mark.filterwarnings("ignore:.*has no map")
 def test_an_error_names_every_reason_where_all_methods_fail():
     score, layer = scored()
     with pytest.raises(ValueError, match=r"broken.*no such.*GradientShap.*baselines"):
@@ -542,7 +543,7 @@ def test_training_mode_stays_on():
     assert all(m.training for m in score.modules())
 
 
-@pytest.mark.filterwarnings("ignore:.*could not explain")
+@pytest.mark.filterwarnings("ignore:.*has no map")
 def test_what_a_method_does_to_its_inputs_reaches_no_other():
     score, layer = scored()
     x = X.clone()
@@ -614,3 +615,58 @@ def test_inputs_that_already_require_gradients_spare_captums_warning_that_they_d
         warnings.simplefilter("error", UserWarning)
         maps = compare(score, layer, X.clone().requires_grad_(), 1, ["Saliency", "InputXGradient"])
     assert len(maps) == 2
+
+
+# What one method does is not another's
+
+
+def test_the_decomposition_is_no_default_where_the_score_has_none():
+    encoder = seeded(HeadEncoder)
+    score = SimilarityScore(encoder, random(1, 4, seed=2), "euclidean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps = compare(score, encoder.layer, random(1, 3, 8, 8))
+    assert "SimilarityDecomposition" not in {*maps, *maps.failures}
+
+
+def test_hooks_that_go_meanwhile_stay_away_and_those_of_a_failure_go():
+    encoder = seeded(HeadEncoder)
+    score = SimilarityScore(encoder, random(1, 4, seed=2))
+    of_another_thread = encoder.layer.register_forward_hook(lambda *_: None)
+
+    def done(inputs, target):
+        of_another_thread.remove()
+        return inputs
+
+    def fails(inputs, target):
+        encoder.layer.register_forward_hook(lambda *_: None)
+        raise RuntimeError
+
+    with pytest.warns(UserWarning, match="fails has no map"):
+        compare(score, encoder.layer, random(1, 3, 8, 8), methods=[done, fails])
+    assert not encoder.layer._forward_hooks
+
+
+def test_what_a_model_writes_down_itself_stays():
+    class Counting(HeadEncoder):
+        calls = 0
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    encoder = seeded(Counting)
+    encoder.calls = 0
+    compare(SimilarityScore(encoder, random(1, 4, seed=2)), encoder.layer, random(1, 3, 8, 8), methods=["LayerGradCam"])
+    assert encoder.calls > 0
+
+
+@pytest.mark.filterwarnings("ignore:The model is in training mode")
+def test_running_statistics_stay():
+    encoder = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+    score = SimilarityScore(encoder.train(), random(1, 4, seed=2))
+    before = encoder[1].running_mean.clone()
+    compare(score, encoder[0], random(2, 3, 8, 8), 0, ["LayerGradCam", "Saliency"])
+    assert torch.equal(encoder[1].running_mean, before)

@@ -700,14 +700,16 @@ def test_grad_cam_times_the_number_of_locations_is_the_class_activation_map(buil
     close(LayerGradCam(model, layer(model)).attribute(x, 2).detach() * places(maps), maps)
 
 
-def test_the_last_linear_layer_is_the_classifier_unless_another_is_named():
+def test_of_two_heads_the_one_that_is_not_the_output_must_be_named():
     model = seeded(TwoHeads)
     A = run(model, X)[1]
+    with pytest.raises(ValueError, match=r"several linear layers.*classifier="):
+        ClassActivationMap(model, model.layer).attribute(X, 4)
     named = ClassActivationMap(model, model.layer, classifier=model.fc).attribute(X, 4)
-    last = ClassActivationMap(model, model.layer).attribute(X, 6)
+    other = ClassActivationMap(model, model.layer, classifier=model.auxiliary).attribute(X, 6)
     for b in range(3):
         close(named[b, 0], cam_of(weight_of(model.fc), A[b], 4))
-        close(last[b, 0], cam_of(weight_of(model.auxiliary), A[b], 6))
+        close(other[b, 0], cam_of(weight_of(model.auxiliary), A[b], 6))
 
 
 def test_functions_around_a_classifier_are_explained():
@@ -2270,3 +2272,104 @@ def test_pairs_are_explained_on_both_sides(method, kind):
         here, there = explainer.attribute_pair(X, other)
         close(here, explainer.attribute(X, reference=other))
         close(there, explainer.attribute(other, reference=X))
+
+
+# Mistakes that would give a wrong map without a word
+
+
+@pytest.mark.parametrize("method", [ClassActivationMap, RelevanceCam, ScoreCam, Relax])
+def test_a_class_must_be_named_also_where_there_are_as_many_inputs_as_classes(method):
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *pool, nn.Linear(4, 3)))
+    explainer = method(model, n_samples=10) if method is Relax else method(model, model[1])
+    with pytest.raises(ValueError, match=r"`target` is needed: a class, 0 to 2"):
+        explainer.attribute(X)
+    assert explainer.attribute(X, [0, 1, 2]).shape[0] == 3
+
+
+class OfBytes(PooledEncoder):
+    """Takes images of bytes, and normalises them itself."""
+
+    def forward(self, x):
+        return super().forward(x.double() / 255 - 0.4)
+
+
+@pytest.mark.parametrize(
+    "explainer", [lambda e: ScoreCam(e, e.layer), lambda e: Relax(e, n_samples=40, seed=3)], ids=["ScoreCam", "Relax"]
+)
+def test_images_of_bytes_are_masked_to_their_rounding(explainer):
+    encoder, x = seeded(OfBytes), (random(2, 3, 12, 12).abs() * 100).clamp(max=255).to(torch.uint8)
+    s = random(1, 6)
+    maps = explainer(encoder).attribute(x, reference_embedding=s)
+    exact = explainer(encoder).attribute(x.double(), reference_embedding=s)
+    assert maps.is_floating_point()
+    close(maps.double(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
+    assert maps.std() > 0
+
+
+def test_relevances_of_bytes_are_refused_with_the_cure():
+    encoder = seeded(OfBytes)
+    with pytest.raises(TypeError, match=r"inputs\.float\(\)"):
+        RelevanceCam(encoder, encoder.layer).attribute(torch.ones(1, 3, 12, 12, dtype=torch.uint8), reference=X[:1])
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_relax_says_which_reference_cannot_be_compared_with(bad):
+    encoder, s = seeded(PooledEncoder), torch.stack([random(6), torch.full((6,), bad).double()])
+    with pytest.warns(UserWarning, match=r"Embeddings are zero or not finite \(references \[1\]\)"):
+        maps = Relax(encoder, n_samples=20).attribute(X[:2], [0, 1], reference_embedding=s)
+    assert maps[0].any()
+    assert not maps[1].any()
+
+
+def test_relevances_of_more_references_than_dimensions_are_those_one_by_one():
+    encoder, s = seeded(lambda: Unbiased(nn.AdaptiveAvgPool2d(1), nn.Flatten())), random(9, 6)
+    cam = RelevanceCam(encoder, encoder.conv2)
+    maps = cam.attribute_all(X, reference_embedding=s)
+    for k in range(9):
+        close(maps[:, k : k + 1], cam.attribute(X, k, reference_embedding=s), rtol=1e-6, atol=1e-10)
+
+
+class Cut(PooledEncoder):
+    def forward(self, x):
+        return self.head(self.features(x).detach()).flatten(2).mean(2)
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(6, 6, 1)
+
+
+def test_lrp_says_that_the_gradient_is_cut():
+    encoder = seeded(Cut)
+    with pytest.raises(ValueError, match=r"LRP cannot follow.*cut of the gradient"):
+        RelevanceCam(encoder, encoder.layer).attribute(X, reference_embedding=random(1, 6))
+
+
+class Scaled(PooledEncoder):
+    """Takes numbers that do not go with the inputs row by row."""
+
+    def forward(self, x, factors):
+        return super().forward(x) * factors
+
+
+@pytest.mark.parametrize(
+    "explainer", [lambda e: ScoreCam(e, e.layer), lambda e: Relax(e, n_samples=40)], ids=["ScoreCam", "Relax"]
+)
+def test_arguments_that_are_no_rows_are_given_whole(explainer):
+    encoder, factors, s = seeded(Scaled), random(6).abs(), random(1, 6)
+    maps = explainer(encoder).attribute(X, None, factors, reference_embedding=s)
+    bound = Modified(seeded(PooledEncoder), lambda z: z * factors)
+    close(maps, explainer(bound).attribute(X, reference_embedding=s))
+
+
+@pytest.mark.filterwarnings("ignore:Relevances")
+def test_relevances_that_are_not_finite_give_zero_maps():
+    class Infinite(EpsilonRule):
+        def _create_backward_hook_output(self, outputs):
+            return lambda grad: grad * torch.inf
+
+    encoder = seeded(lambda: Unbiased(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    encoder.conv2.rule = Infinite()
+    with pytest.warns(UserWarning, match="Relevances of layer 'relu'"):
+        maps = RelevanceCam(encoder, encoder.relu).attribute(X, 1, reference_embedding=REFERENCES)
+    assert not maps.any()

@@ -690,7 +690,7 @@ def failing(reason, name="my method", rows=2):
         raise RuntimeError(reason)
 
     methods = {name: broken, "ok": "LayerGradCam"}
-    with pytest.warns(UserWarning, match="could not explain"):
+    with pytest.warns(UserWarning, match="has no map"):
         return compare_attributions(score, encoder.layer, random(rows, 3, 8, 8), methods=methods, show_progress=False)
 
 
@@ -701,7 +701,7 @@ def test_methods_that_failed_are_written_at_the_foot_with_their_reasons(reason):
     rendered(figure)
     assert axes.shape == (2, 2)
     foot = figure.get_supxlabel()
-    said = f"my $method could not explain this encoder: {maps.failures['my $method']}"
+    said = f"my $method has no map: {maps.failures['my $method']}"
     assert "".join(foot.split()) == "".join(said.split())  # wrapped, perhaps within a long word
     assert figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() == foot)
 
