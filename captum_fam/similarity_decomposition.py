@@ -135,9 +135,8 @@ class SimilarityDecomposition(ChannelAttribution):
         return True
 
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        f, scales = _factors(pairs), _scales(pairs.recording)
-        assert _aligned(scales)  # _weighted has seen to it
-        return [[f * scale[..., None] for scale in layer] for layer in scales]
+        f = _factors(pairs)
+        return [[f * scale[..., None] for scale in layer if scale is not None] for layer in _scales(pairs.recording)]
 
     def _weighted(self, pairs: Pairs, valid: Tensor, summed: bool) -> list[list[Tensor]]:
         recording, f = pairs.recording, _factors(pairs)

@@ -63,7 +63,7 @@ def visualize_pair(
         titles (list of str, optional): One for each pair.
                     Default: None
         mean, std (sequence of float, optional): Mean and standard deviation that the images
-                    were normalised with, of each channel; undone.
+                    were normalised with, of each channel; undone, but for uint8 and PIL images.
                     Default: None
         label (str): Of the colour scale.
                     Default: ``"attribution"``
@@ -355,9 +355,11 @@ def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Seque
         )
     # Where both ends could be the channels, tensors have them first, arrays last.
     pixels = np.moveaxis(pixels, channels[0 if isinstance(image, Tensor) else -1], -1)
-    if not given.is_floating_point() and given.dtype != torch.bool:
+    scale, shift = (_each_channel(n, v, d, pixels.shape[2]) for n, v, d in (("std", std, 1), ("mean", mean, 0)))
+    if given.is_floating_point():
+        pixels = pixels * scale + shift
+    elif given.dtype != torch.bool:
         pixels = pixels / 255
-    pixels = pixels * _each_channel("std", std, 1, pixels.shape[2]) + _each_channel("mean", mean, 0, pixels.shape[2])
     pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
     low, high = pixels.min(), pixels.max()
     if low < -ROUNDING or high > 1 + ROUNDING:

@@ -751,3 +751,10 @@ def test_figures_are_saved_in_every_format(tmp_path):
     for suffix in ("png", "pdf", "svg"):
         figure.savefig(tmp_path / f"figure.{suffix}")
         assert (tmp_path / f"figure.{suffix}").stat().st_size > 5000
+
+
+def test_an_image_of_bytes_was_never_normalised():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    _, axes = comparison(pixels, mean=[0.5] * 3, std=[0.2] * 3)
+    _, plain = comparison(pixels)
+    np.testing.assert_array_equal(axes[0, 0].images[0].get_array(), plain[0, 0].images[0].get_array())
