@@ -117,10 +117,7 @@ class Pairs:
                 for side, good in sorted(zip(self._sides, (inputs, references)))
                 if not good.all()
             ]
-            which = ", ".join(bad) or "their contributions overflow"
-            self.recording.doubts.append(
-                f"Embeddings are zero or not finite ({which}): the maps that depend on them are zero."
-            )
+            self.recording.doubts.append(unexplained(", ".join(bad) or "their contributions overflow"))
         return valid
 
 
@@ -537,6 +534,11 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         warn_once(doubts)
         results = [layer if len(layer) > 1 else layer[0] for layer in maps]
         return results if isinstance(self.layer, list) else results[0]
+
+
+def unexplained(which: str) -> str:
+    """The doubt about embeddings that are not usable."""
+    return f"Embeddings are zero or not finite ({which}): the maps that depend on them are zero."
 
 
 def usable(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from captum.log import log_usage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_fam._attribution import Inputs, Selector, SimilarityAttribution, usable
+from captum_fam._attribution import Inputs, Selector, SimilarityAttribution, unexplained, usable
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
 from captum_fam._recording import doubts_of_training
@@ -46,7 +47,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         similarity, output_selector (optional): As in
                     :class:`~captum_fam.FeatureActivationMap`.
                     Default: None
-        n_samples (int): Number of masks N. The paper takes 3,000.
+        n_samples (int): Number of masks N. The authors' code takes 3,000.
                     Default: 1000
         grid (int): Cells of a mask along each spatial dimension.
                     Default: 7
@@ -144,12 +145,10 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
             return x.new_empty(0, 1, *size)
         doubts = doubts_of_training(self._encoder())
         bad = ~usable(question.s)
-        unexplained = bad.to(x.device)[question.own[:, 0].to(x.device)]
-        if unexplained.any():
-            numbers = bad.nonzero().flatten().tolist()
-            doubts.append(
-                f"Embeddings are zero or not finite (references {numbers}): the maps that depend on them are zero."
-            )
+        zero = bad[question.own[:, 0].to(bad.device)].to(x.device)
+        if zero.any():
+            doubts.append(unexplained(f"references {bad.nonzero().flatten().tolist()}"))
+            question = replace(question, s=torch.where(bad[:, None], 0, question.s))
         generator = torch.Generator().manual_seed(self.seed)
         cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
         shifts = torch.rand(self.n_samples, len(size), generator=generator)
@@ -173,7 +172,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
                 progress.update(len(index))
         warn_once(doubts)
         mean = (total / self.n_samples).reshape(-1, *[1] * len(size))
-        shown[unexplained] = 0
+        shown[zero] = 0
         importance = torch.where(shown > 0, scored / nonzero(shown) - mean, torch.zeros_like(shown))
         return importance[:, None].to(x.dtype if x.is_floating_point() else dtype)
 

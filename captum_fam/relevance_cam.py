@@ -19,31 +19,20 @@ from captum_fam.similarity import widen
 
 # Modules that Captum's LRP has no rule for, with rules of its own that are right for them.
 _RULES: dict[type[nn.Module], Callable[[], Any]] = {
-    **dict.fromkeys(
-        (nn.Conv1d, nn.Conv3d, nn.AvgPool1d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool3d),
-        _captum.EpsilonRule,
-    ),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm3d), _captum.EpsilonRule),
+    **dict.fromkeys((nn.Conv1d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm3d), _captum.EpsilonRule),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool3d), _captum.EpsilonRule),
     **dict.fromkeys((nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish), _captum.IdentityRule),
 }
 # Relevance goes through these as a gradient does.
 _RESHAPING = (nn.Flatten, nn.Unflatten, nn.Identity)
 # Functional steps, by the names of their gradients, through which these go as relevance should: reordering, and ...
+# fmt: off
 _REORDERING = (
-    *(
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "_ReshapeAlias",
-        "_UnsafeView",
-        "Squeeze",
-        "Unsqueeze",
-        "AsStrided",
-        "Alias",
-    ),
-    *("Transpose", "Permute", "T", "MT", "Clone", "ToCopy", "Contiguous", "BackwardHookFunction", "Relu", "Flip"),
-    *("Slice", "Select", "Narrow", "Index", "IndexSelect", "Cat", "Stack", "Split", "SplitWithSizes", "Unbind"),
+    "View", "UnsafeView", "_ReshapeAlias", "_UnsafeView", "Squeeze", "Unsqueeze", "AsStrided", "Alias", "Transpose",
+    "Permute", "T", "Clone", "ToCopy", "Flip", "Slice", "Select", "Index", "IndexSelect", "Cat", "Stack", "Split",
+    "SplitWithSizes", "Unbind", "Relu", "BackwardHookFunction",
 )
+# fmt: on
 # ... pooling, which shares relevance evenly, not by activation: the channels' sums are right, what comes before is not.
 _POOLING = ("Mean", "AdaptiveAvgPool1D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AvgPool2D", "AvgPool3D", "Amax")
 

@@ -201,9 +201,8 @@ def draw_maps(
     for axis, image, values, caption in zip(axes, images, maps, captions):
         height, width = show(axis, image.convert("L"), "\n".join(filter(None, [caption, *_lacks(values)])))
         # Where a map is larger than its picture, every value counts: antialiased.
-        resized = F.interpolate(_finite(values)[None, None], (height, width), mode="bilinear", antialias=True)[
-            0, 0
-        ].numpy()
+        shown = F.interpolate(_finite(values)[None, None], (height, width), mode="bilinear", antialias=True)
+        resized = shown[0, 0].numpy()
         strength = np.abs(resized) / limit
         if signed:
             axis.imshow(SIGNED((resized > 0).astype(float))[..., :3], alpha=STRONGEST * strength.clip(0, 1))

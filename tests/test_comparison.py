@@ -1,6 +1,7 @@
 """compare_attributions: each map against its method called by hand, and what happens to those that fail."""
 
 import functools
+import threading
 import warnings
 
 import numpy as np
@@ -645,6 +646,37 @@ def test_hooks_that_go_meanwhile_stay_away_and_those_of_a_failure_go():
     with pytest.warns(UserWarning, match="fails has no map"):
         compare(score, encoder.layer, random(1, 3, 8, 8), methods=[done, fails])
     assert not encoder.layer._forward_hooks
+
+
+def test_a_failure_leaves_the_hook_of_a_call_of_this_package_in_another_thread():
+    encoder = seeded(HeadEncoder)
+    score, x, inside, done = SimilarityScore(encoder, random(1, 4, seed=2)), random(1, 3, 8, 8), *events(2)
+
+    def wait(*_):
+        if threading.current_thread() is other:
+            inside.set()
+            assert done.wait(10)
+
+    def explain():
+        found.append(FeatureActivationMap(score, encoder.layer).attribute(x))
+
+    def fails(inputs, target):
+        other.start()
+        assert inside.wait(10)
+        raise RuntimeError
+
+    found, other = [], threading.Thread(target=explain)
+    alone = FeatureActivationMap(score, encoder.layer).attribute(x)
+    encoder.early.register_forward_hook(wait)
+    with pytest.warns(UserWarning, match="fails has no map"):
+        compare(score, encoder.layer, x, methods=["FeatureActivationMap", fails])
+    done.set()
+    other.join()
+    close(found[0], alone)
+
+
+def events(n):
+    return [threading.Event() for _ in range(n)]
 
 
 def test_what_a_model_writes_down_itself_stays():

@@ -2313,11 +2313,13 @@ def test_relevances_of_bytes_are_refused_with_the_cure():
         RelevanceCam(encoder, encoder.layer).attribute(torch.ones(1, 3, 12, 12, dtype=torch.uint8), reference=X[:1])
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
 @pytest.mark.parametrize("bad", [0.0, float("nan")])
-def test_relax_says_which_reference_cannot_be_compared_with(bad):
+def test_relax_says_which_reference_cannot_be_compared_with(bad, similarity):
     encoder, s = seeded(PooledEncoder), torch.stack([random(6), torch.full((6,), bad).double()])
-    with pytest.warns(UserWarning, match=r"Embeddings are zero or not finite \(references \[1\]\)"):
-        maps = Relax(encoder, n_samples=20).attribute(X[:2], [0, 1], reference_embedding=s)
+    with pytest.warns(UserWarning, match=r"Embeddings are zero or not finite \(references \[1\]\)") as caught:
+        maps = Relax(encoder, n_samples=20, similarity=similarity).attribute(X[:2], [0, 1], reference_embedding=s)
+    assert len(caught) == 1
     assert maps[0].any()
     assert not maps[1].any()
 
