@@ -25,6 +25,8 @@ from captum_fam._checks import (
     reference_index,
     warn_once,
 )
+from captum_fam._distances import canonical
+from captum_fam._layers import last_map
 from captum_fam._recording import Recording, Tensors
 from captum_fam.score import SimilarityScore
 from captum_fam.similarity import Similarity, check_similarity, widen
@@ -280,10 +282,9 @@ class SimilarityAttribution(Attribution):
         return encoder  # type: ignore[no-any-return]  # what the user gave
 
     def _similarity(self) -> Similarity:
-        if self.similarity is not None:
-            return self.similarity
         score = self._score()
-        return "cosine" if score is None else score.similarity
+        given = score.similarity if score is not None and self.similarity is None else self.similarity
+        return "cosine" if given is None else canonical(given)
 
     def _selector(self) -> Selector:
         if self.output_selector is not None:
@@ -512,6 +513,31 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
     def _valid(self, pairs: Pairs) -> Tensor:
         """Which maps (B, P) mean something; the others are zero."""
         return pairs.explainable()
+
+    def _check_independent(self, recording: Recording, weights: list[list[Tensor]], w: Tensor, valid: Tensor) -> None:
+        """
+        Doubts, or an error with the layer to choose, where a layer's weights are all zero, though those w (B, P, D)
+        of the embedding (for valid pairs) are not.
+        """
+        asked = torch.where(valid[..., None], w, torch.zeros_like(w))
+        if not asked.any():
+            return
+        # One row for all: its terms do not cancel by chance.
+        mixed = (asked * torch.linspace(1, 2, w.shape[1], dtype=w.dtype, device=w.device)[:, None]).sum(1)
+        for i, (name, tensors) in enumerate(zip(recording.names, weights)):
+            if any(alpha.any() for alpha in tensors):
+                continue
+            if recording.is_used(i, mixed):
+                layer = last_map(self._encoder(), recording.inputs, recording.additional_forward_args, self._selector())
+                raise ValueError(
+                    f"The embedding depends on layer {name} only through tokens that are no patches, such as the class"
+                    " token after the last attention, so it has no map; choose a layer before the last attention"
+                    + (f", such as {layer!r}." if layer else ", such as the normalisation at its input.")
+                )
+            recording.doubts.append(
+                f"The embedding does not depend on layer {name}, or the encoder cuts the gradient between them (detach,"
+                " torch.no_grad): its map is zero. Choose a layer on the way to the embedding, after any such cut."
+            )
 
     def _record(
         self, inputs: Tensors, additional_forward_args: object | None, layer_input: bool = False

@@ -75,19 +75,6 @@ def jacobian_weights(recording: Recording, w: Tensor) -> list[list[Tensor]]:
         return alpha if direct else [[w @ jacobian for jacobian in layer] for layer in alpha]
 
 
-def independent(names: list[str], jacobian: list[list[Tensor]], w: Tensor, valid: Tensor) -> list[str]:
-    """Doubts about layers whose weights are all zero, though those of the embedding (for valid pairs) are not."""
-    if not (w.any(2) & valid).any():
-        return []
-    return [
-        f"The embedding does not depend on layer {name} (as on patch tokens after the last attention, where the class"
-        " token is the embedding), or the encoder cuts the gradient between them (detach, torch.no_grad): its map is"
-        " zero. Choose a layer on the way to the embedding, after any such cut."
-        for name, tensors in zip(names, jacobian)
-        if not any(alpha.any() for alpha in tensors)
-    ]
-
-
 def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:
     """M (B, P, *spatial) = sum over k of alpha_k A_k."""
     with exact(A):

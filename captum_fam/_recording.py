@@ -14,6 +14,7 @@ from captum_fam import _captum
 from captum_fam._checks import check_rows, describe
 from captum_fam.score import select_embedding
 from captum_fam.similarity import widen
+from captum_fam.tokens import to_map
 
 Tensors = tuple[Tensor, ...]
 
@@ -95,28 +96,36 @@ class Recording:
                 break
         return found, largest / gain
 
+    def is_used(self, layer: int, w: Tensor) -> bool:
+        """Whether w·z, for w (B, D), depends on any part of a layer's activations, before their reshaping."""
+        flat = [a for tensors in self._tensors[layer] for a in tensors]
+        return any(g is not None and bool(g.any()) for g in self._gradients(w, flat)[0])
+
     def reshape(self, activation: Tensor) -> Tensor:
         """The layer's activations, or whatever has their shape, as (B, C, *spatial)."""
-        return activation if self._reshape_transform is None else self._reshape_transform(activation)
+        if self._reshape_transform is not None:
+            return self._reshape_transform(activation)
+        found = to_map(activation, self.inputs[0], self.embedding.shape[1])
+        return activation if found is None else found
 
     def _layout(self, activation: Tensor, name: str) -> Tensor:
         """Activations as (B, C, *spatial), or an error that says how to make them so."""
-        A, (B, D) = self.reshape(activation), self.embedding.shape
+        B = len(self.embedding)
+        fits = self._reshape_transform is not None or len(activation) == B
+        A = self.reshape(activation) if fits else activation
         if not isinstance(A, Tensor) or A.ndim < 2 or len(A) != B:
             origin = f"layer {name} to give" if self._reshape_transform is None else "`reshape_transform` to return"
             raise ValueError(
                 f"Expected {origin} activations (B, C, *spatial) with B = {B}, but got {describe(A)}; choose another"
                 " layer, or pass a reshape_transform that returns that layout."
             )
-        tokens = A.ndim < self.inputs[0].ndim or (A.shape[-1] == D and D not in A.shape[2:-1])
-        # (B, h, h, C): even the widest maps of channels-last models, 56 by 56 with 96, have so many channels
-        channels_last = A.ndim == 4 and A.shape[1] == A.shape[2] and 2 * A.shape[3] >= 3 * A.shape[1]
-        if self._reshape_transform is None and A.ndim > 2 and A.shape[1] != D and (tokens or channels_last):
-            self.doubts.append(
-                f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps;"
-                " dimension 1 is taken for the channels. For tokens pass"
-                " reshape_transform=lambda a: a[:, 1:].mT.unflatten(2, (height, width)), for channels-last maps"
-                " reshape_transform=lambda a: a.movedim(-1, 1)."
+        if self._reshape_transform is None and to_map(activation, self.inputs[0], self.embedding.shape[1]) is None:
+            raise ValueError(
+                f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps, but how they"
+                f" lie on inputs {tuple(self.inputs[0].shape)} cannot be told from their shape. Pass"
+                " reshape_transform=patch_tokens(height, width) with the grid of the patches,"
+                " reshape_transform=channels_last for maps (B, h, w, C), or, if dimension 1 is the channels after all,"
+                " reshape_transform=lambda a: a."
             )
         return A
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from captum_fam._recording import embed
 from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, load_encoder, one_line
 from captum_fam.feature_activation_map import FeatureActivationMap
@@ -51,10 +52,17 @@ def _encoder_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options of commands that explain images with an encoder."""
     options = [
         click.option(
-            "--encoder", default="bundled", show_default=True, help="bundled, torchvision:NAME or module.path:factory."
+            "--encoder",
+            default="bundled",
+            show_default=True,
+            help="bundled, torchvision:NAME, timm:NAME, hf:PATH (a folder of transformers, or a name on"
+            " huggingface.co) or module.path:factory.",
         ),
         click.option("--weights", type=Path, help="State dict of the encoder, as torch.save writes it."),
-        click.option("--layer", help="Dotted name.  [default: the last module that returns a map]"),
+        click.option(
+            "--layer",
+            help="Dotted name.  [default: the last module with a map, or tokens of one, that the embedding depends on]",
+        ),
         click.option(
             "--similarity", type=click.Choice(["cosine", "dot", "euclidean"]), default="cosine", show_default=True
         ),
@@ -103,20 +111,20 @@ def _loaded(
     if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
         raise ValueError("--mean must be finite and --std positive: give three numbers for each")
     with redirect_stdout(sys.stderr), _running(encoder, size):  # whatever a factory or an encoder prints
-        loaded = load_encoder(encoder, weights)
+        loaded = load_encoder(encoder, weights, size)
         size = size or loaded.size
         model = _to_device(loaded.model, device)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         pixels = [to_tensor(i, size, mean or loaded.mean, std or loaded.std) for i in images]
         tensors = torch.stack(pixels).to(device, dtype)
-        layer_name, module = find_layer(model, layer, tensors[:1])
-        fam = FeatureActivationMap(model, module)
+        named = find_layer(model, layer, tensors[:1]) if layer is not None else None  # before the encoder runs
         try:
-            embeddings = torch.cat([fam.embed(tensors[:1]), fam.embed(tensors[1:])])
+            embeddings = torch.cat([embed(model, "inputs", (t,), None, None) for t in (tensors[:1], tensors[1:])])
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{encoder} gives no embeddings (B, D) ({one_line(error)}): let the factory return a module that does"
             ) from error
+        layer_name, module = named or find_layer(model, None, tensors[:1])
         yield Loaded(model, layer_name, module, tensors, embeddings, size)
 
 
@@ -160,6 +168,7 @@ def explain(
         else:
             maps = fam.attribute_all(tensors[:1], reference_embedding=s, contrast=other)
         maps = _planes(maps, layer_name)
+        route = fam.route(tensors[:1])
         reference_maps = _planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)
 
     margins = _margins(scores, other)
@@ -183,6 +192,7 @@ def explain(
             "figure": str(output),
             "encoder": encoder,
             "layer": layer_name,
+            "route": route,
             "similarity": similarity,
             "contrast": contrast,
             "size": loaded.size,
@@ -202,7 +212,7 @@ def explain(
         click.echo(json.dumps(report, indent=2, allow_nan=False))
         return
     found = "" if layer else ", the last with a map"
-    click.echo(f"encoder {encoder}, layer {layer_name} ({type(loaded.layer).__name__}){found}")
+    click.echo(f"encoder {encoder}, layer {layer_name} ({type(loaded.layer).__name__}){found}; {route} weights")
     for i, path in enumerate(references):
         click.echo(
             f"{i + 1}  {similarity} {scores[i]: .4f}" + (f"  margin {margins[i]: .4f}" if margins else "") + f"  {path}"

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_callable, describe, reference_index, warn
+from captum_fam._distances import canonical
 from captum_fam._recording import attributes_restored, buffers_restored
 from captum_fam.adapters import resize
 from captum_fam.class_activation_map import ClassActivationMap
@@ -148,7 +149,7 @@ def compare_attributions(
 
 
 def _is_decomposable(score: Callable[..., Any]) -> bool:
-    return not isinstance(score, SimilarityScore) or score.similarity in ("cosine", "dot")
+    return not isinstance(score, SimilarityScore) or canonical(score.similarity) in ("cosine", "dot")
 
 
 @contextmanager

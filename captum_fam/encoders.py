@@ -1,9 +1,12 @@
 """Encoders by name for the command line, and the layer to explain."""
 
 import importlib
+import inspect
+import logging
 import sys
-from collections.abc import Iterable
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from io import StringIO
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from captum_fam._layers import last_map
 from captum_fam.bundled import BundledEncoder, bundled_encoder
 
 IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,10 +33,14 @@ class LoadedEncoder:
     std: tuple[float, ...] = IMAGENET_STD
 
 
-def load_encoder(name: str, weights: Path | None = None) -> LoadedEncoder:
+def load_encoder(name: str, weights: Path | None = None, size: int | None = None) -> LoadedEncoder:
     """
-    The encoder of a name: ``bundled``, ``torchvision:NAME`` without its classifier, or
+    The encoder of a name: ``bundled``, ``torchvision:NAME`` or ``timm:NAME`` without its
+    classifier, ``hf:PATH`` (of a folder or of huggingface.co, for transformers), or
     ``module.path:factory``, a function without arguments that returns a module.
+
+    ``size`` is that of the images that it will get, if they are not of its own: some models
+    must be told.
 
     Raises:
         ValueError: there is no such encoder, or the weights cannot be had or do not fit.
@@ -46,6 +54,10 @@ def load_encoder(name: str, weights: Path | None = None) -> LoadedEncoder:
         return LoadedEncoder(model, BundledEncoder.size, BundledEncoder.mean, BundledEncoder.std)
     if kind == "torchvision":
         return _torchvision(name, rest, weights)
+    if kind == "timm" and rest:
+        return _timm(name, rest, weights, size)
+    if kind == "hf" and rest:
+        return _transformers(name, rest, weights)
     if kind and rest:
         model = _from_factory(kind, rest)
         if weights is not None:
@@ -53,7 +65,8 @@ def load_encoder(name: str, weights: Path | None = None) -> LoadedEncoder:
         return LoadedEncoder(model.eval())
     known = ["bundled", *(f"torchvision:{n}" for n in models.list_models(module=models))]
     near = "" if ":" in name else _near(name, known) or _near(f"torchvision:{name}", known)
-    raise ValueError(f"no encoder {name!r}{near or ': pass bundled, torchvision:NAME or module.path:factory'}")
+    kinds = ": pass bundled, torchvision:NAME, timm:NAME, hf:PATH or module.path:factory"
+    raise ValueError(f"no encoder {name!r}{near or kinds}")
 
 
 def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEncoder:
@@ -66,7 +79,7 @@ def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEn
         )
     default = models.get_model_weights(architecture).DEFAULT
     try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # a failed download is one line, below
+        with _quiet():
             model = models.get_model(architecture, weights=None if weights else default)
     except OSError as error:
         raise ValueError(
@@ -82,6 +95,140 @@ def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEn
     setattr(model.get_submodule(parent), attribute, nn.Identity())
     transforms = default.transforms()
     return LoadedEncoder(model.eval(), transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
+
+
+def _timm(name: str, architecture: str, weights: Path | None, size: int | None) -> LoadedEncoder:
+    timm = _optional("timm")
+    names = [*timm.list_models(), *timm.list_pretrained()]
+    if architecture not in names and ":" not in architecture:  # as in timm's own hf-hub:NAME and local-dir:PATH
+        raise ValueError(f"timm has no model {architecture!r}{_near(architecture, names)}")
+    try:
+        with _quiet():
+            model = timm.create_model(architecture, pretrained=weights is None, num_classes=0)
+    except Exception as error:  # of timm, the hub or its client
+        raise ValueError(
+            f"cannot download the weights of {name} ({one_line(error)}): pass a state dict as --weights FILE"
+        ) from error
+    if weights is not None:
+        classifier = model.pretrained_cfg.get("classifier") or ()
+        _load(model, weights, tuple(f"{c}." for c in ([classifier] if isinstance(classifier, str) else classifier)))
+    settings = timm.data.resolve_model_data_config(model)
+    native = settings["input_size"][-1]
+    if size not in (None, native) and hasattr(model, "set_input_size"):  # position embeddings are interpolated
+        try:
+            model.set_input_size(img_size=(size, size))
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot take images of {size} pixels ({one_line(error)}): try another --size, such as {native}"
+            ) from error
+    return LoadedEncoder(model.eval(), size or native, tuple(settings["mean"]), tuple(settings["std"]))
+
+
+class _TransformersEncoder(nn.Module):
+    """A model of transformers, from images (B, 3, H, W) to embeddings (B, D); its modules keep their names."""
+
+    def __init__(self, model: Any, has_pooler: bool) -> None:
+        super().__init__()
+        # Not a submodule but the same module in another form: names and state dicts get no prefix.
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        embeds = hasattr(model, "get_image_features")
+        self._function: Any = (model.get_image_features if embeds else model,)  # in a tuple, or it is a submodule
+        self._has_pooler = has_pooler
+        parameters = inspect.signature(model.get_image_features if embeds else model.forward).parameters
+        # Positions for images of another size; it changes nothing for those of the model's own.
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        try:
+            output = self._function[0](pixel_values=images, **self._options)
+        except ValueError as error:  # in the words of transformers, without advice
+            raise RuntimeError(str(error)) from error
+        if isinstance(output, Tensor):  # get_image_features before transformers 5
+            return output
+        names = ("image_embeds", "pooler_output") if self._has_pooler else ()
+        for value in (getattr(output, name, None) for name in names):
+            if isinstance(value, Tensor):
+                return value.flatten(1)
+        tokens: Any = getattr(output, "last_hidden_state", None)
+        if self._has_pooler or tokens is None or tokens.ndim != 3:
+            raise ValueError("its output has no image_embeds or pooler_output, so write a factory")
+        return tokens[:, 0]  # type: ignore[no-any-return]
+
+
+def _transformers(name: str, path: str, weights: Path | None) -> LoadedEncoder:
+    transformers = _optional("transformers")
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            if weights is None:
+                model, info = transformers.AutoModel.from_pretrained(
+                    path, config=config, trust_remote_code=False, output_loading_info=True
+                )
+            else:
+                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of transformers, the hub or its client
+        raise ValueError(
+            f"cannot load {name} ({one_line(error)}): pass a folder that save_pretrained wrote, or a model's name on"
+            " huggingface.co"
+        ) from error
+    if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
+        raise ValueError(f"{name} is a {type(model).__name__}, which takes no images: pass a model that does")
+    pooler = "pooler.dense."  # of checkpoints without one, transformers makes a random one
+    missing = sorted(info["missing_keys"]) if weights is None else _load(model, weights, pooler)
+    if not all(key.startswith(pooler) for key in missing):
+        raise ValueError(
+            f"{name} lacks weights of its {type(model).__name__} ({missing[0]}, ...): pass a state dict as --weights"
+            " FILE"
+        )
+    encoder = _TransformersEncoder(model.eval(), has_pooler=not missing).eval()
+    try:
+        with _quiet():
+            settings = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False).to_dict()
+    except (ImportError, OSError, ValueError):
+        warnings.warn(
+            f"{name} has no image processor, so its images are normalised as ImageNet's: see --mean and --std",
+            stacklevel=2,
+        )
+        settings = {}
+    own = getattr(getattr(config, "vision_config", config), "image_size", None)
+    size = _side(settings.get("crop_size" if settings.get("do_center_crop") else "size")) or _side(own)
+    if settings.get("do_normalize", True):
+        mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
+    else:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return LoadedEncoder(encoder, size or IMAGENET_SIZE, tuple(mean), tuple(std))
+
+
+def _side(size: Any) -> int | None:
+    """The side of a square, in any of the forms in which transformers keeps sizes."""
+    if isinstance(size, Mapping):
+        size = next((size[key] for key in ("height", "shortest_edge", "longest_edge") if size.get(key)), None)
+    side: int | None = size[0] if isinstance(size, (list, tuple)) else size
+    return side
+
+
+def _optional(package: str) -> Any:
+    try:
+        with _quiet():
+            return importlib.import_module(package)
+    except ImportError as error:
+        what = (
+            f"{package} is not installed" if error.name == package else f"cannot import {package} ({one_line(error)})"
+        )
+        raise ValueError(f"{what}: pip install 'captum-fam[transformers]'") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars, log lines and warnings of a library: what fails is one line of ours."""
+    disabled = logging.root.manager.disable
+    logging.disable()
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _from_factory(module_name: str, factory_name: str) -> nn.Module:
@@ -105,8 +252,8 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
     return model
 
 
-def _load(model: nn.Module, file: Path, optional: str = "\0") -> None:
-    """Loads a state dict; keys that start with ``optional`` may be missing from it."""
+def _load(model: nn.Module, file: Path, optional: str | tuple[str, ...] = ()) -> list[str]:
+    """Loads a state dict; keys that start with ``optional`` may be missing, and are returned, or too many."""
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -126,57 +273,38 @@ def _load(model: nn.Module, file: Path, optional: str = "\0") -> None:
         keys = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ValueError(f"the weights in {file} do not fit the encoder: {one_line(error)}") from error
-    missing = [k for k in keys.missing_keys if not k.startswith(optional)]
-    if missing or keys.unexpected_keys:
-        wrong = [
-            f"{len(k)} keys {w} ({k[0]}, ...)"
-            for w, k in (("missing", missing), ("unknown", keys.unexpected_keys))
-            if k
-        ]
+    missing, unknown = (
+        [k for k in found if not k.startswith(optional)] for found in (keys.missing_keys, keys.unexpected_keys)
+    )
+    if missing or unknown:
+        wrong = [f"{len(k)} keys {w} ({k[0]}, ...)" for w, k in (("missing", missing), ("unknown", unknown)) if k]
         prefixed = state and all(k.startswith("module.") for k in state)
         hint = ": save the state dict of the .module in the DataParallel model" if prefixed else ""
         raise ValueError(f"the weights in {file} do not fit the encoder: {' and '.join(wrong)}{hint}")
+    return list(keys.missing_keys)
 
 
 def find_layer(model: nn.Module, name: str | None, image: Tensor) -> tuple[str, nn.Module]:
     """
     The layer of a dotted name; without a name, the last module in a forward pass of ``image``
-    (1, 3, H, W) that returns a map with more than one location.
+    (1, 3, H, W) that returns a map, or the tokens of one, with more than one location on which
+    the embedding depends.
 
     Raises:
         ValueError: there is no such layer.
     """
     modules = dict(model.named_modules())
     del modules[""]
-    if name is not None:
-        if name not in modules:
-            raise ValueError(f"the encoder has no layer {name!r}{_near(name, modules)}")
-        return name, modules[name]
-    spatial: list[str] = []
-    tokens: list[str] = []  # since the last map
-
-    def note(name: str, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
-            spatial.append(name)
-            tokens.clear()
-        elif isinstance(output, Tensor) and output.ndim == 3:
-            tokens.append(name)
-
-    hooks = [m.register_forward_hook(lambda _, __, out, n=n: note(n, out)) for n, m in modules.items()]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not spatial:
-        raise ValueError("no layer of the encoder returns a map (B, C, h, w): name one with --layer")
-    if tokens:
-        raise ValueError(
-            f"the encoder goes on with tokens after its last map, {spatial[-1]}: name a layer with --layer, or explain"
-            " a layer of tokens in Python with FeatureActivationMap(..., reshape_transform=...)"
-        )
-    return spatial[-1], modules[spatial[-1]]
+    if name is None:
+        name = last_map(model, (image,))
+        if name is None:
+            raise ValueError(
+                "no layer of the encoder returns a map (B, C, h, w), or tokens of patches, on which the embedding"
+                " depends: name one with --layer"
+            )
+    if name not in modules:
+        raise ValueError(f"the encoder has no layer {name!r}{_near(name, modules)}")
+    return name, modules[name]
 
 
 def _near(name: str, names: Iterable[str]) -> str:

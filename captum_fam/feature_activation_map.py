@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from captum_fam._attribution import ChannelAttribution, Pairs
-from captum_fam._method import independent, is_aligned, jacobian_weights
+from captum_fam._attribution import ChannelAttribution, Inputs, Pairs
+from captum_fam._checks import format_inputs
+from captum_fam._method import is_aligned, jacobian_weights
+from captum_fam._recording import Recording
 from captum_fam.similarity import Normalize, Similarity, check_normalize, contribution_weights
 
 
@@ -108,6 +110,36 @@ class FeatureActivationMap(ChannelAttribution):
         self.normalize = normalize
         self.channel_weights = channel_weights
 
+    def route(self, inputs: Inputs, additional_forward_args: object | None = None) -> str | list[str]:
+        r"""
+        The way that the weights take to the layer's channels for these inputs, from one forward
+        pass.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): Inputs of the encoder, batch first.
+            additional_forward_args (Any, optional): As in :meth:`attribute`.
+                        Default: None
+
+        Returns:
+            *str* or *list*: ``"aligned"`` or ``"jacobian"``; a list for a list of layers.
+
+        Raises:
+            TypeError, ValueError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> features, head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            >>> encoder = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+            >>> images = torch.rand(2, 3, 16, 16)
+            >>> FeatureActivationMap(encoder[:3], features).route(images)
+            'aligned'
+            >>> FeatureActivationMap(encoder, features).route(images)
+            'jacobian'
+        """
+        with self._record(format_inputs("inputs", inputs), additional_forward_args) as recording:
+            routes = self._routes(recording)
+        return routes if isinstance(self.layer, list) else routes[0]
+
     def _explains_classifiers(self) -> bool:
         return False
 
@@ -116,13 +148,19 @@ class FeatureActivationMap(ChannelAttribution):
 
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
         w = contribution_weights(pairs.c, self.normalize) if pairs.question.other is None else pairs.c
-        layers = pairs.recording.layers
-        aligned = [[self._is_aligned(pairs.recording.embedding, A) for A in layer] for layer in layers]
+        aligned = self._aligned(pairs.recording)
         if all(map(all, aligned)):
-            return [[w] * len(layer) for layer in layers]
+            return [[w] * len(layer) for layer in aligned]
         jacobian = jacobian_weights(pairs.recording, w)
-        pairs.recording.doubts += independent(pairs.recording.names, jacobian, w, valid)
+        self._check_independent(pairs.recording, jacobian, w, valid)
         return [[w if flag else alpha for flag, alpha in zip(*layer)] for layer in zip(aligned, jacobian)]
+
+    def _aligned(self, recording: Recording) -> list[list[bool]]:
+        """Of each tensor of each layer."""
+        return [[self._is_aligned(recording.embedding, A) for A in layer] for layer in recording.layers]
+
+    def _routes(self, recording: Recording) -> list[str]:
+        return ["aligned" if all(layer) else "jacobian" for layer in self._aligned(recording)]
 
     def _is_aligned(self, z: Tensor, A: Tensor) -> bool:
         if self.channel_weights == "aligned" and A.shape[1] != z.shape[1]:

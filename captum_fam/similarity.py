@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_fam._checks import describe
+from captum_fam._distances import of_distance
 
 Similarity: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
 Normalize: TypeAlias = str | None
@@ -49,9 +50,13 @@ def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Simi
     Args:
         embedding (Tensor): Embeddings z of the explained inputs, (..., D), floating point.
         reference (Tensor): Reference embeddings s, (..., D), broadcastable with ``embedding``.
-        similarity (str or Callable): ``"cosine"``, ``"dot"``, ``"euclidean"``, or a function
+        similarity (str or Callable): ``"cosine"``, ``"dot"``, ``"euclidean"``, a function
                     ``(z, s) -> c`` from two tensors of one shape (..., D) to the
-                    contributions of that shape.
+                    contributions of that shape, or a ``CosineSimilarity``,
+                    ``DotProductSimilarity`` or ``LpDistance`` of pytorch-metric-learning, also
+                    normalised or to a power. Its score is the library's, a distance with a
+                    minus: :math:`c_k = z_k s_k (z \cdot s)^{power-1}`, or
+                    :math:`-d^{power} |z_k - s_k|^p / d^p` with :math:`d = \|z - s\|_p`.
                     Default: ``"cosine"``
 
     Returns:
@@ -151,10 +156,13 @@ def check_similarity(similarity: Similarity) -> Callable[[Tensor, Tensor], Tenso
             f"Expected `similarity` to be one of {sorted(_SIMILARITIES)} or a function (z, s) -> contributions,"
             f" but got {similarity!r}.{hint}"
         )
-    if not callable(similarity):
+    distance = of_distance(similarity)
+    if distance is not None:
+        return distance
+    if not callable(similarity) or isinstance(similarity, type):
         raise TypeError(
             f"Expected `similarity` to be one of {sorted(_SIMILARITIES)} or a function (z, s) -> contributions,"
-            f" but got {describe(similarity)}."
+            f" but got {f'the class {similarity.__name__}' if isinstance(similarity, type) else describe(similarity)}."
         )
     return similarity
 

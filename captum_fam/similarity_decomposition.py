@@ -151,7 +151,7 @@ class SimilarityDecomposition(ChannelAttribution):
             recording.doubts += _remainder(total, pairs, valid, layer)
             places = [A.shape[2:] for A in layer]
             maps.append([t.unflatten(2, p) * p.numel() if p else t[..., 0] for t, p in zip(terms, places)])
-        recording.doubts += _method.independent(recording.names, maps, f, valid)
+        self._check_independent(recording, maps, f, valid)
         return maps
 
     def _locations(self, recording: Recording, similarity: Similarity) -> list[list[Tensor]]:

@@ -182,7 +182,6 @@ BAD = {
     "an unknown device": (["{query}", "{cat}", "--device", "gpu"], "gpu"),
     "an unknown option": (["{query}", "{cat}", "--layers", "features"], "--layer"),
     "a layer without a map": (["{query}", "{cat}", "--encoder", "bad_encoders:flat"], "--layer"),
-    "tokens after the last map": (["{query}", "{cat}", "--encoder", "bad_encoders:tokens"], "reshape_transform"),
     "an encoder that fails": (["{query}", "{cat}", "--encoder", "bad_encoders:failing"], "--size"),
     "an encoder of dicts": (["{query}", "{cat}", "--encoder", "bad_encoders:dicts"], "let the factory return"),
     "a factory that exits": (["{query}", "{cat}", "--encoder", "bad_encoders:leaving"], "SystemExit"),

@@ -180,7 +180,6 @@ MISTAKES = {
     "an unknown encoder": (["{query}", "{cat}", "--encoder", "resnet50"], "torchvision:resnet50"),
     "an unknown similarity": (["{query}", "{cat}", "--similarity", "cosin"], "cosine"),
     "a contrast": (["{query}", "{cat}", "--contrast", "rest"], "--contrast"),
-    "tokens after the last map": (["{query}", "{cat}", "--encoder", "odd_encoders:tokens"], "reshape_transform"),
     "an encoder that fails": (["{query}", "{cat}", "--encoder", "odd_encoders:failing"], "--size"),
     "an encoder of dicts": (["{query}", "{cat}", "--encoder", "odd_encoders:dicts"], "let the factory return"),
     "a layer without a map": (["{query}", "{cat}", "--encoder", "odd_encoders:flat"], "--layer"),

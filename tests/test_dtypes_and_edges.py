@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from encoders import HeadEncoder, PooledEncoder, TokenEncoder, TwoInputEncoder, random, seeded
+from encoders import HeadEncoder, PooledEncoder, TwoInputEncoder, random, seeded
 from torch import nn
 
 from captum_fam import FeatureActivationMap, SimilarityScore, channel_contributions
@@ -438,17 +438,6 @@ def test_of_several_layers_only_the_independent_one_is_named():
     assert not maps[1].any()
 
 
-def test_tokens_taken_for_channels_warn_once_and_name_reshape_transform():
-    encoder = seeded(TokenEncoder)
-    x, references = random(2, 3, 12, 12), random(1, 6)
-    with one_warning(r"\(2, 10, 6\).*tokens.*reshape_transform"):
-        explainer(encoder).attribute(x, reference_embedding=references)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fam = explainer(encoder, reshape_transform=lambda a: a[:, 1:].mT.unflatten(2, (3, 3)))
-        assert fam.attribute(x, reference_embedding=references).shape == (2, 1, 3, 3)
-
-
 @pytest.mark.parametrize("size", [(12, 12), (12, 8)])
 def test_a_map_as_high_as_the_embedding_is_long_is_not_taken_for_tokens(size):
     # conv1 keeps the size: 12 is also the embedding's dimension.
@@ -490,55 +479,3 @@ def test_a_warning_points_at_the_line_of_the_caller(call, doubt):
     with pytest.warns(UserWarning, match=doubt if doubt == "training mode" else "not finite") as record:
         call(explainer(encoder), x)
     assert {w.filename for w in record} == {__file__}
-
-
-class ClassTokenEncoder(nn.Module):
-    """A patch embedding, two layers of tokens with attention between them, and the class token through a head."""
-
-    def __init__(self, embedding=4):
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 2, 2)
-        self.first, self.last = (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2))
-        self.head = nn.Linear(8, embedding)
-
-    def forward(self, x):
-        patches = self.patches(x).flatten(2).mT
-        return self.head(self.last(self.first(torch.cat([patches.mean(1, keepdim=True), patches], 1)))[:, 0])
-
-
-def without_class_token(a):
-    return a[:, 1:].mT.unflatten(2, (4, 4))
-
-
-def test_patch_tokens_after_the_last_attention_have_a_zero_map_and_a_warning_that_says_why():
-    encoder, x, s = seeded(ClassTokenEncoder), random(2, 3, 8, 8), random(1, 4, seed=2)
-    first, last = (
-        FeatureActivationMap(encoder, layer, reshape_transform=without_class_token)
-        for layer in (encoder.first, encoder.last)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert first.attribute(x, reference_embedding=s).abs().sum() > 0
-    with pytest.warns(UserWarning, match=r"does not depend on layer 'last'.*class token.*its map is zero") as caught:
-        assert not last.attribute(x, reference_embedding=s).any()
-    assert len(caught) == 1
-
-
-def test_tokens_of_another_width_than_the_embedding_are_told_from_channels():
-    encoder = seeded(ClassTokenEncoder)
-    with pytest.warns(UserWarning, match=r"\(2, 17, 8\) of layer 'first'.*look like tokens.*reshape_transform"):
-        FeatureActivationMap(encoder, encoder.first).attribute(random(2, 3, 8, 8), reference_embedding=random(1, 4))
-
-
-def test_channels_last_maps_of_another_width_than_the_embedding_are_told_from_channels():
-    class ChannelsLast(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.layer, self.head = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(8), nn.Linear(8, 5)
-
-        def forward(self, x):
-            return self.head(self.layer(self.conv(x).movedim(1, -1)).mean((1, 2)))
-
-    encoder = seeded(ChannelsLast)
-    with pytest.warns(UserWarning, match=r"\(2, 4, 4, 8\) of layer 'layer'.*channels-last.*reshape_transform"):
-        FeatureActivationMap(encoder, encoder.layer).attribute(random(2, 3, 8, 8), reference_embedding=random(1, 5))

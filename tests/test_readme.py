@@ -32,9 +32,25 @@ class Output:
         self.pooler_output = pooler_output
 
 
+def small_vit():
+    timm = pytest.importorskip("timm")
+    return timm.models.VisionTransformer(
+        img_size=9, patch_size=3, embed_dim=8, depth=2, num_heads=2, num_classes=0
+    ).eval()
+
+
+def small_clip():
+    transformers = pytest.importorskip("transformers")
+    tower = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, text = {**tower, "image_size": 9, "patch_size": 3}, {**tower, "vocab_size": 20, "eos_token_id": 19}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_python_block_of_the_readme_runs(block):
     mpl.use("agg")
+    for library in re.findall(r"^(?:from|import) (easyfsl|faiss)", block, re.M):
+        pytest.importorskip(library)
     encoder = seeded(Backbone).float()
     images = torch.rand(3, 3, 9, 9)
     score = captum_fam.SimilarityScore(encoder, torch.rand(4, 6))
@@ -46,11 +62,12 @@ def test_a_python_block_of_the_readme_runs(block):
         "matches": images.flip(0),
         "reference": images[:1],
         "gallery": torch.rand(4, 6),
+        "photos": images,
+        "embeddings": encoder(images).detach().numpy(),
+        "bank": torch.rand(4, 6),
         "support": images,
-        "labels": [0, 1, 2],
+        "labels": [0, 1, 2] if "support" in block else [0, 1, 0, 2],
         "query": images[:2],
-        "vit": encoder,
-        "block": encoder.layer4,
         "hf_model": lambda x: Output(encoder(x)),
         "score": score,
         "torch": torch,
@@ -60,11 +77,18 @@ def test_a_python_block_of_the_readme_runs(block):
         "mean": [0.5, 0.5, 0.5],
         "std": [0.2, 0.2, 0.2],
     }
+    if "model.backbone" in block:
+        names["model"] = nn.ModuleDict({"backbone": encoder})
+    if "vit." in block:
+        names["vit"] = small_vit()
+    if "clip." in block:
+        tokens = torch.tensor([[18, 3, 4, 19], [18, 5, 6, 19]])
+        names |= {"clip": small_clip(), "pixel_values": images, "tokens": {"input_ids": tokens}}
     exec(block, names)
 
 
 def test_the_readme_has_the_blocks_that_are_tested():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 11
 
 
 def test_the_usual_wrapper_of_two_encoder_calls_explains_the_reference_as_the_readme_says():

@@ -1,0 +1,89 @@
+"""The layer of a model whose map explains its embedding, found in one forward and one backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_fam import _captum
+from captum_fam._recording import Tensors, _eager, buffers_restored, model_of
+from captum_fam.score import select_embedding
+from captum_fam.tokens import to_map
+
+
+def last_map(
+    forward_func: Callable[..., Any],
+    inputs: Tensors,
+    additional_forward_args: Any = None,
+    output_selector: Callable[[Any], Tensor] | None = None,
+) -> str | None:
+    """
+    The dotted name of the last module whose output is a map, or the tokens of one (see to_map), with more than one
+    location on which the embedding of the first example depends; None if there is none.
+
+    Of a transformer pooled by its class token, that is the normalisation before the last attention: what comes after
+    still returns patches, but no longer uses them. Modules inside an attention count where there are no others, as
+    theirs are only parts of what the attention passes on. Where the encoder has cut the gradient of the embedding
+    itself (torch.no_grad), dependence is taken for granted.
+
+    Any hook of the caller's must be gone; the model is left as it was.
+    """
+    model = model_of(forward_func)
+    modules = {} if model is None else {name: module for name, module in model.named_modules() if name}
+    outputs: dict[str, Tensor] = {}  # of each module's last call, in their order
+
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1 and len(output) == 1:
+            outputs.pop(name, None)
+            outputs[name] = output
+
+    # Gradients from the inputs on reach every output, whichever parameters are frozen; a leaf must not change in place.
+    leaves = [t[:1].detach().clone() for t in inputs]
+    images = tuple(t.requires_grad_().clone() if t.is_floating_point() else t for t in leaves)
+    hooks = [m.register_forward_hook(lambda *call, n=n: note(n, call[-1])) for n, m in modules.items()]
+    with buffers_restored(forward_func), torch.enable_grad():  # backward before that: it may need the buffers
+        try:
+            with _eager():
+                output = _captum.run_forward(
+                    forward_func, images, None, _first(additional_forward_args, len(inputs[0]))
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        z = select_embedding(output, output_selector)
+
+        def places(activation: Tensor) -> Tensor | None:
+            """The map of an output, or of its gradient, if it has more than one place."""
+            if activation.ndim == 3 and activation.shape[2] == 1:  # pooled, though the channels may look like a grid
+                return None
+            A = to_map(activation, inputs[0], z.shape[1])
+            return A if A is not None and A.ndim == max(inputs[0].ndim, 3) and A.shape[2:].numel() > 1 else None
+
+        found = {name: A for name, A in outputs.items() if places(A) is not None}
+        if z.requires_grad:
+            found = {name: A for name, A in found.items() if A.requires_grad}
+            w = torch.linspace(1, 2, z.shape[1], dtype=z.dtype, device=z.device)  # no two alike: none cancel
+            gradients = (
+                torch.autograd.grad(z, list(found.values()), w.expand(z.shape), allow_unused=True) if found else ()
+            )
+            maps = [None if g is None else places(g) for g in gradients]
+            found = {name: outputs[name] for name, g in zip(found, maps) if g is not None and g.any()}
+    outside = [name for name in found if model is not None and not _in_attention(model, name)]
+    return next(reversed(outside or list(found)), None)
+
+
+def _in_attention(model: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    classes = [type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts))]
+    # A ResidualAttentionBlock is more than its attention.
+    words = [*parts, *(c for c in classes if not c.endswith(("Block", "Layer")))]
+    return any(word in written.lower() for word in ("attn", "attention") for written in words)
+
+
+def _first(additional_forward_args: Any, rows: int) -> Any:
+    """The arguments for the first example alone."""
+    if additional_forward_args is None:
+        return None
+    given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    return tuple(a[:1] if isinstance(a, Tensor) and a.ndim and len(a) == rows else a for a in given)

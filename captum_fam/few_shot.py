@@ -1,0 +1,243 @@
+"""Few-shot episodes: why this class, and why not that one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_fam import _recording
+from captum_fam._attribution import Inputs, Question
+from captum_fam._checks import check_labels, format_inputs, warn_once
+from captum_fam._easyfsl import Decision, decision_of, is_classifier
+from captum_fam._explanation import Explanation, explained
+from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.score import prototypes
+from captum_fam.similarity import Similarity
+
+Labels = int | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class EpisodeExplanation(Explanation):
+    r"""
+    Why B queries were given their classes, of K; made by :func:`~captum_fam.explain_episode`.
+
+    Attributes:
+        classes (Tensor): The labels of the K classes, sorted.
+        predicted (Tensor): The label of the highest score of each query, (B,).
+        scores (Tensor): Scores (B, K), those of the few-shot library where it decides.
+        similarities (Tensor): What is explained: the sums of the contributions, (B, K). The scores
+                    themselves, but where the library goes on from them (softmax).
+        maps (Tensor): FAM of each query for each class, (B, K, \*spatial).
+        signed_maps (Tensor): Maps with weights w = c, in at least single precision; their
+                    differences are the contrast maps.
+        explainable (Tensor): Which pairs have embeddings that are finite and not zero, (B, K).
+        route (str): ``"aligned"`` or ``"jacobian"``.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> support, queries = torch.rand(6, 3, 16, 16), torch.rand(2, 3, 16, 16)
+        >>> episode = explain_episode(encoder, encoder[1], queries, support, [0, 0, 1, 1, 2, 2])
+        >>> episode.predicted.shape, episode.margin(0, "rest").shape
+        (torch.Size([2]), torch.Size([2]))
+    """
+
+    classes: Tensor
+    scores: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        return self.classes[self.scores.argmax(1)]
+
+    def map(self, label: Labels = None) -> Tensor:
+        r"""
+        What in each query is like a class.
+
+        Args:
+            label (int, sequence of int or Tensor, optional): Label of a class, for all queries or
+                        one for each.
+                        Default: None, the predicted class
+
+        Returns:
+            *Tensor*: maps (B, 1, \*spatial).
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        rows = torch.arange(len(self.maps), device=self.maps.device)
+        return self.maps[rows, self._index(label)][:, None]
+
+    def contrast(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
+        r"""
+        Why one class rather than another: the map of the contributions to the difference of
+        their similarities, signed (see ``contrast`` in
+        :meth:`~captum_fam.FeatureActivationMap.attribute`).
+
+        Args:
+            label: As in :meth:`map`.
+            other (int, sequence of int, Tensor or str, optional): The class to contrast with, in the
+                        same forms, or ``"rest"`` for the mean over all the others.
+                        Default: None, the class with the highest score but for ``label``
+
+        Returns:
+            *Tensor*: maps (B, 1, \*spatial).
+
+        Raises:
+            ValueError: there is no such class, or no other one.
+        """
+        return self._contrast(*self._pair(label, other))
+
+    def margin(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
+        r"""
+        The difference of two similarities, which :meth:`contrast` explains.
+
+        Args:
+            label, other: As in :meth:`contrast`.
+
+        Returns:
+            *Tensor*: (B,).
+
+        Raises:
+            ValueError: As in :meth:`contrast`.
+        """
+        return self._difference(self.similarities, *self._pair(label, other))
+
+    def _pair(self, label: Labels, other: Labels | Literal["rest"]) -> tuple[Tensor, Tensor | Literal["rest"]]:
+        if len(self.classes) < 2:
+            raise ValueError("A contrast needs at least two classes, but the episode has one.")
+        own = self._index(label)
+        if isinstance(other, str):
+            if other != "rest":
+                raise ValueError(f'Expected `other` to be a label or "rest", but got {other!r}.')
+            return own, "rest"
+        if other is None:
+            scores = self.scores.scatter(1, own[:, None], -torch.inf)
+            best = scores == scores.amax(1, keepdim=True)  # probabilities round to zero: the similarities then tell
+            similarities = self.similarities.scatter(1, own[:, None], -torch.inf)
+            return own, similarities.masked_fill(~best, -torch.inf).argmax(1)
+        return own, self._index(other)
+
+    def _index(self, label: Labels) -> Tensor:
+        if label is None:
+            return self.scores.argmax(1)
+        B, known, device = len(self.scores), self.classes.tolist(), self.classes.device
+        wanted = torch.tensor(label) if isinstance(label, int) and not isinstance(label, bool) else label
+        if not isinstance(wanted, Tensor) or wanted.ndim:
+            wanted = check_labels("label", wanted, B, "the queries", device)
+        unknown = sorted(set(wanted.reshape(-1).tolist()) - set(known))
+        if unknown:
+            raise ValueError(f"Expected labels among {known}, but got {unknown}.")
+        return (wanted.to(device).expand(B)[:, None] == self.classes).int().argmax(1)
+
+
+def explain_episode(
+    forward_func: Callable[..., Any],
+    layer: nn.Module,
+    query_images: Inputs,
+    support_images: Inputs | None = None,
+    support_labels: Tensor | Sequence[int] | None = None,
+    *,
+    similarity: Similarity | None = None,
+    **options: Any,
+) -> EpisodeExplanation:
+    r"""
+    Explains the decisions of a few-shot episode with FAM, from one pass over the queries.
+
+    With an encoder, the references are the prototypes of the support images (their mean
+    embeddings, https://arxiv.org/abs/1703.05175). With a classifier of easyfsl, the decision is
+    the library's own and ``scores`` are what it returns:
+
+    ======================  ==============================================================
+    classifier              what is explained
+    ======================  ==============================================================
+    PrototypicalNetworks,   :math:`-\|z - p\|`, shared among the dimensions as the squares
+    FEAT                    are: :math:`c_k = -(z_k - p_k)^2 / \|z - p\|`
+    SimpleShot              the cosine to the prototypes
+    BDCSPN                  the cosine to the prototypes that it rectifies with all the
+                            queries of the call, held constant
+    MatchingNetworks        the dot product with the support embeddings of a class, weighted
+                            by their attention, held constant. With one shot, differences of
+                            these are those of the scores.
+    LaplacianShot           :math:`-\|z - p\|^2`, with ``lambda_regularization=0`` or
+                            ``knn=1`` only: otherwise the scores mix in the neighbours'
+    ======================  ==============================================================
+
+    RelationNetworks (a network scores each pair of feature maps) and methods that fine-tune on
+    the episode (Finetune, TIM, TransductiveFinetuning, PTMAP) decide by no sum over embedding
+    dimensions, and are refused. ``LayerGradCam(classifier, layer)`` explains the former.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): An encoder, from images to embeddings (B, D), or
+                    a ``FewShotClassifier`` of easyfsl.
+        layer (torch.nn.Module): As in :class:`~captum_fam.FeatureActivationMap`; of a
+                    classifier, a module of its ``backbone``.
+        query_images (Tensor or tuple[Tensor, ...]): B images to explain.
+        support_images (Tensor or tuple[Tensor, ...], optional): N labelled images.
+                    Default: None, those that a classifier has been fitted to with its
+                    ``process_support_set``
+        support_labels (Tensor or sequence of int, optional): N integers; for easyfsl from 0 to
+                    K - 1.
+                    Default: None
+        similarity (str or Callable, optional): Of an encoder, as in
+                    :func:`~captum_fam.channel_contributions`; ``"euclidean"`` for a ProtoNet.
+                    Default: None, ``"cosine"``
+        **options (Any): Further options of :class:`~captum_fam.FeatureActivationMap`.
+
+    Returns:
+        *EpisodeExplanation*: classes, scores, the predicted class, and the maps of every class.
+        A classifier is as it was before.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above, or the classifier cannot be
+                    explained; the message says why.
+        RuntimeError: the jacobian is needed under ``torch.inference_mode()``.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> support, labels = torch.rand(10, 3, 16, 16), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        >>> queries = torch.rand(2, 3, 16, 16)
+        >>> episode = explain_episode(encoder, encoder[1], queries, support, labels, similarity="euclidean")
+        >>> episode.scores.shape, episode.map().shape
+        (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]))
+        >>> why_2_not_4 = episode.contrast(2, 4)
+    """
+    if (support_images is None) != (support_labels is None):
+        raise ValueError("Expected `support_images` and `support_labels` together, but got one of them.")
+    if is_classifier(forward_func):
+        if similarity is not None:
+            raise ValueError(f"Expected no `similarity`, because {type(forward_func).__name__} has its own.")
+        decision = decision_of(forward_func, support_images, support_labels)
+        fam = FeatureActivationMap(decision.encoder, layer, similarity=decision.similarity, **options)
+    else:
+        fam = FeatureActivationMap(forward_func, layer, similarity=similarity, **options)
+        decision = _of_prototypes(fam, support_images, support_labels)
+
+    with fam._record(format_inputs("query_images", query_images), None) as recording:
+        z = recording.embedding
+        with torch.no_grad():
+            s = decision.references(z)  # (K, D) for all queries, or (B, K, D)
+            K = len(decision.classes)
+            own = torch.arange(s.shape[:-1].numel(), device=z.device).reshape(-1, K).expand(len(z), K)
+            question = Question(s.flatten(0, -2), own, None, fam._similarity())
+            found = explained(fam, recording, question)
+            scores = decision.scores(z) if decision.scores is not None else found["similarities"].to(z.dtype)
+    warn_once(recording.doubts)
+    return EpisodeExplanation(**found, classes=decision.classes, scores=scores)
+
+
+def _of_prototypes(fam: FeatureActivationMap, images: Inputs | None, labels: Any) -> Decision:
+    if images is None:
+        raise ValueError(
+            "Expected `support_images` and `support_labels`, to make the prototypes of; a fitted"
+            " classifier of easyfsl goes without."
+        )
+    embeddings = _recording.embed(
+        fam._encoder(), "support_images", format_inputs("support_images", images), None, fam._selector()
+    )
+    labels = check_labels("support_labels", labels, len(embeddings), "`support_images`", embeddings.device)
+    s = prototypes(embeddings, labels)
+    return Decision(fam._encoder(), fam._similarity(), labels.unique(sorted=True), lambda z: s)

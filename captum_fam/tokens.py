@@ -1,0 +1,127 @@
+"""Layouts of vision transformers: tokens and channels-last maps as (B, C, h, w)."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+# Tokens before the patches: a class token (and one for distillation), four registers, or both.
+_PREFIXES = (0, 1, 2, 4, 5)
+
+
+def patch_tokens(height: int, width: int) -> Callable[[Tensor], Tensor]:
+    r"""
+    A ``reshape_transform`` for the tokens of a vision transformer: the last height · width
+    of them are the patches, row by row; those before them (class token, registers) are
+    left out.
+
+    Without a ``reshape_transform``, the attribution methods of this package find the grid
+    by themselves where the shape leaves no doubt.
+
+    Args:
+        height (int): Patches in a column: the image's height / the patch size.
+        width (int): Patches in a row.
+
+    Returns:
+        *Callable*: a function from activations (B, N, C) with N ≥ height · width to
+        (B, C, height, width).
+
+    Raises:
+        ValueError: height or width is not positive, or (of the function) the activations do
+                    not have that form.
+
+    Examples::
+
+        >>> patch_tokens(14, 14)(torch.rand(2, 1 + 4 + 14 * 14, 384)).shape
+        torch.Size([2, 384, 14, 14])
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"Expected `height` and `width` to be positive, but got {height} and {width}.")
+
+    def reshape_transform(activation: Tensor) -> Tensor:
+        if activation.ndim != 3 or activation.shape[1] < height * width:
+            raise ValueError(
+                f"Expected tokens (B, N, C) with N of at least {height} · {width} = {height * width}, but got"
+                f" activations of shape {tuple(activation.shape)}; pass the height and width of this layer's grid."
+            )
+        patches: Tensor = activation[:, -height * width :].mT.unflatten(2, (height, width))
+        return patches
+
+    return reshape_transform
+
+
+def channels_last(activation: Tensor) -> Tensor:
+    r"""
+    A ``reshape_transform`` for maps with their channels last, as in Swin Transformers.
+
+    Args:
+        activation (Tensor): (B, \*spatial, C).
+
+    Returns:
+        *Tensor*: (B, C, \*spatial), a view.
+
+    Examples::
+
+        >>> channels_last(torch.rand(2, 7, 7, 768)).shape
+        torch.Size([2, 768, 7, 7])
+    """
+    return activation.movedim(-1, 1)
+
+
+def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) -> Tensor | None:
+    """
+    Activations as (B, C, *spatial), found from their shape and that of the inputs, or None where it leaves doubt.
+
+    For images (B, channels, H, W), a grid is (H / p, W / p) for a whole patch size p. ``dimensions`` of the
+    embedding tell channels from places where both fit.
+    """
+    shape = activation.shape
+    if inputs.ndim != 4:
+        # Of other inputs no grid is known; fewer dimensions, or the embedding's last, speak for tokens.
+        tokens = activation.ndim < inputs.ndim or (shape[-1] == dimensions and dimensions not in shape[2:-1])
+        return activation if activation.ndim < 3 or shape[1] == dimensions or not tokens else None
+    size = (inputs.shape[2], inputs.shape[3])
+    if activation.ndim == 4:
+        first, last = _may_be_map((shape[2], shape[3]), size), _is_grid((shape[1], shape[2]), size)
+        if shape[-1] == dimensions != shape[1]:  # speaks for channels last, which alone is no proof
+            return channels_last(activation) if last and not first else activation if first and not last else None
+        if shape[1] == dimensions or first:
+            return None if last and not first else activation
+        if last:
+            return channels_last(activation)
+        return None if _may_be_map((shape[1], shape[2]), size) else activation
+    if activation.ndim == 3 and shape[2] > 1:  # of one place, it is pooled
+        grids, flat = _grids(shape[1], size), [(h, w) for h, w in _grids(shape[2], size) if h * w == shape[2]]
+        if len(grids) == 1 and not flat:
+            return patch_tokens(*grids[0])(activation)
+        if len(grids) == 1 and shape[1] != dimensions:  # wide channels may be a square, too
+            has_prefix = math.prod(grids[0]) < shape[1]
+            return patch_tokens(*grids[0])(activation) if has_prefix or shape[2] == dimensions else None
+        if not grids and len(flat) == 1:
+            return activation.reshape(*shape[:2], *flat[0])
+        return activation if shape[1] == dimensions and not grids else None
+    return activation
+
+
+def _grids(tokens: int, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The grids of more than one patch that many tokens may be, with a few others before them."""
+    H, W = size
+    found = [(H // p, W // p) for p in range(1, min(H, W) + 1) if H % p == W % p == 0]
+    return [(h, w) for h, w in found if h * w > 1 and tokens - h * w in _PREFIXES]
+
+
+def _is_grid(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+    (h, w), (H, W) = grid, size
+    return H % h == W % w == 0 and H // h == W // w
+
+
+def _may_be_map(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+    """
+    Whether a convolutional network may make a map of that size: strides that divide the image, or one stride for both
+    sides with the same loss at their edges.
+    """
+    (h, w), (H, W) = grid, size
+    if H % h == W % w == 0:
+        return True
+    lost = [(H - s * h, W - s * w, s) for s in range(1, H // h + 2)]
+    return any(abs(top - left) < s and -s < min(top, left) and 4 * top <= H for top, left, s in lost)
