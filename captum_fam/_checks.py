@@ -56,6 +56,21 @@ def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
     return tensors
 
 
+def check_labels(name: str, labels: Any, count: int, of: str, device: torch.device) -> Tensor:
+    """Labels as integers (count,), one for each of what they label."""
+    try:
+        found = torch.as_tensor(labels, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"Expected `{name}` to be integers, but got {describe(labels)}: {error}.") from error
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"Expected `{name}` to be integers, but got {describe(found)}.")
+    if found.shape != (count,):
+        raise ValueError(
+            f"Expected `{name}` to be {count} integers, one for each of {of}, but got shape {tuple(found.shape)}."
+        )
+    return found
+
+
 def check_reference_embedding(value: object) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(
