@@ -240,3 +240,56 @@ z1, bank1, labels1 = random(2, 4), random(9, 4), list(range(9))
 def test_arguments_that_do_not_fit_are_named(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         nearest_references(*arguments)
+
+
+# The encoders that benchmarks/train_contrastive.py has trained
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "train_contrastive.py"
+
+
+def trained_here():
+    if not SCRIPT.exists():
+        pytest.skip("benchmarks/ is not there: run the tests in the repository")
+    spec = importlib.util.spec_from_file_location("train_contrastive", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["simclr", "barlow_twins", "byol"])
+def test_trained_weights_load_and_are_explained_without_and_with_the_head(name):
+    model = trained_here().load(name)
+    images, references = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    for encoder, route in ((model.embed, "aligned"), (model, "jacobian")):
+        fam = FeatureActivationMap(encoder, model.backbone.stage3)
+        assert fam.route(images) == route
+        maps = fam.attribute(images, reference=references)
+        assert maps.shape == (2, 1, 8, 8)
+        assert maps.std((2, 3)).min() > 0
+
+
+def test_the_class_token_of_a_trained_transformer_is_explained_before_its_last_attention():
+    pytest.importorskip("timm")
+    model = trained_here().load("dino_vit")
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"choose .* 'backbone\.blocks\.3\.norm1'"):
+        FeatureActivationMap(model, model.backbone.blocks[3]).attribute(images, reference=images.flip(0))
+    maps = FeatureActivationMap(model, model.backbone.blocks[3].norm1).attribute(images, reference=images.flip(0))
+    assert maps.shape == (2, 1, 8, 8)
+
+
+def test_trained_clip_compares_images_with_sentences_as_its_logits_do():
+    pytest.importorskip("transformers")
+    script = trained_here()
+    model, tokens = script.load("clip"), script.tokenize(["a photo of a cat", "a photo of a ship"])
+    images = torch.randn(3, 3, 32, 32)
+    layer = model.vision_model.encoder.layers[-1].layer_norm1
+    fam = FeatureActivationMap(model.get_image_features, layer, output_selector=lambda output: output.pooler_output)
+    with torch.no_grad():
+        text = model.get_text_features(tokens).pooler_output
+        logits = model(input_ids=tokens, pixel_values=images).logits_per_image / model.logit_scale.exp()
+    scores = channel_contributions(fam.embed(images)[:, None], text).sum(2)
+    torch.testing.assert_close(scores, logits, rtol=1e-4, atol=1e-6)
+    maps = fam.attribute_all(images, reference_embedding=text, contrast="rest")
+    torch.testing.assert_close(maps[:, 0], -maps[:, 1])
+    assert maps.abs().amax((2, 3)).min() > 0
