@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import train_contrastive as trained
-from captum_fam import FeatureActivationMap, explain_episode, explain_retrieval, nearest_references
+from captum_fam import (
+    FeatureActivationMap,
+    SimilarityDecomposition,
+    explain_episode,
+    explain_retrieval,
+    nearest_references,
+)
 
 SEED = 0
 LAYERS: dict[str, Callable[[Any], nn.Module]] = {
@@ -117,8 +123,9 @@ def contrastive(data: Path, count: int) -> list[str]:
     chosen = pairs_of_classes(classes, count)
     images = trained.normalise(test[chosen.flatten()]).unflatten(0, (-1, 2))
     lines = [
-        "| encoder | layer's route | same decision as lightly | FAM | contrast | neighbours |",
-        "|---|---|---|---|---|---|",
+        "| encoder | layer's route | same decision as lightly | FAM | its contrast | decomposition | its contrast |"
+        " FAM of the neighbours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in tqdm(LAYERS, desc="contrastive"):
         for title, model in ((name, trained.load(name)), (f"{name}, untrained", _untrained(name))):
@@ -131,18 +138,19 @@ def contrastive(data: Path, count: int) -> list[str]:
             left, right = fam.embed(images[:, 0]), fam.embed(images[:, 1])
             references = torch.cat([left, right])
             numbers = torch.arange(len(both))
-            plain, signed = (
+            shares = [
                 right_place(
-                    fam.attribute(both, numbers, reference_embedding=references, contrast=a),
-                    fam.attribute(both, numbers + len(both), reference_embedding=references, contrast=b),
+                    method.attribute(both, numbers, reference_embedding=references, contrast=a),
+                    method.attribute(both, numbers + len(both), reference_embedding=references, contrast=b),
                 )
+                for method in (fam, SimilarityDecomposition(Embedding(model), LAYERS[name](model)))
                 for a, b in ((None, None), (numbers + len(both), numbers))
-            )
+            ]
             near = nearest.reference_embedding[chosen]
-            neighbours = right_place(*(fam.attribute(both, reference_embedding=near[:, i]) for i in (0, 1)))
             same = (nearest.predicted == theirs).float().mean().item()
             route = fam.route(both[:2])
-            lines.append(f"| {title} | {route} | {same:.4f} | {plain:.3f} | {signed:.3f} | {neighbours:.3f} |")
+            shares.append(right_place(*(fam.attribute(both, reference_embedding=near[:, i]) for i in (0, 1))))
+            lines.append(f"| {title} | {route} | {same:.4f} | {_row(shares)} |")
     return lines
 
 
@@ -152,28 +160,31 @@ def sentences(data: Path, count: int) -> list[str]:
     chosen = pairs_of_classes(classes, count)
     both = collages(trained.normalise(test[chosen.flatten()]).unflatten(0, (-1, 2)))
     tokens = trained.tokenize([f"a photo of a {name}" for name in trained.CLASSES])
-    lines = ["| CLIP | largest difference from its logits | FAM | contrast |", "|---|---|---|---|"]
+    lines = [
+        "| CLIP | largest difference from its logits | FAM | its contrast | decomposition | its contrast |",
+        "|---|---|---|---|---|---|",
+    ]
     for title, model in (("trained", trained.load("clip")), ("untrained", _untrained("clip"))):
-        fam = FeatureActivationMap(
-            model.get_image_features, LAYERS["clip"](model), output_selector=lambda output: output.pooler_output
-        )
+        methods = [
+            kind(model.get_image_features, LAYERS["clip"](model), output_selector=lambda output: output.pooler_output)
+            for kind in (FeatureActivationMap, SimilarityDecomposition)
+        ]
         with torch.no_grad():
             text = model.get_text_features(tokens).pooler_output
             logits = model(input_ids=tokens, pixel_values=both).logits_per_image / model.logit_scale.exp()
-        scores = F.normalize(fam.embed(both)) @ F.normalize(text).T
+        scores = F.normalize(methods[0].embed(both)) @ F.normalize(text).T
         names, others = classes[chosen], classes[chosen].flip(1)
-        plain, signed = (
+        shares = [
             right_place(
                 *(
-                    fam.attribute(
-                        both, names[:, i], reference_embedding=text, contrast=others[:, i] if contrast else None
-                    )
-                    for i in (0, 1)
+                    method.attribute(both, names[:, i], reference_embedding=text, contrast=other)
+                    for i, other in enumerate(others.unbind(1) if contrast else (None, None))
                 )
             )
+            for method in methods
             for contrast in (False, True)
-        )
-        lines.append(f"| {title} | {(scores - logits).abs().max():.1e} | {plain:.3f} | {signed:.3f} |")
+        ]
+        lines.append(f"| {title} | {(scores - logits).abs().max():.1e} | {_row(shares)} |")
     return lines
 
 
@@ -223,6 +234,10 @@ def retrieval(data: Path, load: Callable[[str], Any], count: int) -> list[str]:
             f" {np.mean(signed):.3f} |"
         )
     return lines
+
+
+def _row(shares: list[float]) -> str:
+    return " | ".join(f"{share:.3f}" for share in shares)
 
 
 def _untrained(name: str) -> Any:

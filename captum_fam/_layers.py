@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from captum_fam import _captum
 from captum_fam._recording import Tensors, _eager, buffers_restored, model_of
 from captum_fam.score import select_embedding
-from captum_fam.tokens import to_map
+from captum_fam.tokens import images_of, may_be_map, to_map
 
 
 def last_map(
@@ -32,10 +32,12 @@ def last_map(
     model = model_of(forward_func)
     modules = {} if model is None else {name: module for name, module in model.named_modules() if name}
     outputs: dict[str, Tensor] = {}  # of each module's last call, in their order
+    again: set[str] = set()  # modules that were called several times
 
     def note(name: str, output: object) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1 and len(output) == 1:
-            outputs.pop(name, None)
+            if outputs.pop(name, None) is not None:
+                again.add(name)
             outputs[name] = output
 
     # Gradients from the inputs on reach every output, whichever parameters are frozen; a leaf must not change in place.
@@ -53,12 +55,14 @@ def last_map(
                 hook.remove()
         z = select_embedding(output, output_selector)
 
+        on = images_of(inputs)
+
         def places(activation: Tensor) -> Tensor | None:
             """The map of an output, or of its gradient, if it has more than one place."""
-            if activation.ndim == 3 and activation.shape[2] == 1:  # pooled, though the channels may look like a grid
+            A = to_map(activation, on, z.shape[1])
+            if A is None or A.ndim != max(on.ndim, 3) or A.shape[2:].numel() == 1:
                 return None
-            A = to_map(activation, inputs[0], z.shape[1])
-            return A if A is not None and A.ndim == max(inputs[0].ndim, 3) and A.shape[2:].numel() > 1 else None
+            return A if A.ndim != 4 or may_be_map((A.shape[2], A.shape[3]), (on.shape[2], on.shape[3])) else None
 
         found = {name: A for name, A in outputs.items() if places(A) is not None}
         if z.requires_grad:
@@ -70,7 +74,8 @@ def last_map(
             maps = [None if g is None else places(g) for g in gradients]
             found = {name: outputs[name] for name, g in zip(found, maps) if g is not None and g.any()}
     outside = [name for name in found if model is not None and not _in_attention(model, name)]
-    return next(reversed(outside or list(found)), None)
+    chosen = outside or list(found)
+    return next(reversed([name for name in chosen if name not in again] or chosen), None)
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:

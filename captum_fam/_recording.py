@@ -14,7 +14,7 @@ from captum_fam import _captum
 from captum_fam._checks import check_rows, describe
 from captum_fam.score import select_embedding
 from captum_fam.similarity import widen
-from captum_fam.tokens import to_map
+from captum_fam.tokens import images_of, to_map
 
 Tensors = tuple[Tensor, ...]
 
@@ -105,7 +105,7 @@ class Recording:
         """The layer's activations, or whatever has their shape, as (B, C, *spatial)."""
         if self._reshape_transform is not None:
             return self._reshape_transform(activation)
-        found = to_map(activation, self.inputs[0], self.embedding.shape[1])
+        found = to_map(activation, images_of(self.inputs), self.embedding.shape[1])
         return activation if found is None else found
 
     def _layout(self, activation: Tensor, name: str) -> Tensor:
@@ -119,10 +119,11 @@ class Recording:
                 f"Expected {origin} activations (B, C, *spatial) with B = {B}, but got {describe(A)}; choose another"
                 " layer, or pass a reshape_transform that returns that layout."
             )
-        if self._reshape_transform is None and to_map(activation, self.inputs[0], self.embedding.shape[1]) is None:
+        images = images_of(self.inputs)
+        if self._reshape_transform is None and to_map(activation, images, self.embedding.shape[1]) is None:
             raise ValueError(
                 f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps, but how they"
-                f" lie on inputs {tuple(self.inputs[0].shape)} cannot be told from their shape. Pass"
+                f" lie on inputs {tuple(images.shape)} cannot be told from their shape. Pass"
                 " reshape_transform=patch_tokens(height, width) with the grid of the patches,"
                 " reshape_transform=channels_last for maps (B, h, w, C), or, if dimension 1 is the channels after all,"
                 " reshape_transform=lambda a: a."

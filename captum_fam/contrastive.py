@@ -50,7 +50,7 @@ def nearest_references(
     .. math:: \exp(\cos(z, s_i) / \tau)
 
     as in ``knn_predict`` of lightly on normalised features. FAM of the decision takes the mean
-    contributions of the agreeing neighbours. The contributions to a cosine are linear in the
+    contributions of the agreeing neighbours, one as much as another. The contributions to a cosine are linear in the
     unit vector of s, so this mean is that of *one* reference, the mean of the agreeing unit
     vectors, times its length, which min-max takes out again:
 

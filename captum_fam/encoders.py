@@ -151,7 +151,7 @@ class _TransformersEncoder(nn.Module):
                 return value.flatten(1)
         tokens: Any = getattr(output, "last_hidden_state", None)
         if self._has_pooler or tokens is None or tokens.ndim != 3:
-            raise ValueError("its output has no image_embeds or pooler_output, so write a factory")
+            raise ValueError(f"its output has no image_embeds or pooler_output, only {', '.join(output)}")
         return tokens[:, 0]  # type: ignore[no-any-return]
 
 

@@ -125,7 +125,8 @@ def explain_retrieval(
         k (int): Hits for each query.
                     Default: 5
         similarity (str, optional): ``"cosine"`` for an index of inner products that holds normalised
-                    vectors: the query's embedding is normalised, too.
+                    vectors: the query's embedding is normalised, too. (For L2 distances between
+                    normalised vectors, the encoder must return them so.)
                     Default: None, ``"dot"`` for inner products and ``"euclidean"`` for L2
         **options (Any): Further options of :class:`~captum_fam.FeatureActivationMap`.
 
@@ -173,6 +174,7 @@ def explain_retrieval(
                 " index.add(vectors), or leave out `similarity`."
             )
         there = indices >= 0
+        recording.doubts += _doubts_of_lengths(s[there], z, fam.similarity)
         own = torch.arange(indices.numel()).reshape(indices.shape)
         found = explained(fam, recording, Question(s.flatten(0, 1), own, None, fam._similarity()))
         similarity_scores = -scores if fam.similarity == "euclidean" else scores
@@ -298,6 +300,20 @@ def _doubts_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: Te
     return [
         f"The index gave a score of {here:.4g}, but the similarity to the vector that it holds is {found:.4g}: it is"
         " lossy or transforms vectors. The maps explain the latter."
+    ]
+
+
+def _doubts_of_lengths(s: Tensor, z: Tensor, similarity: Similarity | None) -> list[str]:
+    """Of an index of normalised vectors that is searched with another embedding."""
+    lengths = z.norm(dim=1)
+    if similarity == "cosine" or not len(s) or ((s.norm(dim=1) - 1).abs() > _CLOSE).any():
+        return []
+    if ((lengths - 1).abs() <= _CLOSE).all():
+        return []
+    advice = 'pass similarity="cosine"' if similarity == "dot" else "let the encoder end with F.normalize"
+    return [
+        f"The index holds vectors of unit length, but the embedding of a query has length {lengths.max():.3g}: its"
+        f" scores are not those of a search with normalised queries; for these, {advice}."
     ]
 
 

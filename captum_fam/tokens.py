@@ -82,14 +82,17 @@ def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) ->
         return activation if activation.ndim < 3 or shape[1] == dimensions or not tokens else None
     size = (inputs.shape[2], inputs.shape[3])
     if activation.ndim == 4:
-        first, last = _may_be_map((shape[2], shape[3]), size), _is_grid((shape[1], shape[2]), size)
+        first, last = may_be_map((shape[2], shape[3]), size), _is_grid((shape[1], shape[2]), size)
+        if first and last and not _has_one_stride((shape[2], shape[3]), size):
+            # Two strides on a square image are far less likely than channels that divide it.
+            return channels_last(activation) if size[0] == size[1] and shape[1] != dimensions else None
         if shape[-1] == dimensions != shape[1]:  # speaks for channels last, which alone is no proof
             return channels_last(activation) if last and not first else activation if first and not last else None
         if shape[1] == dimensions or first:
             return None if last and not first else activation
         if last:
             return channels_last(activation)
-        return None if _may_be_map((shape[1], shape[2]), size) else activation
+        return None if _has_one_stride((shape[1], shape[2]), size) else activation
     if activation.ndim == 3 and shape[2] > 1:  # of one place, it is pooled
         grids, flat = _grids(shape[1], size), [(h, w) for h, w in _grids(shape[2], size) if h * w == shape[2]]
         if len(grids) == 1 and not flat:
@@ -97,9 +100,9 @@ def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) ->
         if len(grids) == 1 and shape[1] != dimensions:  # wide channels may be a square, too
             has_prefix = math.prod(grids[0]) < shape[1]
             return patch_tokens(*grids[0])(activation) if has_prefix or shape[2] == dimensions else None
-        if not grids and len(flat) == 1:
-            return activation.reshape(*shape[:2], *flat[0])
-        return activation if shape[1] == dimensions and not grids else None
+        if shape[1] != dimensions or grids:
+            return None
+        return activation.reshape(*shape[:2], *flat[0]) if len(flat) == 1 else activation
     return activation
 
 
@@ -115,13 +118,18 @@ def _is_grid(grid: tuple[int, int], size: tuple[int, int]) -> bool:
     return H % h == W % w == 0 and H // h == W // w
 
 
-def _may_be_map(grid: tuple[int, int], size: tuple[int, int]) -> bool:
-    """
-    Whether a convolutional network may make a map of that size: strides that divide the image, or one stride for both
-    sides with the same loss at their edges.
-    """
+def may_be_map(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a convolutional network may make a map of that size."""
+    return size[0] % grid[0] == size[1] % grid[1] == 0 or _has_one_stride(grid, size)
+
+
+def _has_one_stride(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether one stride for both sides makes a map of that size, with the same loss at their edges."""
     (h, w), (H, W) = grid, size
-    if H % h == W % w == 0:
-        return True
     lost = [(H - s * h, W - s * w, s) for s in range(1, H // h + 2)]
     return any(abs(top - left) < s and -s < min(top, left) and 4 * top <= H for top, left, s in lost)
+
+
+def images_of(inputs: tuple[Tensor, ...]) -> Tensor:
+    """Of the inputs of an encoder those that its activations lie on: the images, if there are any."""
+    return next((t for t in inputs if t.ndim == 4 and t.is_floating_point()), inputs[0])

@@ -270,7 +270,7 @@ MISTAKES = {
     "a folder without a model": (["hf:{tmp}"], ["cannot load hf:", "save_pretrained"]),
     "a name that is none": (["hf:a b"], ["cannot load hf:a b"]),
     "a model of text": (["hf:{tmp}/text"], ["BertModel", "takes no images"]),
-    "a model without an embedding": (["hf:{tmp}/mae"], ["pooler_output", "write a factory"]),
+    "a model without an embedding": (["hf:{tmp}/mae"], ["pooler_output, only last_hidden_state", "factory"]),
     "a folder that lacks weights": (["hf:{tmp}/partial"], ["lacks weights", "--weights FILE"]),
     "no name": (["hf:"], ["hf:PATH"]),
 }

@@ -498,3 +498,17 @@ def test_hits_of_clothing_are_explained_by_their_own_halves():
     assert (contrast[:, 0] > contrast[:, 1] + 0.5).all()
     assert (plain[:, 0] - plain[:, 1]).mean() > 0.1
     assert (differences > 0.1).all()
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("IndexFlatIP", 'similarity="cosine"'), ("IndexFlatL2", "F.normalize")])
+def test_an_index_of_unit_vectors_searched_with_others_is_doubted(kind, advice):
+    encoder, images = seeded(PooledEncoder).float(), random(6, 3, 8, 8).float()
+    with torch.no_grad():
+        vectors = F.normalize(encoder(images))
+    index = getattr(faiss, kind)(vectors.shape[1])
+    index.add(vectors.numpy())
+    with pytest.warns(UserWarning, match=f"unit length.*{advice}"):
+        explain_retrieval(images[:2], index, encoder, encoder.layer, k=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explain_retrieval(images[:2], index, lambda x: F.normalize(encoder(x)), encoder.layer, k=2)

@@ -25,6 +25,7 @@ from captum_fam import (
     compare_attributions,
     patch_tokens,
 )
+from captum_fam._layers import last_map
 from captum_fam.tokens import to_map
 
 SIZES = [(32, 32), (32, 48)]
@@ -310,7 +311,11 @@ IMAGE = (224, 224)
         ((7, 14, 768), (224, 448), 512, (768, 7, 14)),
         # flattened maps, channels first
         ((768, 49), IMAGE, 768, (768, 7, 7)),
-        ((768, 196), IMAGE, 512, (768, 14, 14)),
+        # channels that divide the image: two strides would make a map of them, but not of a square image
+        ((64, 64, 128), (256, 256), 1024, (128, 64, 64)),
+        ((48, 48, 384), (384, 384), 1536, (384, 48, 48)),
+        ((16, 16, 256), (256, 256), 512, (256, 16, 16)),
+        ((56, 56, 32), IMAGE, 256, (32, 56, 56)),
         # maps: as they are
         ((32, 32, 32), (32, 32), None, (32, 32, 32)),
         ((32, 32, 32), (64, 64), 7, (32, 32, 32)),
@@ -348,6 +353,11 @@ def test_a_shape_that_leaves_no_doubt(shape, size, dimensions, wanted):
         ((8, 16, 32), (32, 64), 32),
         ((16, 24, 8), (64, 96), 16),  # 16 rows, or 16 channels as the dimensions say
         ((1, 384), IMAGE, 384),  # a class token alone
+        ((1, 256), IMAGE, 256),  # whose dimensions are 16 by 16
+        ((207, 1024), IMAGE, 768),  # ten tokens of a prompt, and channels that are 32 by 32
+        ((730, 64), IMAGE, 256),  # overlapping patches
+        ((768, 196), IMAGE, 512),  # a flattened map, or 768 tokens
+        ((8, 16, 16), (16, 32), 5),  # one stride with channels last, or two with channels first
     ],
     ids=str,
 )
@@ -683,3 +693,22 @@ def test_a_cnn_is_explained_as_ever():
         fam.attribute(x, reference=x.flip(0)),
         FeatureActivationMap(encoder, encoder.layer, reshape_transform=lambda a: a).attribute(x, reference=x.flip(0)),
     )
+
+
+def test_the_images_are_found_among_other_inputs():
+    model, x, sentences, s = clip()
+    layer = model.vision_model.encoder.layers[1].layer_norm1
+    both = FeatureActivationMap(model, layer, output_selector=lambda output: output.image_embeds)
+    alone = FeatureActivationMap(model.get_image_features, layer, output_selector=pooled)
+    maps = both.attribute((sentences[:2], x), 0, reference_embedding=s, contrast=1)
+    # image_embeds are normalised: the gradient is that of another length, and without the part along the embedding
+    assert maps.shape == alone.attribute(x, 0, reference_embedding=s, contrast=1).shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["coat_lite_tiny", "pit_ti_224"])
+def test_the_layer_found_for_a_model_returns_a_map_of_the_image(name):
+    timm = pytest.importorskip("timm")
+    model, x = timm.create_model(name, num_classes=0).eval(), random(1, 3, 224, 224).float()
+    found = last_map(model, (x,))
+    maps = FeatureActivationMap(model, model.get_submodule(found)).attribute(x, reference=x.flip(3))
+    assert maps.shape[2] == maps.shape[3] < 64
