@@ -47,14 +47,16 @@ def of_distance(distance: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
     Raises:
         ValueError: the distance has no known contributions.
     """
-    library = sys.modules.get("pytorch_metric_learning.distances")
-    if library is None or not isinstance(distance, (library.BaseDistance, library.BatchedDistance)):
+    library: Any = sys.modules.get("pytorch_metric_learning.distances")
+    names = ("BaseDistance", "BatchedDistance")  # old versions have only the former
+    kinds: Any = tuple(getattr(library, name) for name in names if hasattr(library, name))
+    if not isinstance(distance, kinds):
         return None
     known = isinstance(distance, library.BaseDistance) and type(distance).forward is library.BaseDistance.forward
     mat = type(distance).compute_mat if known else None
     if mat not in (library.DotProductSimilarity.compute_mat, library.LpDistance.compute_mat):
         raise ValueError(
-            f"Expected `similarity` to be CosineSimilarity, DotProductSimilarity or LpDistance of"
+            "Expected `similarity` to be CosineSimilarity, DotProductSimilarity or LpDistance of"
             f" pytorch-metric-learning, but got {type(distance).__name__}, whose terms are not known; pass a function"
             " (z, s) -> contributions that add up to it."
         )

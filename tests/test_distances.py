@@ -382,3 +382,10 @@ def test_importing_the_package_imports_no_optional_library():
     program = f"import sys, captum_fam; print([name for name in {optional} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_version_without_batched_distances_will_do(monkeypatch):
+    monkeypatch.delattr(pml, "BatchedDistance")
+    z, s = random(6), random(6, seed=2)
+    torch.testing.assert_close(channel_contributions(z, s, pml.CosineSimilarity()), channel_contributions(z, s))
+    FeatureActivationMap(ENCODER, ENCODER.layer).attribute(INPUTS, 0, reference_embedding=REFERENCES)

@@ -712,3 +712,25 @@ def test_the_layer_found_for_a_model_returns_a_map_of_the_image(name):
     found = last_map(model, (x,))
     maps = FeatureActivationMap(model, model.get_submodule(found)).attribute(x, reference=x.flip(3))
     assert maps.shape[2] == maps.shape[3] < 64
+
+
+class Parts(nn.Module):
+    """A map, what an attention makes of it, and a module that is called for every step."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.features, self.heads, self.each = nn.Conv2d(3, 6, 4, 4), nn.Identity(), nn.Identity()
+        self.last = last
+
+    def forward(self, x):
+        a = self.features(x)
+        if self.last == "heads":  # (B, 2 heads, 16 places, 3 dimensions)
+            a = self.heads(a.flatten(2).unflatten(1, (2, 3)).mT).mT.flatten(1, 2)
+        else:
+            a = self.each(self.each(a) + 1)
+        return a.flatten(2).mean(2)
+
+
+@pytest.mark.parametrize("last", ["heads", "each"])
+def test_the_layer_found_is_a_map_of_the_image_from_one_call(last):
+    assert last_map(seeded(lambda: Parts(last)), (random(1, 3, 16, 16),)) == "features"
