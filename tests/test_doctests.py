@@ -9,17 +9,24 @@ import torch
 from torch import nn
 
 import captum_fam
+from captum_fam import metrics
 
-MODULES = [m.name for m in pkgutil.iter_modules(captum_fam.__path__)]
+MODULES = [m.name for m in pkgutil.walk_packages(captum_fam.__path__, "captum_fam.")]
 NAMES = {"torch": torch, "nn": nn, **{name: getattr(captum_fam, name) for name in captum_fam.__all__}}
+METRICS = [name for name in metrics.__all__ if name.islower()]  # the functions
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_give_what_they_show(name):
-    module = importlib.import_module(f"captum_fam.{name}")
+    module = importlib.import_module(name)
     assert doctest.testmod(module, extraglobs=NAMES).failed == 0
 
 
 @pytest.mark.parametrize("name", captum_fam.__all__)
 def test_every_public_name_has_an_example(name):
     assert ">>> " in getattr(captum_fam, name).__doc__
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_has_an_example(name):
+    assert ">>> " in getattr(metrics, name).__doc__
