@@ -1,7 +1,8 @@
 """Does the score depend on what the map shows? Metrics that change the input and look at the score."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import product
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,17 +191,17 @@ def _curve(
     maps = maps_for(inputs, attributions)
     check_positive("n_steps", n_steps)
     place, nothing = ranks(maps, seed), baseline_of(inputs, baselines)
-    fractions = torch.linspace(0, 1, n_steps + 1, device=inputs.device)
-    counts = (fractions.double() * maps[:1].numel()).round().long()
+    fractions = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device=inputs.device)
+    counts = (fractions * maps[:1].numel()).round().long()
 
     def perturb(row: Tensor, step: Tensor) -> Tensor:
         first = place[row] < _column(counts[step], maps)
         return torch.where((first if shown else ~first)[:, None], inputs[row], nothing[row])
 
     scores = scores_of(
-        forward_func, inputs, perturb, n_steps + 1, [target], additional_forward_args, max_examples_per_batch
+        forward_func, inputs, perturb, n_steps + 1, {"target": target}, additional_forward_args, max_examples_per_batch
     )[0]
-    return PerturbationCurve(torch.trapezoid(scores, fractions.to(scores)), scores, fractions)
+    return PerturbationCurve(torch.trapezoid(scores, fractions.to(scores)), scores, fractions.to(scores))
 
 
 def average_drop(
@@ -223,7 +224,8 @@ def average_drop(
     f(x), which says nothing where a similarity can be zero or negative; here the drop is
     measured against what the whole input adds to the baseline. Where f(b) = 0 and f(x) > 0
     they are the same up to the limit of 1. Adding a constant to the score changes nothing,
-    nor does scaling it. Where f(x) = f(b), any drop counts as 1.
+    nor does a positive factor. Where f(x) = f(b), any drop counts as 1. A flat map shows
+    nothing.
 
     The wider a map, the smaller its drop: a map that shows nearly everything does best. Read
     it beside :func:`average_increase` and the area of the maps.
@@ -312,7 +314,9 @@ def _seen(
     def perturb(row: Tensor, step: Tensor) -> Tensor:
         return torch.lerp(nothing[row], inputs[row], amount[step, row].expand_as(inputs[row]))
 
-    scores = scores_of(forward_func, inputs, perturb, 3, [target], additional_forward_args, max_examples_per_batch)
+    scores = scores_of(
+        forward_func, inputs, perturb, 3, {"target": target}, additional_forward_args, max_examples_per_batch
+    )
     whole, seen, empty = scores[0].unbind(1)
     return whole, seen, empty
 
@@ -323,7 +327,7 @@ def road(
     attributions: Tensor,
     additional_forward_args: object | None = None,
     target: TargetType = None,
-    percentages: Sequence[float] = (10, 20, 30, 40, 50, 60, 70, 80, 90),
+    percentages: Iterable[float] = (10, 20, 30, 40, 50, 60, 70, 80, 90),
     noise: float = 0.01,
     seed: int = 0,
     max_examples_per_batch: int | None = None,
@@ -343,7 +347,7 @@ def road(
     Args:
         forward_func, inputs, attributions, additional_forward_args, target,
         max_examples_per_batch: As in :func:`deletion`; images (B, C, H, W) only.
-        percentages (sequence of float): Which percentages of the pixels are removed, each
+        percentages (iterable of float): Which percentages of the pixels are removed, each
                     above 0 and below 100.
                     Default: 10, 20, ... 90
         noise (float): Standard deviation of the noise on removed pixels, in the unit of the
@@ -369,12 +373,13 @@ def road(
     maps = maps_for(inputs, attributions)
     if maps.ndim != 3:
         raise ValueError(f"road removes pixels of images (B, C, H, W), but got inputs of shape {tuple(inputs.shape)}.")
-    if not len(percentages) or not all(0 < p < 100 for p in percentages):
-        raise ValueError(f"Expected `percentages` above 0 and below 100, but got {list(percentages)}.")
-    if not isinstance(noise, (int, float)) or noise < 0:
+    levels = [*percentages] if isinstance(percentages, Iterable) else []
+    if not levels or not all(isinstance(p, Real) and 0 < p < 100 for p in levels):
+        raise ValueError(f"Expected `percentages` to be numbers above 0 and below 100, but got {percentages!r}.")
+    if not isinstance(noise, (int, float)) or not noise >= 0:
         raise ValueError(f"Expected `noise` to be 0 or more, but got {describe(noise)}.")
     place, pixels = ranks(maps, seed), maps[:1].numel()
-    counts = torch.tensor([round(p / 100 * pixels) for p in percentages], device=inputs.device)
+    counts = torch.tensor([round(p / 100 * pixels) for p in levels], device=inputs.device)
     counts = counts.clamp(max=pixels - 1)
     drawn = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed)).to(inputs) * noise
 
@@ -386,7 +391,13 @@ def road(
         return torch.where(missing[:, None], filled + drawn[row], inputs[row])
 
     scores = scores_of(
-        forward_func, inputs, perturb, 2 * len(counts), [target], additional_forward_args, max_examples_per_batch
+        forward_func,
+        inputs,
+        perturb,
+        2 * len(counts),
+        {"target": target},
+        additional_forward_args,
+        max_examples_per_batch,
     )
     morf, lerf = scores[0].split(len(counts), 1)
     return Road((lerf - morf).mean(1) / 2, morf, lerf)

@@ -118,10 +118,11 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Tensor:
 def iou(attributions: Tensor, masks: Tensor, threshold: float | None = 0.5) -> Tensor:
     r"""
     Intersection over union of the mask and the places where the map is at or above a
-    threshold, with the positive part of the map scaled from its smallest value to its largest.
+    threshold. A fixed threshold is on the positive part of the map, scaled from its smallest
+    value to its largest.
 
-    The best threshold is chosen for each map, with the mask in view: an upper bound, which a
-    map without structure also raises to the mask's share of the image.
+    The best threshold is chosen among all values of each map, negative ones too, with the mask
+    in view: an upper bound, which is the mask's share of the image or more for any map.
 
     Args:
         attributions, masks (Tensor): As in :func:`pointing_game`.
@@ -142,7 +143,8 @@ def iou(attributions: Tensor, masks: Tensor, threshold: float | None = 0.5) -> T
         >>> iou(maps, masks), iou(maps, masks, threshold=None)
         (tensor([0.3333]), tensor([0.6667]))
     """
-    if threshold is not None and (isinstance(threshold, (bool, str)) or not 0 < threshold <= 1):
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (is_number and 0 < threshold <= 1):
         raise ValueError(f"Expected `threshold` to be in (0, 1], or None for the best, but got {describe(threshold)}.")
     maps, inside = _places(attributions, masks)
     if threshold is not None:
@@ -177,15 +179,14 @@ def box_masks(boxes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         tensor([[[[0, 1, 1, 0],
                   [0, 0, 0, 0]]]], dtype=torch.int32)
     """
-    if len(size) != 2:
-        raise ValueError(f"Expected `size` to be a height and a width, but got {tuple(size)}.")
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"Expected `size` to be a height and a width, but got {size!r}.")
     masks = []
     for one in boxes:
-        corners = torch.as_tensor(one)
-        if corners.ndim not in (1, 2) or corners.shape[-1] != 4:
-            raise ValueError(f"Expected `boxes` of shape (N, 4) for each image, but got {describe(corners)}.")
-        x1, y1, x2, y2 = corners.reshape(-1, 4).float().T[..., None]
-        y, x = (torch.arange(n, device=corners.device) + 0.5 for n in size)
+        if not isinstance(one, Tensor) or one.ndim not in (1, 2) or one.shape[-1] != 4:
+            raise ValueError(f"Expected `boxes` to be a tensor (N, 4) for each image, but got {describe(one)}.")
+        x1, y1, x2, y2 = one.reshape(-1, 4).float().T[..., None]
+        y, x = (torch.arange(n, device=one.device) + 0.5 for n in size)
         rows, columns = (y1 <= y) & (y < y2), (x1 <= x) & (x < x2)
         masks.append((rows[:, :, None] & columns[:, None]).any(0, keepdim=True))
     return torch.stack(masks) if masks else torch.zeros(0, 1, *size, dtype=torch.bool)

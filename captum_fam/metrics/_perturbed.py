@@ -36,9 +36,11 @@ def maps_of(attributions: Any, size: Sequence[int] | None = None, name: str = "a
         )
     if not attributions.isfinite().all():
         raise ValueError(f"Expected `{name}` to be finite, but {int((~attributions.isfinite()).sum())} values are not.")
-    maps = attributions.detach().sum(1, keepdim=True)
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    return (maps if size is None or maps.shape[2:] == tuple(size) else resize(maps, size))[:, 0]
+    maps = attributions.detach().to(torch.promote_types(attributions.dtype, torch.float32)).sum(1, keepdim=True)
+    if size is None or maps.shape[2:] == tuple(size):
+        return maps[:, 0]
+    low, high = (bound(dim=tuple(range(1, maps.ndim)), keepdim=True) for bound in (maps.amin, maps.amax))
+    return resize(maps, size).clamp(low, high)[:, 0]  # a flat map stays flat: no rounding to be read as structure
 
 
 def maps_for(inputs: Any, attributions: Any, name: str = "attributions") -> Tensor:
@@ -103,16 +105,18 @@ def scores_of(
     inputs: Tensor,
     perturb: Perturb,
     n_steps: int,
-    targets: Sequence[TargetType],
+    targets: dict[str, TargetType],
     additional_forward_args: Any,
     max_examples_per_batch: int | None,
 ) -> Tensor:
-    """Scores (targets, B, n_steps) of what ``perturb`` makes of each input at each step."""
+    """Scores (targets, B, n_steps), targets by their arguments' names, of what ``perturb`` makes of the inputs."""
     check_callable("forward_func", forward_func)
     limit = max(len(inputs), 1) if max_examples_per_batch is None else max_examples_per_batch
     check_positive("max_examples_per_batch", limit)
     given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
     warn_once(doubts_of_training(forward_func))
+    if not len(inputs):
+        return torch.zeros(len(targets), 0, n_steps, device=inputs.device)
     found = []
     with torch.no_grad():
         for index in torch.arange(len(inputs) * n_steps, device=inputs.device).split(limit):
@@ -120,12 +124,12 @@ def scores_of(
             args = tuple(a[row] if isinstance(a, Tensor) and a.ndim and len(a) == len(inputs) else a for a in given)
             changed = perturb(row, step).to(inputs.dtype)
             output = run_forward(forward_func, changed, None, None if additional_forward_args is None else args)
-            found.append(torch.stack([_select(forward_func, output, t, row, len(inputs)) for t in targets]))
+            found.append(torch.stack([_select(forward_func, output, *t, row, len(inputs)) for t in targets.items()]))
     scores: Tensor = torch.cat(found, 1).unflatten(1, (n_steps, len(inputs))).mT
     return scores
 
 
-def _select(forward_func: object, output: Any, target: TargetType, rows: Tensor, inputs: int) -> Tensor:
+def _select(forward_func: object, output: Any, name: str, target: TargetType, rows: Tensor, inputs: int) -> Tensor:
     """One score (n,) of each output."""
     if not isinstance(output, Tensor) or output.ndim not in (1, 2) or len(output) != len(rows):
         raise ValueError(
@@ -134,7 +138,7 @@ def _select(forward_func: object, output: Any, target: TargetType, rows: Tensor,
         )
     scores = output.reshape(len(rows), -1)
     if target is None and scores.shape[1] > 1 and not isinstance(forward_func, SimilarityScore):
-        raise ValueError(f"`target` is needed: one of the {scores.shape[1]} outputs of `forward_func`.")
-    index = reference_index("target", target, scores.shape[1], inputs).to(rows.device)[rows]
+        raise ValueError(f"`{name}` is needed: one of the {scores.shape[1]} outputs of `forward_func`.")
+    index = reference_index(name, target, scores.shape[1], inputs).to(rows.device)[rows]
     chosen = scores.gather(1, index[:, None].to(scores.device))[:, 0]
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))

@@ -128,9 +128,9 @@ def cascading_randomization(
     modules = [(name, m) for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))][::-1]
     if not modules:
         raise ValueError("Expected `model` to have weights, but it has no parameters.")
-    trained = maps_of(explanation_func(inputs, **kwargs))[:, None]
     found = []
     with _weights_restored(model):
+        trained = maps_of(explanation_func(inputs, **kwargs))[:, None]
         for number, (_, module) in enumerate(modules):
             _randomize(module, seed + number)
             found.append(rank_correlation(trained, maps_of(explanation_func(inputs, **kwargs))[:, None]))
@@ -212,9 +212,16 @@ def reference_dependence(
         return torch.where(hidden[:, None], nothing[row], inputs[row])
 
     scores = scores_of(
-        forward_func, inputs, perturb, n + 1, [target, other_target], additional_forward_args, max_examples_per_batch
+        forward_func,
+        inputs,
+        perturb,
+        n + 1,
+        {"target": target, "other_target": other_target},
+        additional_forward_args,
+        max_examples_per_batch,
     )
     effects = scores[:, :, -1:] - scores[:, :, :-1]
+    maps, others = maps.double(), others.double()
     member = nn.functional.one_hot(cell.flatten(), n).to(maps)
     member = member / member.sum(0)
     changes = [
@@ -222,8 +229,8 @@ def reference_dependence(
         for one, other in ((maps.flatten(1) @ member, others.flatten(1) @ member), effects)
     ]
     moved, expected = (c.abs().sum(1) / 2 for c in changes)
-    agreement = torch.where(moved > _ROUNDING, _correlation(*changes), 0).to(maps)
-    return ReferenceDependence(agreement, moved, expected)
+    agreement = torch.where(moved > _ROUNDING, _correlation(*changes), 0)
+    return ReferenceDependence(*(x.to(scores.dtype) for x in (agreement, moved, expected)))
 
 
 def _cells(size: torch.Size, n_cells: int) -> Tensor:
@@ -258,8 +265,7 @@ def _mean_ranks(x: Tensor) -> Tensor:
 
 def _randomize(module: nn.Module, seed: int) -> None:
     """The module's own weights, drawn anew."""
-    devices = {p.device for p in module.parameters(recurse=False)}
-    with torch.random.fork_rng([d for d in devices if d.type == "cuda"]), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
@@ -271,11 +277,16 @@ def _randomize(module: nn.Module, seed: int) -> None:
 
 @contextmanager
 def _weights_restored(model: nn.Module) -> Iterator[None]:
-    tensors = [*model.parameters(), *model.buffers()]
-    kept = [t.detach().clone() for t in tensors]
+    """Each module holds the tensors that it held, with the values that they had."""
+    slots_of = [slots for module in model.modules() for slots in (module._parameters, module._buffers)]
+    held: list[tuple[Any, dict[str, Tensor | None]]] = [(slots, dict(slots)) for slots in slots_of]
+    kept = [(t, t.detach().clone()) for _, tensors in held for t in tensors.values() if t is not None]
     try:
         yield
     finally:
+        for slots, tensors in held:
+            slots.clear()
+            slots.update(tensors)
         with torch.no_grad():
-            for tensor, value in zip(tensors, kept):
+            for tensor, value in kept:
                 tensor.copy_(value)
