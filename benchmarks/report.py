@@ -1,0 +1,413 @@
+"""Tables and figures of the study from the files of its cells."""
+
+import csv
+import platform
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap, false_discovery_control, wilcoxon
+
+Values = NDArray[np.float64]
+Cells = dict[tuple[str, str, str], dict[str, Any]]  # by encoder, weights, source
+
+FAM = "FAM cosine"
+RESAMPLES, SEED = 2000, 0
+CONTROLS = ("random", "centred blob")
+ORDER = (
+    FAM,
+    "FAM signed",
+    "FAM Euclidean",
+    "SimilarityDecomposition",
+    "LaFAM",
+    "residual 0.9",
+    "Grad-CAM",
+    "best match",
+    "RELAX",
+    "Distance Explainer",
+    "contrast with the rest",
+    *CONTROLS,
+)
+LEAST_USED = 5  # pairs that an encoder must use to count among those that do
+
+
+def mean_over(samples: Sequence[Values]) -> tuple[float, float, float]:
+    """
+    The mean over encoders of their means, with a 95 % interval, from values (N,) of each; NaN where a pair does not count.
+
+    Pairs are drawn anew for all encoders together, because pair i is the same scene or photo for those that share pictures.
+    """
+    samples = [np.asarray(s, float) for s in samples if np.isfinite(s).any()]
+    if not samples:
+        return (float("nan"),) * 3
+    values = np.full((len(samples), max(map(len, samples))), np.nan)
+    for row, sample in zip(values, samples):
+        row[: len(sample)] = sample
+
+    def statistic(drawn: NDArray[np.int64], axis: int) -> Values:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # encoders of which no pair was drawn
+            return np.nanmean(np.nanmean(values[:, drawn], axis=-1), axis=0)
+
+    centre, pairs = float(np.nanmean(values, axis=1).mean()), np.arange(values.shape[1])
+    if len(pairs) < 2 or np.nanmax(np.ptp(np.nan_to_num(values, nan=centre), axis=1)) == 0:
+        return centre, centre, centre
+    found = bootstrap(
+        (pairs,),
+        statistic,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    )
+    return centre, float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def shown(triple: tuple[float, float, float], sign: bool = False) -> str:
+    form = "+.2f" if sign else ".2f"
+    if np.isnan(triple[0]):
+        return "-"
+    return f"{triple[0]:{form}} [{triple[1]:.2f}, {triple[2]:.2f}]"
+
+
+class Study:
+    """The cells, and samples of per-example values from them."""
+
+    def __init__(self, cells: list[dict[str, Any]]) -> None:
+        self.cells: Cells = {tuple(c["cell"][k] for k in ("encoder", "weights", "source")): c for c in cells}
+        found = {encoder: None for encoder, weights, _ in self.cells if encoder != "mean_colour"}
+        self.encoders = list(found)
+        self.settings = cells[0]["settings"]
+
+    def of(self, encoder: str, weights: str, source: str, method: str, metric: str) -> Values | None:
+        """Values of one encoder, or None where there are none."""
+        values = self.cells.get((encoder, weights, source), {"values": {}})["values"].get(method, {}).get(metric)
+        return None if values is None else np.array(values)
+
+    def samples(self, weights: str, source: str, method: str, metric: str, used: bool = False) -> dict[str, Values]:
+        """Values by encoder; ``used``: of the pairs whose similarity comes from the shared object."""
+        found = {}
+        for encoder in self.encoders:
+            values = self.of(encoder, weights, source, method, metric)
+            if values is None:
+                continue
+            if used:
+                keep = np.array(self.cells[encoder, weights, source]["used"])
+                if keep.sum() < LEAST_USED:
+                    continue
+                values = np.where(keep, values, np.nan)
+            found[encoder] = values
+        return found
+
+    def mean(
+        self, weights: str, source: str, method: str, metric: str, used: bool = False
+    ) -> tuple[float, float, float]:
+        return mean_over(list(self.samples(weights, source, method, metric, used).values()))
+
+    def margin(
+        self,
+        source: str,
+        method: str,
+        metric: str,
+        other: str,
+        other_metric: str | None = None,
+        weights: str = "trained",
+    ) -> tuple[float, float, float]:
+        """How much more than another method or metric of the same encoder and pairs."""
+        one = self.samples(weights, source, method, metric)
+        two = self.samples(weights, source, other, other_metric or metric)
+        return mean_over([one[e] - two[e] for e in one if e in two])
+
+    def p_value(self, source: str, method: str, metric: str) -> float:
+        """Wilcoxon's signed-rank test of the encoders' mean differences to FAM, two-sided."""
+        one, two = (self.samples("trained", source, m, metric) for m in (method, FAM))
+        differences = [one[e].mean() - two[e].mean() for e in one if e in two]
+        return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+
+    def methods(self, source: str) -> list[str]:
+        return [m for m in ORDER if self.samples("trained", source, m, "energy")]
+
+    def used_share(self, encoder: str, weights: str, source: str) -> float:
+        cell = self.cells.get((encoder, weights, source))
+        return float(np.mean(cell["used"])) if cell else float("nan")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def scenes_table(study: Study, source: str) -> str:
+    """Does the map find the shared object?"""
+    metric, rows = "right object", []
+    methods = study.methods(source)
+    p_values = [study.p_value(source, m, metric) for m in methods if m != FAM]
+    adjusted = dict(zip([m for m in methods if m != FAM], false_discovery_control(p_values, method="by")))
+    for m in methods:
+        trained = study.samples("trained", source, m, metric)
+        without = study.samples("untrained", source, m, metric)
+        over_untrained = (
+            np.mean([trained[e].mean() - without[e].mean() for e in trained if e in without]) if without else np.nan
+        )
+        rows.append(
+            [
+                m,
+                shown(study.mean("trained", source, m, metric)),
+                shown(study.mean("trained", source, m, metric, used=True)),
+                "-" if np.isnan(over_untrained) else f"{over_untrained:+.2f}",
+                shown(study.margin(source, m, metric, m, f"{metric}, swapped"), sign=True),
+                "" if m == FAM else shown(study.margin(source, m, metric, FAM), sign=True),
+                "" if m == FAM else f"{adjusted[m]:.3f}",
+            ]
+        )
+    header = ["method", "right object", "where used", "over untrained", "over swapped", "over FAM", "p"]
+    return table(header, rows)
+
+
+def places_table(study: Study, source: str) -> str:
+    """The metrics that need to know where; untrained encoders in brackets."""
+    names = ["pointing game", "energy", "rank accuracy", "IoU at 0.5", "best IoU"]
+
+    def entry(m: str, name: str) -> str:
+        untrained = study.mean("untrained", source, m, name)[0]
+        control = "" if np.isnan(untrained) else f" ({untrained:.2f})"
+        return shown(study.mean("trained", source, m, name)) + control
+
+    return table(["method", *names], [[m, *(entry(m, name) for name in names)] for m in study.methods(source)])
+
+
+def faithfulness_table(study: Study, source: str) -> str:
+    """The metrics that change the images, as the margin over a random map."""
+    sums = {f"insertion less deletion, {b}": (f"insertion, {b}", f"deletion, {b}") for b in ("blur", "mean", "zero")}
+    rows = []
+    for m in study.methods(source):
+        row = [m]
+        for plus, minus in sums.values():
+            one, two, zero, other = (
+                study.samples("trained", source, x, k) for x in (m, "random") for k in (plus, minus)
+            )
+            gaps = [(one[e] - two[e]) - (zero[e] - other[e]) for e in one]
+            row.append(shown(mean_over(gaps), sign=True))
+        row.append(shown(study.margin(source, m, "ROAD", "random"), sign=True))
+        row += [shown(study.mean("trained", source, m, name)) for name in ("average drop", "average increase")]
+        rows.append(row)
+    return table(["method", *sums, "ROAD", "average drop ↓", "average increase"], rows)
+
+
+def sanity_table(study: Study) -> str:
+    """Does the map depend on what it should?"""
+    agreements = [c["agreement"] for c in study.cells.values() if "agreement" in c]
+
+    def with_fam(m: str) -> str:
+        values = [
+            a["rank correlation"][a["methods"].index(FAM)][a["methods"].index(m)]
+            for a in agreements
+            if m in a["methods"]
+        ]
+        return f"{np.mean(values):.2f}" if values else "-"
+
+    rows = [
+        [
+            m,
+            *(shown(study.mean("trained", s, m, "reference dependence")) for s in ("medium", "photos")),
+            shown(study.mean("trained", "photos", m, "cascading randomisation")),
+            with_fam(m),
+        ]
+        for m in study.methods("medium")
+    ]
+    header = [
+        "method",
+        "reference dependence, scenes",
+        "the same, photos",
+        "random weights",
+        "rank correlation with FAM",
+    ]
+    return table(header, rows)
+
+
+def encoders_table(study: Study) -> str:
+    """By encoder: what it uses, and which maps find it."""
+    names = [
+        FAM,
+        "SimilarityDecomposition",
+        "residual 0.9",
+        "Grad-CAM",
+        "best match",
+        "RELAX",
+        "contrast with the rest",
+    ]
+    rows = []
+    for encoder in study.encoders:
+        values = [study.of(encoder, "trained", "medium", m, "right object") for m in names]
+        rows.append(
+            [
+                encoder,
+                *(f"{study.used_share(encoder, w, 'medium'):.2f}" for w in ("trained", "untrained", "shuffled")),
+                f"{study.used_share(encoder, 'trained', 'hard'):.2f}",
+                *("-" if v is None else f"{v.mean():.2f}" for v in values),
+            ]
+        )
+    return table(["encoder", "used", "untrained", "shuffled", "used, hard", *names], rows)
+
+
+def mean_colour_table(study: Study) -> str:
+    names = ("medium", "hard")
+    rows = []
+    for m in study.methods("medium"):
+        values = [study.of("mean_colour", "trained", s, m, "right object") for s in names]
+        if any(v is not None for v in values):
+            rows.append([m, *("-" if v is None else f"{v.mean():.2f}" for v in values)])
+    return table(["method", *names], rows)
+
+
+def write_csv(study: Study, path: Path) -> None:
+    """A row for each encoder, weights, source, method and metric: mean, 95 % interval, number of pairs."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["encoder", "weights", "source", "method", "metric", "pairs", "mean", "low", "high"])
+        for (encoder, weights, source), cell in sorted(study.cells.items()):
+            for method, by_metric in cell["values"].items():
+                for metric, values in by_metric.items():
+                    numbers = [f"{x:.4f}" for x in mean_over([np.array(values)])]
+                    writer.writerow([encoder, weights, source, method, metric, len(values), *numbers])
+            if "used" in cell:
+                share = f"{np.mean(cell['used']):.4f}"
+                writer.writerow([encoder, weights, source, "", "used by the encoder", len(cell["used"]), share, "", ""])
+
+
+def draw_scenes(study: Study, path: Path) -> None:
+    """Right objects by method: trained, untrained, another reference."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    methods = study.methods("medium")[::-1]
+    for axis, used, title in zip(axes, (False, True), ("all pairs", "pairs whose shared object the encoder uses")):
+        series: list[tuple[str, str, str, Callable[[str], tuple[float, float, float]]]] = [
+            ("trained", "C0", "o", lambda m, used=used: study.mean("trained", "medium", m, "right object", used)),
+            (
+                "another reference",
+                "C1",
+                "s",
+                lambda m, used=used: study.mean("trained", "medium", m, "right object, swapped", used),
+            ),
+            (
+                "untrained encoder",
+                "0.6",
+                "^",
+                lambda m, used=used: study.mean("untrained", "medium", m, "right object"),
+            ),
+        ]
+        for number, (label, colour, marker, mean) in enumerate(series):
+            values = np.array([mean(m) for m in methods])
+            y = np.arange(len(methods)) + (1 - number) * 0.2
+            error = np.abs(values[:, 1:] - values[:, :1]).T
+            axis.errorbar(values[:, 0], y, xerr=error, fmt=marker, color=colour, label=label, markersize=4, lw=1)
+        axis.axvline(0.25, color="black", lw=0.8, ls=":")
+        axis.set(title=title, xlabel="the shared object has the largest mean (chance 0.25)", xlim=(0, 1))
+        axis.set_yticks(range(len(methods)), methods)
+    axes[0].legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_agreement(study: Study, path: Path) -> None:
+    """Mean rank correlation of the methods' maps, over encoders and sources."""
+    agreements = [c["agreement"] for c in study.cells.values() if "agreement" in c]
+    names = [m for m in ORDER if all(m in a["methods"] for a in agreements)]
+    order = [[a["methods"].index(m) for m in names] for a in agreements]
+    mean = np.mean([np.array(a["rank correlation"])[np.ix_(o, o)] for a, o in zip(agreements, order)], 0)
+    figure, axis = plt.subplots(figsize=(8, 7), layout="constrained")
+    image = axis.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r")
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    for i, j in np.ndindex(mean.shape):
+        axis.text(j, i, f"{mean[i, j]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7)
+    figure.colorbar(image, label="Spearman's rank correlation")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_report(cells: list[dict[str, Any]], output: Path, command: str) -> None:
+    """README.md, results.csv and figures in a folder."""
+    study = Study(cells)
+    write_csv(study, output / "results.csv")
+    draw_scenes(study, output / "scenes.png")
+    draw_agreement(study, output / "agreement.png")
+    s = study.settings
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "captum", "scipy", "numpy", "timm", "transformers"))
+    text = f"""# Which map can be trusted?
+
+Made by `{command}` (Python {platform.python_version()}, {packages}; CPU, one thread a process). All seeds are fixed in
+the code. Settings: {", ".join(f"{k} {v}" for k, v in s.items())}. Every number here with its interval, by encoder:
+[results.csv](results.csv).
+
+What is compared, and how: [study.py](../study.py) (encoders, pairs, methods) and [faithfulness.py](../faithfulness.py)
+(metrics). {len(study.encoders)} encoders count the same; intervals are 95 % percentile bootstrap intervals of the mean
+over encoders, with pairs drawn anew ({RESAMPLES} times), the same for all encoders, because encoders share scenes and
+photos: they say how sure the mean over *these* encoders is. p: Wilcoxon's signed-rank test of the encoders' mean differences to {FAM}, adjusted for the number of
+methods (Benjamini and Yekutieli); encoders of one family are not independent, so it is a guide. Every metric takes the
+cosine of the embeddings for the score. {FAM} stands for FAM with the dot product too: the contributions differ by a
+factor, so the weights are the same.
+
+## Shared-object scenes
+
+Two scenes of four objects share one, in another view (mirrored, turned, resized, other gamma), all objects in one
+palette (`shared_object_scenes(..., difficulty="medium")`; {s["pairs"]} pairs for each encoder). *Right object*: the mean
+of the map on the shared object is larger than on each other object; chance is 0.25. *Where used*: among pairs where
+taking away the shared object lowers the similarity more than taking away any other (encoders with at least
+{LEAST_USED} such pairs). *Over untrained*: less the same encoders with random weights. *Over swapped*: less the map for the next pair's reference,
+which shows what the reference is good for.
+
+{scenes_table(study, "medium")}
+
+![Right objects by method](scenes.png)
+
+Where on the map, untrained encoders in brackets (the shared object covers about a tenth of a scene):
+
+{places_table(study, "medium")}
+
+By encoder, how often it uses the shared object (chance 0.25), and how often a map finds it:
+
+{encoders_table(study)}
+
+The mean-colour encoder (embedding: the mean of the three colours), right object:
+
+{mean_colour_table(study)}
+
+## Harder scenes
+
+Another picture of the same class instead of another view (`difficulty="hard"`):
+
+{scenes_table(study, "hard")}
+
+## Photos
+
+COCO photos that share a category with another, objects of which cover 3 to 50 % of each; each photo is explained once.
+Untrained encoders in brackets.
+
+{places_table(study, "photos")}
+
+## Faithfulness
+
+Margins over a random map, in units of the cosine ({s["faithful"]} pairs for each encoder, {s["steps"]} steps). Scenes:
+
+{faithfulness_table(study, "medium")}
+
+Photos:
+
+{faithfulness_table(study, "photos")}
+
+## Sanity and agreement
+
+*Reference dependence*: correlation of the map's change, when the reference changes, with the change that occlusion shows.
+*Random weights*: mean rank correlation with the trained map while the encoder loses its weights from the top down;
+references are embedded by the same weights (RELAX and Distance Explainer were left out for their cost).
+
+{sanity_table(study)}
+
+![Agreement of methods](agreement.png)
+"""
+    (output / "README.md").write_text(text)

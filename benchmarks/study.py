@@ -1,0 +1,335 @@
+"""What the study of faithfulness.py compares: encoders, pairs of images with known places, and methods."""
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import Normalize
+
+from benchmarks import objects
+from benchmarks import train_contrastive as trained
+from captum_fam import FeatureActivationMap, LabelFreeActivationMap, SimilarityDecomposition
+from captum_fam.bundled import BundledEncoder, bundled_encoder
+from captum_fam.relax import masks_of
+from captum_fam.scenes import Scenes, shared_object_scenes
+
+PRETRAINED = {  # name: (size of the images, pictures of the scenes)
+    "mobilenet_v2_imagenet": (160, "coco"),
+    "mobilenet_v1_100_imagenet": (160, "coco"),
+    "mobilenet_v1_050_imagenet": (160, "coco"),
+    "mobilenet_v1_025_imagenet": (128, "coco"),
+    "protonet_miniimagenet": (84, "coco"),
+    "protonet_orobix": (84, "coco"),
+    "protonet_omniglot": (56, "omniglot"),
+    "resnet20_cifar10": (64, "cifar"),
+    "resnet32_cifar10": (64, "cifar"),
+    "resnet44_cifar10": (64, "cifar"),
+}
+CONTRASTIVE = {"simclr": 64, "barlow_twins": 64, "byol": 64, "dino_vit": 32, "clip": 32}
+ENCODERS = [*PRETRAINED, "bundled", *CONTRASTIVE, "mean_colour"]
+WEIGHTS = ("trained", "untrained", "shuffled")
+
+
+@dataclass
+class Encoder:
+    """Images in [0, 1] to embeddings, and the layer that is explained."""
+
+    net: nn.Module
+    layer: nn.Module
+    size: int
+    pictures: str
+
+
+class Ink(nn.Module):
+    """How dark an RGB image is: Omniglot's strokes are black, its encoder wants them white."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 1 - images.mean(1, keepdim=True)
+
+
+class Embedding(nn.Module):
+    """Images to what a contrastive encoder compares."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return trained.embed(self.model, images)
+
+
+class MeanColour(nn.Module):
+    """The mean colour as an embedding: a control that knows nothing of objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.AvgPool2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images).mean((2, 3))
+
+
+def encoder(name: str, data: Path, weights: str = "trained", seed: int = 0) -> Encoder:
+    """An encoder, trained or as a control."""
+    if name in PRETRAINED:
+        loaded, (size, pictures) = _pretrained(data, name), PRETRAINED[name]
+        front: list[nn.Module] = [Normalize(loaded.meta["mean"], loaded.meta["std"])]
+        layer = loaded.layer
+        if loaded.channels == 1:
+            front, layer = [Ink(), *front], loaded.net.get_submodule("features.3.2")
+        net: Any = loaded.net
+    elif name == "bundled":
+        net, size, pictures = bundled_encoder(), BundledEncoder.size, "clothing"
+        front, layer = [Normalize(net.mean, net.std)], net.features
+    elif name == "mean_colour":
+        net, size, pictures = MeanColour(), 64, "cifar"
+        front, layer = [], net.layer
+    else:
+        model: Any = trained.load(name)
+        net, size, pictures = Embedding(model), CONTRASTIVE[name], "cifar"
+        front = [Normalize(trained.MEAN, trained.STD)]
+        layer = {
+            "dino_vit": lambda: model.backbone.blocks[-1].norm1,
+            "clip": lambda: model.vision_model.encoder.layers[-1].layer_norm1,
+        }.get(name, lambda: model.backbone.stage3)()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for module in net.modules() if weights != "trained" else ():
+            _forget(module, weights)
+    return Encoder(nn.Sequential(*front, net).eval(), layer, size, pictures)
+
+
+def _forget(module: nn.Module, weights: str) -> None:
+    """The module's own weights drawn anew so that the scale of activations is kept, or shuffled."""
+    if weights == "shuffled":
+        for parameter in module.parameters(recurse=False):
+            parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].reshape(parameter.shape))
+    elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def _pretrained(data: Path, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location("pretrained_encoders", data / "encoders.py")
+    if spec is None or spec.loader is None or not (data / "encoders.py").exists():
+        raise FileNotFoundError(f"there is no {data / 'encoders.py'}: CAPTUM_FAM_DATA names its folder")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module.load(name)
+
+
+@dataclass
+class Pairs:
+    """Images, what they are compared with, and where the explanation lies: (N, 1, H, W), bool."""
+
+    images: Tensor
+    references: Tensor
+    masks: Tensor
+    scenes: Scenes | None = None
+
+
+@cache
+def pictures(data: Path, name: str, half: int) -> objects.Pictures:
+    """Every other picture of each class: nothing of the other half."""
+    if name == "coco":
+        images, labels = objects.coco_cutouts(data)
+    elif name == "clothing":
+        images, labels = objects.clothing(data)
+    elif name == "cifar":
+        images, labels = objects.cifar10(data)
+    else:
+        images, labels = objects.omniglot(data)
+    seen: dict[int, int] = {}
+    chosen = []
+    for number, label in enumerate(labels):
+        seen[label] = seen.get(label, -1) + 1
+        if seen[label] % 2 == half:
+            chosen.append(number)
+    return [images[i] for i in chosen], [labels[i] for i in chosen]
+
+
+@cache
+def pairs(data: Path, source: str, name: str, size: int, half: int, count: int) -> Pairs:
+    """Pairs of one half: of scenes ("medium", "hard"), or of photos ("photos")."""
+    if source != "photos":
+        scenes = shared_object_scenes(*pictures(data, name, half), count, size=size, difficulty=source, seed=half)
+        return Pairs(scenes.images, scenes.references, scenes.masks, scenes)
+    # Every photo is explained in one pair only, so that no photo counts twice, and for its rarest category: most pairs
+    # share a person.
+    chosen: dict[bytes, tuple[Any, ...]] = {}
+    photos = objects.coco_pairs(data)
+    frequency = Counter(pair[-1] for pair in photos)
+    for number in sorted(np.random.default_rng(0).permutation(len(photos)), key=lambda n: frequency[photos[n][-1]]):
+        image = photos[number][0].tobytes()
+        if crc32(image) % 2 == half:
+            chosen.setdefault(image, photos[number])
+    images, references, masks = (
+        torch.stack([_square(row[i], size) for row in list(chosen.values())[:count]]) for i in range(3)
+    )
+    return Pairs(images, references, masks > 0.5)
+
+
+def _square(image: Any, size: int) -> Tensor:
+    """A photo or mask at a square size, (C, size, size) in [0, 1]."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.uint8(image) * 255)
+    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
+    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1)
+
+
+@dataclass
+class Question:
+    """What is explained: images (N, 3, H, W), each with its reference, by the cosine of their embeddings."""
+
+    encoder: Encoder
+    images: Tensor
+    references: Tensor
+    s: Tensor  # embeddings (N, D) of the references
+
+    @classmethod
+    def of(cls, encoder: Encoder, images: Tensor, references: Tensor) -> "Question":
+        with torch.no_grad():
+            return cls(encoder, images, references, torch.cat([encoder.net(x) for x in references.split(16)]))
+
+    def swapped(self) -> "Question":
+        """The same images with the reference of the next one: a control."""
+        return Question(self.encoder, self.images, self.references.roll(-1, 0), self.s.roll(-1, 0))
+
+    def __getitem__(self, index: slice) -> "Question":
+        return Question(self.encoder, self.images[index], self.references[index], self.s[index])
+
+
+def weighted(similarity: Any, normalize: str | None = "minmax") -> Callable[[Question], Tensor]:
+    def maps(q: Question) -> Tensor:
+        fam = FeatureActivationMap(q.encoder.net, q.encoder.layer, similarity=similarity, normalize=normalize)
+        return _paired(fam, q)
+
+    return maps
+
+
+def _paired(method: Any, q: Question, **options: Any) -> Tensor:
+    numbers = torch.arange(len(q.images))
+    parts = [
+        method.attribute(x, n, reference_embedding=q.s, **options)
+        for x, n in zip(q.images.split(16), numbers.split(16))
+    ]
+    return torch.cat(parts)
+
+
+def residual(share: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """
+    The weights of the embedding dimensions: what the reference has beyond a share of what the image has of it itself.
+
+    With z and s of unit length, s - share * (s.z) z. A share of 1 is the gradient of the cosine, Grad-CAM's weights but
+    for a positive factor; a share of 0 those of SimilarityDecomposition.
+    """
+
+    def weights(z: Tensor, s: Tensor) -> Tensor:
+        z, s = F.normalize(z, dim=-1), F.normalize(s, dim=-1)
+        return s - share * (s * z).sum(-1, keepdim=True) * z
+
+    return weights
+
+
+def _decomposition(contrast: str | None) -> Callable[[Question], Tensor]:
+    return lambda q: _paired(SimilarityDecomposition(q.encoder.net, q.encoder.layer), q, contrast=contrast)
+
+
+def _lafam(q: Question) -> Tensor:
+    lafam = LabelFreeActivationMap(q.encoder.net, q.encoder.layer)
+    return torch.cat([lafam.attribute(x) for x in q.images.split(16)])
+
+
+def best_match(q: Question) -> Tensor:
+    """At each place of the layer's map of the image, the cosine to the most similar place of the reference's."""
+    lafam = LabelFreeActivationMap(q.encoder.net, q.encoder.layer)
+    found = []
+    for images, references in zip(q.images.split(16), q.references.split(16)):
+        A, R = (lafam.attribute(x, attr_dim_summation=False) for x in (images, references))
+        cosines = F.normalize(A.flatten(2), dim=1).mT @ F.normalize(R.flatten(2), dim=1)
+        found.append(cosines.amax(2).reshape(len(A), 1, *A.shape[2:]))
+    return torch.cat(found)
+
+
+def random_map(q: Question) -> Tensor:
+    return torch.rand(len(q.images), 1, 7, 7, generator=torch.Generator().manual_seed(0))
+
+
+def centred_blob(q: Question) -> Tensor:
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 32)] * 2, indexing="ij")
+    return torch.exp(-2 * (x**2 + y**2)).expand(len(q.images), 1, 32, 32)
+
+
+def masked_embeddings(q: Question, n_masks: int) -> tuple[Tensor, Tensor]:
+    """RISE's random masks (M, H, W), 7 x 7 cells, half of them kept, and embeddings (N, M, D) of the masked images."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.rand(n_masks, 7, 7, generator=generator) < 0.5
+    masks = masks_of(cells, torch.rand(n_masks, 2, generator=generator), q.images.shape[2:])
+    mean = q.images.mean((0, 2, 3))[:, None, None]  # masked pixels: black is a colour like any other here
+    with torch.no_grad():
+        z = [
+            torch.cat([q.encoder.net(mean + (image - mean) * m[:, None]) for m in masks.split(50)])
+            for image in q.images
+        ]
+    return masks, torch.stack(z)
+
+
+def relax(masks: Tensor, cosines: Tensor) -> Tensor:
+    """captum_fam.Relax from cosines (N, M) of masked images."""
+    flat = masks.flatten(1).to(cosines)
+    importance = cosines @ flat / flat.sum(0) - cosines.mean(1, keepdim=True)
+    return importance.reshape(len(cosines), 1, *masks.shape[1:])
+
+
+def distance_explainer(masks: Tensor, cosines: Tensor) -> Tensor:
+    """
+    Distance Explainer (Meijer and Bos, https://arxiv.org/abs/2505.15516), with the ranges of the authors' code: the
+    mean of the fifth of the masks with the smallest distance to the reference, less that of the fifth with the largest.
+    """
+    fifth, order = masks.shape[0] // 5, cosines.argsort(1, descending=True)
+    return (masks[order[:, :fifth]].mean(1) - masks[order[:, -fifth:]].mean(1))[:, None]
+
+
+MASKS = {"RELAX": relax, "Distance Explainer": distance_explainer}
+CONTROLS = {"random": random_map, "centred blob": centred_blob}
+METHODS: dict[str, Callable[[Question], Tensor]] = {
+    "FAM cosine": weighted(
+        "cosine"
+    ),  # and dot: its contributions are larger by one factor, so the weights are the same
+    "FAM Euclidean": weighted("euclidean"),
+    "FAM signed": weighted("cosine", None),
+    "SimilarityDecomposition": _decomposition(None),
+    "LaFAM": _lafam,
+    "Grad-CAM": weighted(residual(1), None),
+    "residual 0.9": weighted(residual(0.9), None),
+    "best match": best_match,
+    "contrast with the rest": _decomposition("rest"),
+    **CONTROLS,
+}
+NEEDS_OTHERS = ("contrast with the rest",)
+
+
+def explain(q: Question, n_masks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Maps (N, 1, h, w) of all methods, with the right reference and with another one."""
+    other = q.swapped()
+    found = [{name: method(question) for name, method in METHODS.items()} for question in (q, other)]
+    if n_masks:
+        masks, z = masked_embeddings(q, n_masks)
+        for maps, question in zip(found, (q, other)):
+            cosines = (F.normalize(z, dim=2) * F.normalize(question.s, dim=1)[:, None]).sum(2)
+            maps.update({name: method(masks, cosines) for name, method in MASKS.items()})
+    return found[0], found[1]

@@ -1,0 +1,142 @@
+"""The study's own methods and its bookkeeping; the study itself needs data and an hour."""
+
+import json
+import os
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam
+from encoders import HeadEncoder, PooledEncoder, random, seeded
+
+from benchmarks import faithfulness, report, study
+from benchmarks.faithfulness import Cell, Settings, is_finished, right_object
+from captum_fam import FeatureActivationMap, LabelFreeActivationMap, Relax, SimilarityDecomposition, SimilarityScore
+
+
+@pytest.fixture(params=[PooledEncoder, HeadEncoder])
+def question(request):
+    net = seeded(request.param)
+    encoder = study.Encoder(net, net.layer, 16, "none")
+    return study.Question.of(encoder, random(3, 3, 16, 16), random(3, 3, 16, 16, seed=2))
+
+
+def scaled(maps):
+    return maps / maps.abs().amax((1, 2, 3), keepdim=True)
+
+
+def test_a_residual_of_one_is_grad_cam_but_for_a_positive_factor(question):
+    score = SimilarityScore(question.encoder.net, question.s)
+    expected = LayerGradCam(score, question.encoder.layer).attribute(question.images, target=[0, 1, 2])
+    torch.testing.assert_close(scaled(study.METHODS["Grad-CAM"](question)), scaled(expected.detach()))
+
+
+def test_a_residual_of_zero_is_the_similarity_decomposition_but_for_a_positive_factor(question):
+    method = SimilarityDecomposition(question.encoder.net, question.encoder.layer)
+    expected = method.attribute(question.images, reference_embedding=question.s)
+    if isinstance(question.encoder.net, PooledEncoder):  # with a head, the decomposition leaves out its normalisation
+        torch.testing.assert_close(scaled(study.weighted(study.residual(0), None)(question)), scaled(expected))
+
+
+def test_fam_of_the_dot_product_is_fam_of_the_cosine(question):
+    dot = FeatureActivationMap(question.encoder.net, question.encoder.layer, similarity="dot")
+    expected = dot.attribute(question.images, reference_embedding=question.s)
+    torch.testing.assert_close(study.METHODS["FAM cosine"](question), expected)
+
+
+def test_relax_from_stored_embeddings_is_that_of_the_package(question):
+    mean = question.images.mean((0, 2, 3))[:, None, None]
+    masks, z = study.masked_embeddings(question, 30)
+    cosines = F.cosine_similarity(z, question.s[:, None], dim=2)
+
+    def shifted(images):
+        return question.encoder.net(images + mean)
+
+    method = Relax(SimilarityScore(shifted, question.s), n_samples=30)
+    torch.testing.assert_close(study.relax(masks, cosines), method.attribute(question.images - mean))
+
+
+def test_the_distance_explainer_is_the_mean_of_the_nearest_fifth_less_that_of_the_farthest():
+    masks = torch.eye(10).reshape(10, 2, 5)
+    cosines = torch.tensor([[0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.0]])
+    expected = torch.tensor([[[[0.5, 0.5, -0.5, 0, 0], [0, 0, 0, 0, -0.5]]]])
+    torch.testing.assert_close(study.distance_explainer(masks, cosines), expected)
+
+
+def test_the_best_match_of_an_image_with_itself_is_one_wherever_the_layer_is_active(question):
+    question.references = question.images
+    lafam = LabelFreeActivationMap(question.encoder.net, question.encoder.layer)
+    active = lafam.attribute(question.images) > 0
+    torch.testing.assert_close(study.best_match(question), active.double())
+
+
+def test_the_best_match_by_hand(question):
+    layer = {}
+    handle = question.encoder.layer.register_forward_hook(lambda m, i, o: layer.update(A=o.detach()))
+    question.encoder.net(question.images)
+    A = layer["A"]
+    question.encoder.net(question.references)
+    R = layer["A"]
+    handle.remove()
+    one, other = A[1, :, 0, 1], R[1].flatten(1)
+    cosines = [float(one @ other[:, j] / one.norm() / other[:, j].norm()) for j in range(other.shape[1])]
+    assert study.best_match(question)[1, 0, 0, 1].item() == pytest.approx(max(cosines))
+
+
+def test_the_swapped_question_has_the_reference_of_the_next_image(question):
+    assert torch.equal(question.swapped().s, question.s[[1, 2, 0]])
+    assert torch.equal(question.swapped().images, question.images)
+
+
+def test_the_right_object_is_the_one_with_the_largest_mean_and_ties_count_in_part():
+    objects = torch.tensor([[[1, 1, 2, 3]]]).expand(3, 1, 4)
+    maps = torch.tensor([[1.0, 5, 2, 2], [1, 1, 9, 0], [1, 1, 1, 0]]).reshape(3, 1, 1, 4)
+    assert right_object(maps, objects, 3).tolist() == [1, 0, 0.5]
+
+
+def test_weights_are_forgotten_without_changing_their_shapes_and_the_global_seed_decides_which():
+    layer = torch.nn.Conv2d(3, 4, 3)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        study._forget(layer, "shuffled")
+    assert torch.equal(layer.weight.flatten().sort().values, before.flatten().sort().values)
+    assert not torch.equal(layer.weight, before)
+    with torch.no_grad():
+        study._forget(layer, "untrained")
+    assert not layer.bias.any()
+    assert layer.weight.std().item() == pytest.approx((2 / 27) ** 0.5, rel=0.3)
+
+
+def test_a_cell_is_finished_if_its_file_was_made_with_the_same_settings(tmp_path):
+    cell, settings = Cell("simclr", "trained", "hard"), Settings()
+    assert not is_finished(cell, settings, tmp_path)
+    (tmp_path / f"{cell.name}.part").write_text("{")  # what an interruption leaves
+    assert not is_finished(cell, settings, tmp_path)
+    (tmp_path / f"{cell.name}.json").write_text(json.dumps({"settings": asdict(settings)}))
+    assert is_finished(cell, settings, tmp_path)
+    assert not is_finished(cell, Settings(pairs=41), tmp_path)
+
+
+def test_the_mean_over_encoders_counts_each_the_same_and_leaves_out_what_does_not_count():
+    one, two = np.array([0.0, 1, np.nan, np.nan]), np.array([1.0, 1, 1, 1])
+    mean, low, high = report.mean_over([one, two])
+    assert mean == 0.75
+    assert low <= mean <= high
+
+
+def test_the_interval_of_encoders_that_see_the_same_pairs_is_that_of_one_of_them():
+    values = np.random.default_rng(0).random(40)
+    assert report.mean_over([values] * 10) == pytest.approx(report.mean_over([values]))
+
+
+@pytest.mark.skipif(not os.environ.get("CAPTUM_FAM_DATA"), reason="CAPTUM_FAM_DATA is not set")
+def test_the_halves_of_the_pictures_have_nothing_in_common():
+    data = faithfulness.Path(os.environ["CAPTUM_FAM_DATA"])
+    for name in ("coco", "cifar"):
+        one, other = ({p.tobytes() for p in study.pictures(data, name, half)[0]} for half in (0, 1))
+        assert one
+        assert not one & other
+    photos = [study.pairs(data, "photos", "", 32, half, 24).images for half in (0, 1)]
+    assert not any(torch.equal(a, b) for a in photos[0] for b in photos[1])
