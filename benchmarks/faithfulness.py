@@ -23,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import study
-from benchmarks.report import write_report
+from benchmarks.report import draw_maps, write_report
 from captum_fam import SimilarityScore, metrics
 from captum_fam.scenes import removal_effects
 
 FOLDER = Path(__file__).with_name("faithfulness")
+EXAMPLES = 5  # pairs that are drawn
 COMMAND = "CAPTUM_FAM_DATA=<data folder> python -m benchmarks.faithfulness"
 
 
@@ -35,13 +36,13 @@ COMMAND = "CAPTUM_FAM_DATA=<data folder> python -m benchmarks.faithfulness"
 class Settings:
     """What a cell is made with."""
 
-    version: int = 1  # of the code that makes cells: raise it when their numbers would change
+    version: int = 2  # of the code that makes cells: raise it when their numbers would change
     half: int = 1  # of the pictures; weightings were chosen on half 0, see weightings.py
     pairs: int = 40  # of scenes
-    photos: int = 24  # pairs of photos
+    photos: int = 24  # pairs of photos, at most
     masks: int = 200  # of RELAX and Distance Explainer
     faithful: int = 12  # pairs that are changed step by step
-    steps: int = 8
+    steps: int = 6
     cascaded: int = 4  # pairs whose maps see random weights
     occluded: int = 5  # cells along a side
 
@@ -71,10 +72,11 @@ def cells() -> list[Cell]:
 
 def localisation(maps: Tensor, pairs: study.Pairs) -> dict[str, Tensor]:
     """Per-example values of the metrics that need to know where."""
-    large = torch.nn.functional.interpolate(maps, pairs.masks.shape[-2:], mode="bilinear")
+    large = resized(maps, pairs.masks.shape[-1])
     found = {
-        "pointing game": metrics.pointing_game(large, pairs.masks),
+        "pointing game": metrics.pointing_game(maps, pairs.masks),
         "energy": metrics.energy_pointing_game(large, pairs.masks),
+        "energy above the mean": metrics.energy_pointing_game(large - large.mean((2, 3), keepdim=True), pairs.masks),
         "rank accuracy": metrics.relevance_rank_accuracy(large, pairs.masks),
         "IoU at 0.5": metrics.iou(large, pairs.masks),
         "best IoU": metrics.iou(large, pairs.masks, threshold=None),
@@ -82,6 +84,10 @@ def localisation(maps: Tensor, pairs: study.Pairs) -> dict[str, Tensor]:
     if pairs.scenes is not None:
         found["right object"] = right_object(large, pairs.scenes.objects, pairs.scenes.labels.shape[1])
     return found
+
+
+def resized(maps: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.interpolate(maps, (size, size), mode="bilinear")
 
 
 def right_object(maps: Tensor, objects: Tensor, n: int) -> Tensor:
@@ -102,20 +108,19 @@ def faithfulness(q: study.Question, maps: Tensor, steps: int) -> dict[str, Tenso
             found[f"{name}, {baseline}"] = metric(baselines=baseline, n_steps=steps, **whole).auc
     found["average drop"] = metrics.average_drop(baselines="mean", **whole)
     found["average increase"] = metrics.average_increase(baselines="mean", **whole)
-    found["ROAD"] = metrics.road(percentages=(10, 30, 50, 70, 90), **whole).score
+    found["ROAD"] = metrics.road(percentages=(25, 50, 75), **whole).score
     return found
 
 
-def dependence(q: study.Question, maps: Tensor, swapped: Tensor, n_cells: int) -> Tensor:
-    """How the map changes with the reference, against how it should."""
-    numbers = torch.arange(len(q.images))
+def dependence(q: study.Question, n: int, maps: Tensor, swapped: Tensor, other: Tensor, n_cells: int) -> Tensor:
+    """How the maps of the first n images change with the reference, against how they should."""
     return metrics.reference_dependence(
         SimilarityScore(q.encoder.net, q.s),
-        q.images,
-        maps,
-        swapped,
-        target=numbers,
-        other_target=numbers.roll(-1),
+        q.images[:n],
+        maps[:n],
+        swapped[:n],
+        target=torch.arange(n),
+        other_target=other[:n],
         n_cells=n_cells,
         max_examples_per_batch=32,
     ).agreement
@@ -127,7 +132,7 @@ def cascade(q: study.Question, method: Callable[[study.Question], Tensor]) -> Te
     def explain(images: Tensor) -> Tensor:
         return method(study.Question.of(q.encoder, images, q.references))
 
-    return metrics.cascading_randomization(explain, q.encoder.net, q.images).rank_correlation.mean(0)
+    return metrics.cascading_randomization(explain, q.encoder.embedder, q.images).rank_correlation.mean(0)
 
 
 def measure(cell: Cell, settings: Settings, data: Path) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def measure(cell: Cell, settings: Settings, data: Path) -> dict[str, Any]:
     pairs = study.pairs(data, cell.source, encoder.pictures, encoder.size, settings.half, count)
     q = study.Question.of(encoder, pairs.images, pairs.references)
     masked = cell.weights != "shuffled" and cell.source != "hard"
-    maps, swapped = study.explain(q, settings.masks if masked else 0)
+    maps, swapped = study.explain((q, q.swapped(pairs.other)), settings.masks if masked else 0)
     values = {
         name: {
             **localisation(m, pairs),
@@ -151,14 +156,14 @@ def measure(cell: Cell, settings: Settings, data: Path) -> dict[str, Any]:
         others = effects[:, 1:].amax(1)
         found["used"] = (effects[:, 0] > others + 1e-6).tolist()  # equal effects, as of a dead encoder, are none
     if cell.weights == "trained" and cell.source != "hard" and cell.encoder != "mean_colour":
-        few, n = q[: settings.faithful], settings.faithful
+        n = min(settings.faithful, len(q.images))
         for name, m in maps.items():
-            values[name] |= faithfulness(few, m[:n], settings.steps)
-            values[name]["reference dependence"] = dependence(few, m[:n], swapped[name][:n], settings.occluded)
-            if name in study.METHODS and cell.source == "photos":
+            values[name] |= faithfulness(q[:n], m[:n], settings.steps)
+            values[name]["reference dependence"] = dependence(q, n, m, swapped[name], pairs.other, settings.occluded)
+            if name in study.METHODS and name != "contrast with the rest" and cell.source == "photos":
                 values[name]["cascading randomisation"] = cascade(q[: settings.cascaded], study.METHODS[name])
         names = list(maps)
-        small = [torch.nn.functional.interpolate(m, (32, 32), mode="bilinear") for m in maps.values()]
+        small = [resized(m, 32) for m in maps.values()]
         agreement = [[metrics.rank_correlation(a, b).mean().item() for b in small] for a in small]
         found["agreement"] = {"methods": names, "rank correlation": agreement}
     found["values"] = {m: {k: [round(x, 6) for x in v.tolist()] for k, v in ms.items()} for m, ms in values.items()}
@@ -179,6 +184,20 @@ def finish(cell: Cell, settings: Settings, data: Path, folder: Path) -> str:
 def is_finished(cell: Cell, settings: Settings, folder: Path) -> bool:
     path = folder / f"{cell.name}.json"
     return path.exists() and json.loads(path.read_text())["settings"] == asdict(settings)
+
+
+def draw_examples(data: Path, settings: Settings, path: Path) -> None:
+    """The first scenes of the bundled encoder, whose photos are in the public domain (CC0), and their maps."""
+    encoder = study.encoder("bundled", data)
+    pairs = study.pairs(data, "medium", encoder.pictures, encoder.size, settings.half, EXAMPLES)
+    q = study.Question.of(encoder, pairs.images, pairs.references)
+    (maps,) = study.explain((q,), settings.masks)
+    columns = {"image": q.images.permute(0, 2, 3, 1).numpy(), "reference": q.references.permute(0, 2, 3, 1).numpy()}
+    for name in (m for m in maps if m not in study.CONTROLS):
+        columns[name] = resized(maps[name], encoder.size)[:, 0].numpy()
+    assert pairs.scenes is not None
+    outlines = {"image": pairs.masks[:, 0].numpy(), "reference": pairs.scenes.reference_masks[:, 0].numpy()}
+    draw_maps(columns, outlines, path)
 
 
 @click.command()
@@ -208,6 +227,7 @@ def main(jobs: int, only: tuple[str, ...], output: Path, smoke: bool) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what is finished is kept
             raise
+    draw_examples(data, settings, output / "maps.png")
     write_report([json.loads((folder / f"{cell.name}.json").read_text()) for cell in wanted], output, COMMAND)
     click.echo((output / "README.md").read_text())
 

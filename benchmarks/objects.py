@@ -8,7 +8,8 @@ import io
 import json
 import zipfile
 from collections import defaultdict
-from itertools import combinations
+from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +18,70 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 Pictures = tuple[list[Image.Image], list[int]]
-Pair = tuple[Image.Image, Image.Image, NDArray[np.bool_], NDArray[np.bool_], int]
 
 WHOLE = 0.3  # of its box, what an object covers at least; below, it is mostly hidden or spread out
 SHARE = (0.03, 0.5)  # of a photo, what the objects of the shared category cover
 
 
-def coco_cutouts(folder: str | Path, min_side: int = 40) -> Pictures:
-    """Objects of the COCO photos, cut out (RGBA), and their category ids; none with a shorter side below min_side."""
+def coco_cutouts(folder: str | Path, min_side: int = 40, half: int | None = None) -> Pictures:
+    """
+    Objects of the COCO photos, cut out (RGBA), and their category ids; one of each category in a photo.
+
+    Args:
+        folder: of the data.
+        min_side: of an object's box, in pixels.
+        half: 0 or 1, for the photos with even or odd numbers alone.
+    """
     photos, annotations = _coco(folder)
-    pictures, labels = [], []
-    for a in annotations:
+    found: dict[tuple[int, int], Image.Image] = {}
+    for a in sorted(annotations, key=lambda a: -a["area"]):
         if a["iscrowd"] or min(a["bbox"][2:]) < min_side or a["area"] < WHOLE * a["bbox"][2] * a["bbox"][3]:
             continue
+        if half is not None and a["image_id"] % 2 != half:
+            continue
         photo = photos[a["image_id"]]
-        mask = _mask([a], photo)
+        mask = Image.fromarray(_mask([a], photo))
         cut = photo.copy()
-        cut.putalpha(Image.fromarray(mask))
-        pictures.append(cut.crop(Image.fromarray(mask).getbbox()))
-        labels.append(a["category_id"])
-    return pictures, labels
+        cut.putalpha(mask)
+        found.setdefault((a["category_id"], a["image_id"]), cut.crop(mask.getbbox()))
+    keys = sorted(found)
+    return [found[key] for key in keys], [category for category, _ in keys]
 
 
-def coco_pairs(folder: str | Path) -> list[Pair]:
+@dataclass(frozen=True)
+class Pair:
+    """Two photos that share categories, the masks (H, W) of all objects of these, and all categories of each."""
+
+    numbers: tuple[int, int]
+    photos: tuple[Image.Image, Image.Image]
+    masks: tuple[NDArray[np.bool_], NDArray[np.bool_]]
+    categories: tuple[frozenset[int], frozenset[int]]
+
+
+def coco_pairs(folder: str | Path, half: int | None = None) -> list[Pair]:
     """
-    Pairs of COCO photos that share a category: two photos, the masks (H, W) of its objects in each, and its id.
+    Ordered pairs of COCO photos, both of one half (photos with even or odd numbers), that share a category.
 
-    Its objects cover 3 to 50 % of each photo, and none is a crowd, which has no outline. A pair of photos that shares
-    several such categories is listed with the one that fewest photos have.
+    The objects of the categories that they share cover 3 to 50 % of each photo, and none is a crowd, which has no
+    outline.
     """
     photos, annotations = _coco(folder)
-    found = defaultdict(list)
+    of: dict[int, list[Any]] = {number: [] for number in photos if half is None or number % 2 == half}
     for a in annotations:
-        found[a["category_id"], a["image_id"]].append(a)
-    masks: dict[int, dict[int, NDArray[np.bool_]]] = defaultdict(dict)
-    for (category, number), members in sorted(found.items()):
-        mask = _mask(members, photos[number]) > 0 if not any(a["iscrowd"] for a in members) else np.zeros((1, 1), bool)
-        if SHARE[0] <= mask.mean() <= SHARE[1]:
-            masks[category][number] = mask
-    pairs: dict[tuple[int, int], Pair] = {}
-    for category, of in sorted(masks.items(), key=lambda item: (len(item[1]), item[0])):
-        for a, b in combinations(of, 2):
-            pairs.setdefault((a, b), (photos[a], photos[b], of[a], of[b], category))
-    return [pairs[key] for key in sorted(pairs)]
+        if a["image_id"] in of:
+            of[a["image_id"]].append(a)
+    categories = {number: frozenset(a["category_id"] for a in members) for number, members in of.items()}
+    pairs = []
+    for numbers in permutations(of, 2):
+        shared = categories[numbers[0]] & categories[numbers[1]]
+        objects = [[a for a in of[n] if a["category_id"] in shared] for n in numbers]
+        if not shared or any(a["iscrowd"] for members in objects for a in members):
+            continue
+        one, other = (_mask(members, photos[n]) > 0 for members, n in zip(objects, numbers))
+        if all(SHARE[0] <= mask.mean() <= SHARE[1] for mask in (one, other)):
+            a, b = numbers
+            pairs.append(Pair((a, b), (photos[a], photos[b]), (one, other), (categories[a], categories[b])))
+    return pairs
 
 
 def clothing(folder: str | Path, split: str = "test", per_class: int | None = None) -> Pictures:

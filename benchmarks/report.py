@@ -330,6 +330,35 @@ def draw_agreement(study: Study, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_maps(columns: dict[str, NDArray[np.float64]], outlines: dict[str, NDArray[np.bool_]], path: Path) -> None:
+    """
+    Pairs in rows: images (N, H, W, 3) and signed or positive maps (N, H, W) in columns, with the outline (N, H, W) of
+    the shared object.
+    """
+    rows = len(next(iter(columns.values())))
+    figure, axes = plt.subplots(rows, len(columns), figsize=(1.5 * len(columns), 1.6 * rows), layout="constrained")
+    for row, (name, values) in ((row, item) for row in range(rows) for item in columns.items()):
+        axis, value = axes[row, list(columns).index(name)], values[row]
+        if value.ndim == 3:
+            axis.imshow(value)
+        else:
+            low, high = min(value.min(), 0), value.max()
+            signed = low < -1e-6 * high
+            limit = max(-low, high)
+            axis.imshow(
+                value, cmap="RdBu_r" if signed else "viridis", vmin=-limit if signed else value.min(), vmax=limit
+            )
+        outline = outlines.get(name, outlines["image"])[row]
+        axis.contour(
+            outline, levels=[0.5], colors="black" if value.ndim == 3 else "white" if value.min() >= 0 else "black"
+        )
+        axis.set(xticks=[], yticks=[])
+        if not row:
+            axis.set_title(name, fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def write_report(cells: list[dict[str, Any]], output: Path, command: str) -> None:
     """README.md, results.csv and figures in a folder."""
     study = Study(cells)

@@ -3,7 +3,8 @@
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,9 @@ from captum_fam.relax import masks_of
 from captum_fam.scenes import Scenes, shared_object_scenes
 
 PRETRAINED = {  # name: (size of the images, pictures of the scenes)
-    "mobilenet_v2_imagenet": (160, "coco"),
-    "mobilenet_v1_100_imagenet": (160, "coco"),
-    "mobilenet_v1_050_imagenet": (160, "coco"),
+    "mobilenet_v2_imagenet": (128, "coco"),
+    "mobilenet_v1_100_imagenet": (128, "coco"),
+    "mobilenet_v1_050_imagenet": (128, "coco"),
     "mobilenet_v1_025_imagenet": (128, "coco"),
     "protonet_miniimagenet": (84, "coco"),
     "protonet_orobix": (84, "coco"),
@@ -38,14 +39,27 @@ PRETRAINED = {  # name: (size of the images, pictures of the scenes)
 }
 CONTRASTIVE = {"simclr": 64, "barlow_twins": 64, "byol": 64, "dino_vit": 32, "clip": 32}
 ENCODERS = [*PRETRAINED, "bundled", *CONTRASTIVE, "mean_colour"]
+FAMILIES = {  # encoders of one are not independent of each other
+    **{name: name.split("_")[0].rstrip("0123456789") for name in PRETRAINED},
+    "protonet_omniglot": "omniglot",
+    "bundled": "bundled",
+    "simclr": "small CNN",
+    "barlow_twins": "small CNN",
+    "byol": "small CNN",
+    "dino_vit": "dino_vit",
+    "clip": "clip",
+}
+SOURCES = ("medium", "hard", "photos")
 WEIGHTS = ("trained", "untrained", "shuffled")
 
 
 @dataclass
 class Encoder:
-    """Images in [0, 1] to embeddings, and the layer that is explained."""
+    """Images in [0, 1] to embeddings, the layer that is explained, and the modules that embed (no unused heads)."""
 
+    name: str
     net: nn.Module
+    embedder: nn.Module
     layer: nn.Module
     size: int
     pictures: str
@@ -80,7 +94,7 @@ class MeanColour(nn.Module):
         return self.layer(images).mean((2, 3))
 
 
-def encoder(name: str, data: Path, weights: str = "trained", seed: int = 0) -> Encoder:
+def encoder(name: str, data: Path, weights: str = "trained") -> Encoder:
     """An encoder, trained or as a control."""
     if name in PRETRAINED:
         loaded, (size, pictures) = _pretrained(data, name), PRETRAINED[name]
@@ -89,29 +103,33 @@ def encoder(name: str, data: Path, weights: str = "trained", seed: int = 0) -> E
         if loaded.channels == 1:
             front, layer = [Ink(), *front], loaded.net.get_submodule("features.3.2")
         net: Any = loaded.net
+        embedder = net
     elif name == "bundled":
         net, size, pictures = bundled_encoder(), BundledEncoder.size, "clothing"
-        front, layer = [Normalize(net.mean, net.std)], net.features
+        front, layer, embedder = [Normalize(net.mean, net.std)], net.features, net
     elif name == "mean_colour":
         net, size, pictures = MeanColour(), 64, "cifar"
-        front, layer = [], net.layer
+        front, layer, embedder = [], net.layer, net
     else:
         model: Any = trained.load(name)
         net, size, pictures = Embedding(model), CONTRASTIVE[name], "cifar"
+        embedder = nn.ModuleList([model.vision_model, model.visual_projection]) if name == "clip" else model.backbone
         front = [Normalize(trained.MEAN, trained.STD)]
         layer = {
             "dino_vit": lambda: model.backbone.blocks[-1].norm1,
             "clip": lambda: model.vision_model.encoder.layers[-1].layer_norm1,
         }.get(name, lambda: model.backbone.stage3)()
-    torch.manual_seed(seed)
+    torch.manual_seed(crc32(name.encode()))  # encoders of one architecture do not become one network
     with torch.no_grad():
-        for module in net.modules() if weights != "trained" else ():
+        for module in embedder.modules() if weights != "trained" else ():
             _forget(module, weights)
-    return Encoder(nn.Sequential(*front, net).eval(), layer, size, pictures)
+    return Encoder(name, nn.Sequential(*front, net).eval(), embedder, layer, size, pictures)
 
 
 def _forget(module: nn.Module, weights: str) -> None:
     """The module's own weights drawn anew so that the scale of activations is kept, or shuffled."""
+    if isinstance(module, nn.BatchNorm2d):
+        module.reset_running_stats()
     if weights == "shuffled":
         for parameter in module.parameters(recurse=False):
             parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].reshape(parameter.shape))
@@ -119,8 +137,11 @@ def _forget(module: nn.Module, weights: str) -> None:
         nn.init.kaiming_normal_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+    else:  # class tokens and position embeddings
+        for parameter in module.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
 
 
 def _pretrained(data: Path, name: str) -> Any:
@@ -135,25 +156,26 @@ def _pretrained(data: Path, name: str) -> Any:
 
 @dataclass
 class Pairs:
-    """Images, what they are compared with, and where the explanation lies: (N, 1, H, W), bool."""
+    """
+    Images, what they are compared with, and where the explanation lies: (N, 1, H, W), bool.
+
+    ``other`` (N,) numbers for each image the reference of another pair that shares as little as can be with it, and
+    never the class of the shared object: a control.
+    """
 
     images: Tensor
     references: Tensor
     masks: Tensor
+    other: Tensor
     scenes: Scenes | None = None
 
 
 @cache
 def pictures(data: Path, name: str, half: int) -> objects.Pictures:
-    """Every other picture of each class: nothing of the other half."""
+    """Half of the pictures: COCO by photo, the others by every second picture of each class."""
     if name == "coco":
-        images, labels = objects.coco_cutouts(data)
-    elif name == "clothing":
-        images, labels = objects.clothing(data)
-    elif name == "cifar":
-        images, labels = objects.cifar10(data)
-    else:
-        images, labels = objects.omniglot(data)
+        return objects.coco_cutouts(data, half=half)
+    images, labels = {"clothing": objects.clothing, "cifar": objects.cifar10, "omniglot": objects.omniglot}[name](data)
     seen: dict[int, int] = {}
     chosen = []
     for number, label in enumerate(labels):
@@ -167,21 +189,41 @@ def pictures(data: Path, name: str, half: int) -> objects.Pictures:
 def pairs(data: Path, source: str, name: str, size: int, half: int, count: int) -> Pairs:
     """Pairs of one half: of scenes ("medium", "hard"), or of photos ("photos")."""
     if source != "photos":
-        scenes = shared_object_scenes(*pictures(data, name, half), count, size=size, difficulty=source, seed=half)
-        return Pairs(scenes.images, scenes.references, scenes.masks, scenes)
-    # Every photo is explained in one pair only, so that no photo counts twice, and for its rarest category: most pairs
-    # share a person.
-    chosen: dict[bytes, tuple[Any, ...]] = {}
-    photos = objects.coco_pairs(data)
-    frequency = Counter(pair[-1] for pair in photos)
-    for number in sorted(np.random.default_rng(0).permutation(len(photos)), key=lambda n: frequency[photos[n][-1]]):
-        image = photos[number][0].tobytes()
-        if crc32(image) % 2 == half:
-            chosen.setdefault(image, photos[number])
+        seed = 10 * half + SOURCES.index(source)
+        scenes = shared_object_scenes(*pictures(data, name, half), count, size=size, difficulty=source, seed=seed)
+        others = _least_alike(
+            [set(row) for row in scenes.labels.tolist()],
+            [set(row) for row in scenes.reference_labels.tolist()],
+            [{label} for label in scenes.labels[:, 0].tolist()],
+        )
+        return Pairs(scenes.images, scenes.references, scenes.masks, others, scenes)
+    # Each photo is explained once, with a reference for its rarest category: most pairs share a person.
+    found = objects.coco_pairs(data, half)
+    frequency = Counter(c for pair in found for c in pair.categories[0] & pair.categories[1])
+    rarest = [min(frequency[c] for c in pair.categories[0] & pair.categories[1]) for pair in found]
+    chosen: dict[int, objects.Pair] = {}
+    for number in sorted(np.random.default_rng(0).permutation(len(found)), key=lambda n: rarest[n]):
+        chosen.setdefault(found[number].numbers[0], found[number])
+    kept = list(chosen.values())[:count]
+    one, other = ([pair.categories[i] for pair in kept] for i in range(2))
     images, references, masks = (
-        torch.stack([_square(row[i], size) for row in list(chosen.values())[:count]]) for i in range(3)
+        torch.stack([_square(picture, size) for picture in column])
+        for column in ([p.photos[0] for p in kept], [p.photos[1] for p in kept], [p.masks[0] for p in kept])
     )
-    return Pairs(images, references, masks > 0.5)
+    return Pairs(images, references, masks > 0.5, _least_alike(one, other, [a & b for a, b in zip(one, other)]))
+
+
+def _least_alike(
+    classes: Sequence[AbstractSet[int]], references: Sequence[AbstractSet[int]], shared: Sequence[AbstractSet[int]]
+) -> Tensor:
+    """For each image the number of a reference with none of the shared classes, if there is one, and few others."""
+    n = len(classes)
+    order = [[(i + step) % n for step in range(1, n)] for i in range(n)]
+    cost = [
+        [100 * len(shared[i] & references[j]) + len(classes[i] & references[j]) for j in row]
+        for i, row in enumerate(order)
+    ]
+    return torch.tensor([row[int(np.argmin(c))] for row, c in zip(order, cost)])
 
 
 def _square(image: Any, size: int) -> Tensor:
@@ -205,9 +247,9 @@ class Question:
         with torch.no_grad():
             return cls(encoder, images, references, torch.cat([encoder.net(x) for x in references.split(16)]))
 
-    def swapped(self) -> "Question":
-        """The same images with the reference of the next one: a control."""
-        return Question(self.encoder, self.images, self.references.roll(-1, 0), self.s.roll(-1, 0))
+    def swapped(self, other: Tensor) -> "Question":
+        """The same images with other references, by their numbers (N,)."""
+        return Question(self.encoder, self.images, self.references[other], self.s[other])
 
     def __getitem__(self, index: slice) -> "Question":
         return Question(self.encoder, self.images[index], self.references[index], self.s[index])
@@ -235,7 +277,7 @@ def residual(share: float) -> Callable[[Tensor, Tensor], Tensor]:
     The weights of the embedding dimensions: what the reference has beyond a share of what the image has of it itself.
 
     With z and s of unit length, s - share * (s.z) z. A share of 1 is the gradient of the cosine, Grad-CAM's weights but
-    for a positive factor; a share of 0 those of SimilarityDecomposition.
+    for a positive factor; a share of 0, where dimensions are channels, those of SimilarityDecomposition.
     """
 
     def weights(z: Tensor, s: Tensor) -> Tensor:
@@ -266,7 +308,8 @@ def best_match(q: Question) -> Tensor:
 
 
 def random_map(q: Question) -> Tensor:
-    return torch.rand(len(q.images), 1, 7, 7, generator=torch.Generator().manual_seed(0))
+    seed = crc32(q.encoder.name.encode())  # another for each encoder
+    return torch.rand(len(q.images), 1, 7, 7, generator=torch.Generator().manual_seed(seed))
 
 
 def centred_blob(q: Question) -> Tensor:
@@ -297,8 +340,9 @@ def relax(masks: Tensor, cosines: Tensor) -> Tensor:
 
 def distance_explainer(masks: Tensor, cosines: Tensor) -> Tensor:
     """
-    Distance Explainer (Meijer and Bos, https://arxiv.org/abs/2505.15516), with the ranges of the authors' code: the
-    mean of the fifth of the masks with the smallest distance to the reference, less that of the fifth with the largest.
+    Distance Explainer (Meijer and Bos, https://arxiv.org/abs/2505.15516), with the default ranges of the authors' class:
+    the mean of the fifth of the masks with the smallest distance to the reference, less that of the fifth with the
+    largest.
     """
     fifth, order = masks.shape[0] // 5, cosines.argsort(1, descending=True)
     return (masks[order[:, :fifth]].mean(1) - masks[order[:, -fifth:]].mean(1))[:, None]
@@ -320,16 +364,14 @@ METHODS: dict[str, Callable[[Question], Tensor]] = {
     "contrast with the rest": _decomposition("rest"),
     **CONTROLS,
 }
-NEEDS_OTHERS = ("contrast with the rest",)
 
 
-def explain(q: Question, n_masks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Maps (N, 1, h, w) of all methods, with the right reference and with another one."""
-    other = q.swapped()
-    found = [{name: method(question) for name, method in METHODS.items()} for question in (q, other)]
+def explain(questions: Sequence[Question], n_masks: int) -> list[dict[str, Tensor]]:
+    """Maps (N, 1, h, w) of all methods for questions about the same images."""
+    found = [{name: method(question) for name, method in METHODS.items()} for question in questions]
     if n_masks:
-        masks, z = masked_embeddings(q, n_masks)
-        for maps, question in zip(found, (q, other)):
+        masks, z = masked_embeddings(questions[0], n_masks)
+        for maps, question in zip(found, questions):
             cosines = (F.normalize(z, dim=2) * F.normalize(question.s, dim=1)[:, None]).sum(2)
             maps.update({name: method(masks, cosines) for name, method in MASKS.items()})
-    return found[0], found[1]
+    return found

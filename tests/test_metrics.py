@@ -1022,7 +1022,7 @@ def test_a_flat_map_scores_the_masks_share(metric, inside, value):
     close(found, [inside.mean()], rtol=1e-5)
 
 
-@pytest.mark.parametrize("metric", [pointing_game, relevance_rank_accuracy, LOCAL["iou of the best threshold"]])
+@pytest.mark.parametrize("metric", [relevance_rank_accuracy, LOCAL["iou of the best threshold"]])
 def test_a_flat_map_of_low_resolution_scores_the_masks_share(metric):
     inside = torch.arange(49).reshape(1, 7, 7) < 21
     values = torch.tensor([0.1, 0.3, 1 / 3, 0.7, 0.9]).reshape(-1, 1, 1, 1)
@@ -1038,8 +1038,30 @@ def test_a_flat_map_of_low_resolution_has_no_intersection_at_a_fixed_threshold()
 @each_local
 @pytest.mark.parametrize("size", [(2, 3), (5, 4), (14, 12)])
 def test_maps_are_resized_to_the_masks(metric, size):
+    if metric is pointing_game:
+        return  # points with the middle of a cell, below
     maps, inside = random(3, 1, *size), random(3, 7, 6, seed=2) > 0.3
     close(metric(maps, inside), metric(F.interpolate(maps, (7, 6), mode="bilinear", align_corners=False), inside))
+
+
+def test_a_small_map_points_with_the_middle_of_its_largest_cell():
+    maps = torch.tensor([[[[9.0, 0], [0, 0]]], [[[0.0, 0], [0, 9]]], [[[1.0, 1], [1, 1]]]])
+    corner = torch.zeros(1, 8, 8, dtype=torch.bool)
+    corner[:, :2, :2] = True  # what interpolation would spread the first cell to
+    middle = torch.zeros(1, 8, 8, dtype=torch.bool)
+    middle[:, 2, 2] = True
+    assert pointing_game(maps, corner.expand(3, -1, -1)).tolist() == [0, 0, 0]
+    assert pointing_game(maps, middle.expand(3, -1, -1)).tolist() == [1, 0, 0.25]
+    assert pointing_game(maps, middle.expand(3, -1, -1), tolerance=4).tolist() == [1, 1, 1]
+    assert pointing_game(maps, middle.expand(3, -1, -1), tolerance=3).tolist() == [1, 0, 0.25]
+
+
+def test_a_map_larger_than_the_mask_points_too():
+    maps = torch.zeros(1, 1, 6, 6)
+    maps[0, 0, 1, 5] = 1
+    masks = torch.zeros(1, 3, 3, dtype=torch.bool)
+    masks[0, 0, 2] = True
+    assert pointing_game(maps, masks).tolist() == [1]
 
 
 @each_local

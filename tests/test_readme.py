@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam, LayerIntegratedGradients
 from encoders import random, seeded
+from PIL import Image
 from torch import nn
 
 import captum_fam
@@ -79,6 +80,9 @@ def test_a_python_block_of_the_readme_runs(block):
     }
     if "model.backbone" in block:
         names["model"] = nn.ModuleDict({"backbone": encoder})
+    if "pictures" in block:
+        noise = np.random.default_rng(0).integers(0, 256, (14, 24, 24, 3), dtype=np.uint8)
+        names |= {"pictures": [Image.fromarray(array) for array in noise], "labels": [i // 2 for i in range(14)]}
     if "vit." in block:
         names["vit"] = small_vit()
     if "clip." in block:
@@ -88,7 +92,7 @@ def test_a_python_block_of_the_readme_runs(block):
 
 
 def test_the_readme_has_the_blocks_that_are_tested():
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 13
 
 
 def test_the_usual_wrapper_of_two_encoder_calls_explains_the_reference_as_the_readme_says():

@@ -19,7 +19,7 @@ from captum_fam import FeatureActivationMap, LabelFreeActivationMap, Relax, Simi
 @pytest.fixture(params=[PooledEncoder, HeadEncoder])
 def question(request):
     net = seeded(request.param)
-    encoder = study.Encoder(net, net.layer, 16, "none")
+    encoder = study.Encoder("small", net, net, net.layer, 16, "none")
     return study.Question.of(encoder, random(3, 3, 16, 16), random(3, 3, 16, 16, seed=2))
 
 
@@ -85,9 +85,16 @@ def test_the_best_match_by_hand(question):
     assert study.best_match(question)[1, 0, 0, 1].item() == pytest.approx(max(cosines))
 
 
-def test_the_swapped_question_has_the_reference_of_the_next_image(question):
-    assert torch.equal(question.swapped().s, question.s[[1, 2, 0]])
-    assert torch.equal(question.swapped().images, question.images)
+def test_a_swapped_question_has_the_references_of_these_numbers(question):
+    other = question.swapped(torch.tensor([2, 0, 1]))
+    assert torch.equal(other.s, question.s[[2, 0, 1]])
+    assert torch.equal(other.references, question.references[[2, 0, 1]])
+    assert torch.equal(other.images, question.images)
+
+
+def test_another_reference_has_no_shared_class_and_as_few_others_as_can_be():
+    images, references = [{1, 2}, {1, 3}, {4, 5}], [{1, 6}, {1, 7}, {4, 2}]
+    assert study._least_alike(images, references, [{1}, {1}, {4}]).tolist() == [2, 2, 0]
 
 
 def test_the_right_object_is_the_one_with_the_largest_mean_and_ties_count_in_part():
@@ -96,7 +103,7 @@ def test_the_right_object_is_the_one_with_the_largest_mean_and_ties_count_in_par
     assert right_object(maps, objects, 3).tolist() == [1, 0, 0.5]
 
 
-def test_weights_are_forgotten_without_changing_their_shapes_and_the_global_seed_decides_which():
+def test_weights_are_forgotten_without_changing_their_shapes():
     layer = torch.nn.Conv2d(3, 4, 3)
     before = layer.weight.detach().clone()
     with torch.no_grad():
@@ -138,5 +145,6 @@ def test_the_halves_of_the_pictures_have_nothing_in_common():
         one, other = ({p.tobytes() for p in study.pictures(data, name, half)[0]} for half in (0, 1))
         assert one
         assert not one & other
-    photos = [study.pairs(data, "photos", "", 32, half, 24).images for half in (0, 1)]
-    assert not any(torch.equal(a, b) for a in photos[0] for b in photos[1])
+    photos = [study.pairs(data, "photos", "", 32, half, 24) for half in (0, 1)]
+    one, other = (torch.cat([p.images, p.references]) for p in photos)
+    assert not any(torch.equal(a, b) for a in one for b in other)

@@ -16,14 +16,16 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: int = 0) -> Te
     Pointing game (Zhang et al., https://arxiv.org/abs/1608.00507): is the map's largest value
     in the mask?
 
-    Where several places have the largest value, the share of them in the mask.
+    A map smaller than the mask points with the middle of its largest cell; interpolation would
+    spread the largest value of a border cell to the border. Where several places have the
+    largest value, the share of them in the mask.
 
     A map that always points at the middle does well on photographs, because people put
     their subject there: compare with such a map before you believe a number.
 
     Args:
-        attributions (Tensor): Maps (B, C, H, W), floating point; channels are summed, and
-                    smaller maps resized to the masks, bilinearly.
+        attributions (Tensor): Maps (B, C, h, w), floating point, of any size; channels are
+                    summed.
         masks (Tensor): Where the map should lie, (B, H, W) or (B, 1, H, W), bool; for boxes
                     see :func:`box_masks`.
         tolerance (int): A hit may be so many pixels away from the mask, along each axis. The
@@ -44,12 +46,20 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: int = 0) -> Te
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, int) or tolerance < 0:
         raise ValueError(f"Expected `tolerance` to be a number of pixels, 0 or more, but got {describe(tolerance)}.")
-    maps, inside = _places(attributions, masks)
+    inside = _inside(masks)
+    maps = maps_of(attributions)
+    if maps.ndim != 3:
+        raise ValueError(
+            "Expected `attributions` (B, C, h, w) with 2 spatial dimensions, but got maps of shape"
+            f" {(len(maps), 1, *maps.shape[1:])}."
+        )
+    _check_masks(len(maps), inside)
     if tolerance:
-        image = inside.reshape(len(inside), 1, *masks.shape[-2:]).to(maps)
-        inside = F.max_pool2d(image, 2 * tolerance + 1, 1, tolerance).flatten(1) > 0
-    top = maps == maps.amax(1, keepdim=True)
-    return (top & inside).sum(1) / top.sum(1)
+        inside = F.max_pool2d(inside[:, None].float(), 2 * tolerance + 1, 1, tolerance)[:, 0] > 0
+    y, x = (((torch.arange(n) + 0.5) * size / n).long() for n, size in zip(maps.shape[1:], inside.shape[1:]))
+    hit = inside[:, y[:, None], x].to(maps.device)
+    top = maps == maps.amax((1, 2), keepdim=True)
+    return (top & hit).sum((1, 2)) / top.sum((1, 2))
 
 
 def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
@@ -63,7 +73,9 @@ def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
     values gets 0.
 
     Args:
-        attributions, masks (Tensor): As in :func:`pointing_game`.
+        attributions (Tensor): Maps (B, C, h, w), floating point; channels are summed, and maps
+                    of another size resized to the masks, bilinearly.
+        masks (Tensor): As in :func:`pointing_game`.
 
     Returns:
         *Tensor*: shares in [0, 1], (B,), on the maps' device.
@@ -92,7 +104,7 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Tensor:
     a map without structure it is the mask's share of the image.
 
     Args:
-        attributions, masks (Tensor): As in :func:`pointing_game`.
+        attributions, masks (Tensor): As in :func:`energy_pointing_game`.
 
     Returns:
         *Tensor*: shares in [0, 1], (B,), on the maps' device.
@@ -125,7 +137,7 @@ def iou(attributions: Tensor, masks: Tensor, threshold: float | None = 0.5) -> T
     in view: an upper bound, which is the mask's share of the image or more for any map.
 
     Args:
-        attributions, masks (Tensor): As in :func:`pointing_game`.
+        attributions, masks (Tensor): As in :func:`energy_pointing_game`.
         threshold (float, optional): In (0, 1]; None for the best of all thresholds.
                     Default: 0.5
 
@@ -194,18 +206,27 @@ def box_masks(boxes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
 
 def _places(attributions: Any, masks: Any) -> tuple[Tensor, Tensor]:
     """Maps and masks, (B, H * W)."""
+    inside = _inside(masks)
+    maps = maps_of(attributions, inside.shape[1:])
+    _check_masks(len(maps), inside)
+    return maps.flatten(1), inside.flatten(1).to(maps.device)
+
+
+def _inside(masks: Any) -> Tensor:
+    """Masks (B, H, W)."""
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         raise TypeError(f"Expected `masks` to be a bool tensor (B, H, W), but got {describe(masks)}; pass masks > 0.")
     if masks.ndim not in (3, 4) or (masks.ndim == 4 and masks.shape[1] != 1):
         raise ValueError(f"Expected `masks` (B, H, W) or (B, 1, H, W), but got shape {tuple(masks.shape)}.")
-    maps = maps_of(attributions, masks.shape[-2:]).flatten(1)
-    inside = masks.flatten(1).to(maps.device)
-    if len(maps) != len(inside):
-        raise ValueError(f"Expected a mask for each map, but got {len(inside)} masks for {len(maps)} maps.")
-    if not inside.any(1).all():
-        empty = (~inside.any(1)).nonzero().flatten().tolist()
+    return masks.flatten(0, -3)
+
+
+def _check_masks(maps: int, inside: Tensor) -> None:
+    if len(inside) != maps:
+        raise ValueError(f"Expected a mask for each map, but got {len(inside)} masks for {maps} maps.")
+    if not inside.any(2).any(1).all():
+        empty = (~inside.any(2).any(1)).nonzero().flatten().tolist()
         raise ValueError(f"Expected `masks` to show where the map should lie, but masks {empty} are empty.")
-    return maps, inside
 
 
 def _or_one(x: Tensor) -> Tensor:
