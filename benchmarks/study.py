@@ -340,9 +340,8 @@ def relax(masks: Tensor, cosines: Tensor) -> Tensor:
 
 def distance_explainer(masks: Tensor, cosines: Tensor) -> Tensor:
     """
-    Distance Explainer (Meijer and Bos, https://arxiv.org/abs/2505.15516), with the default ranges of the authors' class:
-    the mean of the fifth of the masks with the smallest distance to the reference, less that of the fifth with the
-    largest.
+    Distance Explainer (Meijer and Bos, https://arxiv.org/abs/2505.15516), with the default ranges of their class: the
+    mean of the fifth of the masks with the smallest distance to the reference, less that of the fifth with the largest.
     """
     fifth, order = masks.shape[0] // 5, cosines.argsort(1, descending=True)
     return (masks[order[:, :fifth]].mean(1) - masks[order[:, -fifth:]].mean(1))[:, None]
