@@ -186,6 +186,16 @@ def is_finished(cell: Cell, settings: Settings, folder: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["settings"] == asdict(settings)
 
 
+def cosines(name: str, settings: Settings, data: Path) -> tuple[float, float]:
+    """The mean cosine of the scenes of a pair, and of scenes without an object in common."""
+    encoder = study.encoder(name, data)
+    pairs = study.pairs(data, "medium", encoder.pictures, encoder.size, settings.half, settings.pairs)
+    with torch.no_grad():
+        z, s = (torch.cat([encoder.net(x) for x in images.split(16)]) for images in (pairs.images, pairs.references))
+    own, other = (torch.cosine_similarity(z, t).mean().item() for t in (s, s[pairs.other]))
+    return own, other
+
+
 def draw_examples(data: Path, settings: Settings, path: Path) -> None:
     """The first scenes of the bundled encoder, whose photos are in the public domain (CC0), and their maps."""
     encoder = study.encoder("bundled", data)
@@ -228,7 +238,9 @@ def main(jobs: int, only: tuple[str, ...], output: Path, smoke: bool) -> None:
             pool.shutdown(wait=False, cancel_futures=True)  # what is finished is kept
             raise
     draw_examples(data, settings, output / "maps.png")
-    write_report([json.loads((folder / f"{cell.name}.json").read_text()) for cell in wanted], output, COMMAND)
+    found = [json.loads((folder / f"{cell.name}.json").read_text()) for cell in wanted]
+    names = sorted({cell.encoder for cell in wanted})
+    write_report(found, {name: cosines(name, settings, data) for name in names}, output, COMMAND)
     click.echo((output / "README.md").read_text())
 
 

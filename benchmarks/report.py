@@ -77,8 +77,8 @@ of another pair without the shared class, which shows what the reference is good
 *The first scenes of the bundled encoder (clothing photos, CC0); the shared object is outlined. Signed maps are red and
 blue. Best match also finds that background is like background.*
 
-By encoder, how often it uses the shared object (trained, untrained, shuffled weights; chance 0.25), and how often a map
-finds it:
+By encoder: the mean cosine of a pair and of scenes without a common object, how often the encoder uses the shared
+object (trained, untrained, shuffled weights; chance 0.25), and how often a map finds it:
 
 {by_encoder}
 
@@ -349,7 +349,7 @@ def sanity_table(study: Study) -> str:
     return table(header, rows)
 
 
-def encoders_table(study: Study) -> str:
+def encoders_table(study: Study, cosines: dict[str, tuple[float, float]]) -> str:
     """By encoder: what it uses, and which maps find it."""
     names = [
         FAM,
@@ -366,12 +366,13 @@ def encoders_table(study: Study) -> str:
         rows.append(
             [
                 encoder,
+                *(f"{cosine:.2f}" for cosine in cosines[encoder]),
                 *(f"{study.used_share(encoder, w, 'medium'):.2f}" for w in ("trained", "untrained", "shuffled")),
                 f"{study.used_share(encoder, 'trained', 'hard'):.2f}",
                 *("-" if v is None else f"{v.mean():.2f}" for v in values),
             ]
         )
-    return table(["encoder", "used", "untrained", "shuffled", "used, hard", *names], rows)
+    return table(["encoder", "cosine", "of others", "used", "untrained", "shuffled", "used, hard", *names], rows)
 
 
 def mean_colour_table(study: Study) -> str:
@@ -478,7 +479,9 @@ def draw_maps(columns: dict[str, NDArray[np.float64]], outlines: dict[str, NDArr
     plt.close(figure)
 
 
-def write_report(cells: list[dict[str, Any]], output: Path, command: str) -> None:
+def write_report(
+    cells: list[dict[str, Any]], cosines: dict[str, tuple[float, float]], output: Path, command: str
+) -> None:
     """README.md, results.csv and figures in a folder."""
     study = Study(cells)
     write_csv(study, output / "results.csv")
@@ -501,7 +504,7 @@ def write_report(cells: list[dict[str, Any]], output: Path, command: str) -> Non
         hard=scenes_table(study, "hard"),
         medium_places=places_table(study, "medium"),
         photo_places=places_table(study, "photos"),
-        by_encoder=encoders_table(study),
+        by_encoder=encoders_table(study, cosines),
         mean_colour=mean_colour_table(study),
         medium_faithfulness=faithfulness_table(study, "medium"),
         photo_faithfulness=faithfulness_table(study, "photos"),
