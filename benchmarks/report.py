@@ -58,6 +58,14 @@ object. ¹ sees the reference's map, not only its embedding, and looks for like 
 *residual 0.9* and *best match* were chosen on the other half of the pictures, with the same encoders:
 [weightings.md](weightings.md).
 
+## In short
+
+*Right object* (chance 0.25; untrained encoders in brackets), *faithfulness* (insertion less deletion with blur, over a
+random map) and *reference dependence* are measured on shared-object scenes, *photos* is the rank accuracy in the masks
+of objects in photos; all are explained below.
+
+{summary}
+
 ## Shared-object scenes
 
 Two scenes of four objects share one, in another view (mirrored, turned, resized, other gamma), all objects in one
@@ -283,6 +291,32 @@ def scenes_table(study: Study, source: str) -> str:
     return table(header, rows)
 
 
+def summary_table(study: Study) -> str:
+    """A number of each kind."""
+
+    def gap(m: str) -> str:
+        one, two, zero, other = (
+            study.samples("trained", "medium", x, f"{k}, blur")
+            for x in (m, "random")
+            for k in ("insertion", "deletion")
+        )
+        return shown(mean_over([one[e] - two[e] - zero[e] + other[e] for e in one]), sign=True)
+
+    rows = []
+    for m in study.methods("medium"):
+        untrained = study.mean("untrained", "medium", m, "right object")[0]
+        rows.append(
+            [
+                title(m),
+                f"{shown(study.mean('trained', 'medium', m, 'right object'))} ({untrained:.2f})",
+                gap(m),
+                shown(study.mean("trained", "medium", m, "reference dependence")),
+                shown(study.mean("trained", "photos", m, "rank accuracy")),
+            ]
+        )
+    return table(["method", "right object", "faithfulness", "reference dependence", "photos"], rows)
+
+
 def title(method: str) -> str:
     """The name of a method, with a mark for what it sees more than an embedding of one reference."""
     return {"best match": "best match ¹", "contrast with the rest": "contrast with the rest ²"}.get(method, method)
@@ -500,6 +534,7 @@ def write_report(
         photos=photos,
         resamples=RESAMPLES,
         least_used=LEAST_USED,
+        summary=summary_table(study),
         medium=scenes_table(study, "medium"),
         hard=scenes_table(study, "hard"),
         medium_places=places_table(study, "medium"),
