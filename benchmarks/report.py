@@ -406,6 +406,8 @@ def encoders_table(study: Study, cosines: dict[str, tuple[float, float]]) -> str
                 *("-" if v is None else f"{v.mean():.2f}" for v in values),
             ]
         )
+    means = [np.nanmean([float(row[i]) if row[i] != "-" else np.nan for row in rows]) for i in range(1, len(rows[0]))]
+    rows.append(["mean", *(f"{mean:.2f}" for mean in means)])
     return table(["encoder", "cosine", "of others", "used", "untrained", "shuffled", "used, hard", *names], rows)
 
 
@@ -478,7 +480,8 @@ def draw_agreement(study: Study, path: Path) -> None:
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
     axis.set_yticks(range(len(names)), names)
     for i, j in np.ndindex(mean.shape):
-        axis.text(j, i, f"{mean[i, j]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7)
+        text = f"{mean[i, j] + 0.0:.2f}"
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if mean[i, j] > 0.7 else "black")
     figure.colorbar(image, label="Spearman's rank correlation")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -92,7 +92,13 @@ def test_a_python_block_of_the_readme_runs(block):
 
 
 def test_the_readme_has_the_blocks_that_are_tested():
-    assert len(BLOCKS) == 13
+    assert len(BLOCKS) == 14
+
+
+def test_the_summary_in_the_readme_is_that_of_the_study():
+    results = (README.parent / "benchmarks" / "faithfulness" / "README.md").read_text(encoding="utf-8")
+    (summary,) = re.findall(r"^\| method \| right object \| faithfulness .*?\n\n", results, re.M | re.S)
+    assert summary in README.read_text(encoding="utf-8")
 
 
 def test_the_usual_wrapper_of_two_encoder_calls_explains_the_reference_as_the_readme_says():
