@@ -429,6 +429,8 @@ def write_csv(study: Study, path: Path) -> None:
         for (encoder, weights, source), cell in sorted(study.cells.items()):
             for method, by_metric in cell["values"].items():
                 for metric, values in by_metric.items():
+                    if metric.endswith("swapped") and not metric.startswith("right object"):
+                        continue
                     numbers = [f"{x:.4f}" for x in mean_over([np.array(values)])]
                     writer.writerow([encoder, weights, source, method, metric, len(values), *numbers])
             if "used" in cell:
@@ -512,7 +514,7 @@ def draw_maps(columns: dict[str, NDArray[np.float64]], outlines: dict[str, NDArr
         axis.set(xticks=[], yticks=[])
         if not row:
             axis.set_title(name, fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=75)
     plt.close(figure)
 
 

@@ -39,6 +39,13 @@ PRETRAINED = {  # name: (size of the images, pictures of the scenes)
 }
 CONTRASTIVE = {"simclr": 64, "barlow_twins": 64, "byol": 64, "dino_vit": 32, "clip": 32}
 ENCODERS = [*PRETRAINED, "bundled", *CONTRASTIVE, "mean_colour"]
+LAYERS: dict[str, Callable[[Any], nn.Module]] = {  # of the contrastive encoders, to explain
+    "simclr": lambda model: model.backbone.stage3,
+    "barlow_twins": lambda model: model.backbone.stage3,
+    "byol": lambda model: model.backbone.stage3,
+    "dino_vit": lambda model: model.backbone.blocks[-1].norm1,
+    "clip": lambda model: model.vision_model.encoder.layers[-1].layer_norm1,
+}
 FAMILIES = {  # encoders of one are not independent of each other
     **{name: name.split("_")[0].rstrip("0123456789") for name in PRETRAINED},
     "protonet_omniglot": "omniglot",
@@ -97,7 +104,7 @@ class MeanColour(nn.Module):
 def encoder(name: str, data: Path, weights: str = "trained") -> Encoder:
     """An encoder, trained or as a control."""
     if name in PRETRAINED:
-        loaded, (size, pictures) = _pretrained(data, name), PRETRAINED[name]
+        loaded, (size, pictures) = pretrained(data, name), PRETRAINED[name]
         front: list[nn.Module] = [Normalize(loaded.meta["mean"], loaded.meta["std"])]
         layer = loaded.layer
         if loaded.channels == 1:
@@ -115,10 +122,7 @@ def encoder(name: str, data: Path, weights: str = "trained") -> Encoder:
         net, size, pictures = Embedding(model), CONTRASTIVE[name], "cifar"
         embedder = nn.ModuleList([model.vision_model, model.visual_projection]) if name == "clip" else model.backbone
         front = [Normalize(trained.MEAN, trained.STD)]
-        layer = {
-            "dino_vit": lambda: model.backbone.blocks[-1].norm1,
-            "clip": lambda: model.vision_model.encoder.layers[-1].layer_norm1,
-        }.get(name, lambda: model.backbone.stage3)()
+        layer = LAYERS[name](model)
     torch.manual_seed(crc32(name.encode()))  # encoders of one architecture do not become one network
     with torch.no_grad():
         for module in embedder.modules() if weights != "trained" else ():
@@ -144,10 +148,11 @@ def _forget(module: nn.Module, weights: str) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def _pretrained(data: Path, name: str) -> Any:
+def pretrained(data: Path, name: str) -> Any:
+    """An encoder of the data folder, by its own loader."""
     spec = importlib.util.spec_from_file_location("pretrained_encoders", data / "encoders.py")
     if spec is None or spec.loader is None or not (data / "encoders.py").exists():
-        raise FileNotFoundError(f"there is no {data / 'encoders.py'}: CAPTUM_FAM_DATA names its folder")
+        raise FileNotFoundError(f"{data} has no encoders.py: name the data folder in CAPTUM_FAM_DATA")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)

@@ -7,13 +7,12 @@ share of the positive map in it: images are collages of two, side by side, and t
 them. Chance is 0.5; untrained encoders are the control.
 """
 
-import importlib.util
 import io
 import os
 import random
-import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ import torch.nn.functional as F
 from easyfsl.methods import PrototypicalNetworks
 from lightly.utils.benchmarking import knn_predict
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import train_contrastive as trained
+from benchmarks.study import LAYERS, Embedding, pretrained
 from captum_fam import (
     FeatureActivationMap,
     SimilarityDecomposition,
@@ -38,24 +38,6 @@ from captum_fam import (
 )
 
 SEED = 0
-LAYERS: dict[str, Callable[[Any], nn.Module]] = {
-    "simclr": lambda model: model.backbone.stage3,
-    "barlow_twins": lambda model: model.backbone.stage3,
-    "byol": lambda model: model.backbone.stage3,
-    "dino_vit": lambda model: model.backbone.blocks[-1].norm1,
-    "clip": lambda model: model.vision_model.encoder.layers[-1].layer_norm1,
-}
-
-
-class Embedding(nn.Module):
-    """Images to what a trained encoder compares."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return trained.embed(self.model, images)
 
 
 def left_share(maps: Tensor) -> Tensor:
@@ -245,16 +227,6 @@ def _untrained(name: str) -> Any:
     return trained.build(name).eval()
 
 
-def _loader(data: Path) -> Callable[[str], Any]:
-    spec = importlib.util.spec_from_file_location("pretrained_encoders", data / "encoders.py")
-    if spec is None or spec.loader is None or not (data / "encoders.py").exists():
-        raise click.ClickException(f"{data} has no encoders.py: name the data folder in CAPTUM_FAM_DATA")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module.load
-
-
 @click.command()
 @click.option("--episodes", default=50, show_default=True, help="Few-shot episodes of each kind.")
 @click.option("--count", default=200, show_default=True, help="Collages.")
@@ -263,7 +235,7 @@ def main(episodes: int, count: int) -> None:
     if not os.environ.get("CAPTUM_FAM_DATA"):
         raise click.ClickException("CAPTUM_FAM_DATA is not set: name the folder with encoders.py and photos/")
     data = Path(os.environ["CAPTUM_FAM_DATA"])
-    load = _loader(data)
+    load = partial(pretrained, data)
     for title, lines in (
         ("Few-shot", few_shot(data, load, episodes)),
         ("Contrastive", contrastive(data, count)),
