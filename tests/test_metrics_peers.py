@@ -11,7 +11,10 @@ from torch import nn
 
 from captum_fam import SimilarityScore
 from captum_fam.metrics import (
+    average_drop,
+    average_increase,
     cascading_randomization,
+    deletion,
     energy_pointing_game,
     pointing_game,
     relevance_rank_accuracy,
@@ -79,6 +82,20 @@ def test_what_is_left_after_a_removal_is_that_of_pytorch_grad_cam(peer_road, per
         close(scores[:, 0], expected, rtol=1e-4)
 
 
+def test_drop_and_increase_are_those_of_pytorch_grad_cam_but_for_their_unit():
+    peer = pytest.importorskip("pytorch_grad_cam.metrics.cam_mult_image")
+    score, x, maps = a_score((4, 5))
+    masks = (maps - maps.amin((2, 3), keepdim=True)) / (
+        maps.amax((2, 3), keepdim=True) - maps.amin((2, 3), keepdim=True)
+    )
+    arguments = (x, masks[:, 0].numpy(), [lambda output: output[1]] * 2, score)
+    with torch.no_grad():
+        span = (score(x) - score(torch.zeros_like(x)))[:, 1].abs()
+    drop = torch.from_numpy(peer.DropInConfidence()(*arguments))
+    close(average_drop(score, x, maps, "zero", target=1), (drop / span).clamp(max=1), rtol=1e-4)
+    close(average_increase(score, x, maps, "zero", target=1), peer.IncreaseInConfidence()(*arguments))
+
+
 # Quantus
 
 DISTINCT = hnp.arrays(np.float64, (3, 1, 4, 5), elements=st.integers(-500, 500).map(float), unique=True)
@@ -121,6 +138,20 @@ def test_energy_is_the_positive_attribution_localisation_of_quantus(maps, masks)
 def test_a_rank_accuracy_of_distinct_values_is_that_of_quantus(maps, masks):
     expected = peer("RelevanceRankAccuracy").evaluate_batch(a_batch=maps, s_batch=masks)
     close(relevance_rank_accuracy(torch.from_numpy(maps), torch.from_numpy(masks)), expected)
+
+
+def test_deletion_is_the_pixel_flipping_of_quantus():
+    quantus = pytest.importorskip("quantus")
+    encoder = seeded(lambda: PooledEncoder(in_channels=1)).float()
+    score = SimilarityScore(encoder, random(3, 6, dtype=torch.float32), "dot").eval()
+    x = random(1, 1, 4, 5, dtype=torch.float32).abs()
+    x[0, 0, 0, 0] = 0  # their black is the smallest value of the input
+    maps = torch.randperm(20, generator=torch.Generator().manual_seed(5)).reshape(1, 1, 4, 5).float()
+    metric = quantus.PixelFlipping(features_in_step=2, normalise=False, disable_warnings=True)
+    expected = metric(score, x.numpy(), np.array([1]), maps.numpy(), softmax=False, device="cpu")
+    found = deletion(score, x, maps, "zero", target=1, n_steps=10)
+    close(found.scores[:, 1:], expected, rtol=1e-4)
+    assert found.scores.std() > 1e-3
 
 
 @pytest.mark.parametrize("kind", [PooledEncoder, HeadEncoder, ResidualEncoder, BranchedEncoder])
