@@ -19,23 +19,23 @@ from PIL import Image, ImageDraw
 
 Pictures = tuple[list[Image.Image], list[int]]
 
+LEAST_SIDE = 40  # of the box of an object, in pixels
 WHOLE = 0.3  # of its box, what an object covers at least; below, it is mostly hidden or spread out
 SHARE = (0.03, 0.5)  # of a photo, what the objects of the shared category cover
 
 
-def coco_cutouts(folder: str | Path, min_side: int = 40, half: int | None = None) -> Pictures:
+def coco_cutouts(folder: str | Path, half: int | None = None) -> Pictures:
     """
     Objects of the COCO photos, cut out (RGBA), and their category ids; one of each category in a photo.
 
     Args:
         folder: of the data.
-        min_side: of an object's box, in pixels.
         half: 0 or 1, for the photos with even or odd numbers alone.
     """
     photos, annotations = _coco(folder)
     found: dict[tuple[int, int], Image.Image] = {}
     for a in sorted(annotations, key=lambda a: -a["area"]):
-        if a["iscrowd"] or min(a["bbox"][2:]) < min_side or a["area"] < WHOLE * a["bbox"][2] * a["bbox"][3]:
+        if a["iscrowd"] or min(a["bbox"][2:]) < LEAST_SIDE or a["area"] < WHOLE * a["bbox"][2] * a["bbox"][3]:
             continue
         if half is not None and a["image_id"] % 2 != half:
             continue
@@ -84,22 +84,22 @@ def coco_pairs(folder: str | Path, half: int | None = None) -> list[Pair]:
     return pairs
 
 
-def clothing(folder: str | Path, split: str = "test", per_class: int | None = None) -> Pictures:
-    """Photos of clothing in 10 classes, numbered by name, of the train, validation or test split."""
-    return _zipped(folder, "clothing.zip", f"{split}/", per_class)
+def clothing(folder: str | Path) -> Pictures:
+    """Photos of clothing in 10 classes, numbered by name, of the test split."""
+    return _zipped(folder, "clothing.zip", "test/")
 
 
-def cifar10(folder: str | Path, split: str = "test", per_class: int | None = None) -> Pictures:
-    """Images of CIFAR-10, classes numbered by name, of the train or test split."""
-    return _zipped(folder, "cifar10.zip", f"{split}/", per_class)
+def cifar10(folder: str | Path) -> Pictures:
+    """Images of CIFAR-10, classes numbered by name, of the test split."""
+    return _zipped(folder, "cifar10.zip", "test/")
 
 
 def omniglot(folder: str | Path) -> Pictures:
     """Drawings of Omniglot, strokes black on white, and the number of the alphabet's character."""
-    return _zipped(folder, "omniglot_small1.zip", "images_background_small1/", None)
+    return _zipped(folder, "omniglot_small1.zip", "images_background_small1/")
 
 
-def _zipped(folder: str | Path, name: str, prefix: str, per_class: int | None) -> Pictures:
+def _zipped(folder: str | Path, name: str, prefix: str) -> Pictures:
     """The images below a folder of a zip file, in order of name, and the numbers of the folders that they are in."""
     with zipfile.ZipFile(_file(folder, name)) as zipped:
         files = [n for n in sorted(zipped.namelist()) if n.startswith(prefix) and not n.endswith("/")]
@@ -110,7 +110,7 @@ def _zipped(folder: str | Path, name: str, prefix: str, per_class: int | None) -
         classes = defaultdict(list)
         for n in files:
             classes[n.rpartition("/")[0]].append(n)
-        kept = [(n, label) for label, members in enumerate(classes.values()) for n in members[:per_class]]
+        kept = [(n, label) for label, members in enumerate(classes.values()) for n in members]
         return [Image.open(io.BytesIO(zipped.read(n))).convert("RGB") for n, _ in kept], [label for _, label in kept]
 
 

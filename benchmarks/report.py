@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, false_discovery_control, wilcoxon
 
-from benchmarks.study import FAMILIES
+from benchmarks.study import CONTROLS, FAMILIES
 
 Values = NDArray[np.float64]
 Cells = dict[tuple[str, str, str], dict[str, Any]]  # by encoder, weights, source
 
 FAM = "FAM cosine"
 RESAMPLES, SEED = 2000, 0
-CONTROLS = ("random", "centred blob")
 ORDER = (
     FAM,
     "FAM signed",

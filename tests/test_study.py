@@ -133,6 +133,11 @@ def test_the_mean_over_encoders_counts_each_the_same_and_leaves_out_what_does_no
     assert low <= mean <= high
 
 
+def test_an_encoder_with_fewer_pairs_that_count_weighs_the_same_in_the_interval():
+    few, all_of_them = np.array([0.0] * 20 + [np.nan] * 20), np.ones(40)
+    assert report.mean_over([few, all_of_them]) == (0.5, 0.5, 0.5)
+
+
 def test_the_interval_of_encoders_that_see_the_same_pairs_is_that_of_one_of_them():
     values = np.random.default_rng(0).random(40)
     assert report.mean_over([values] * 10) == pytest.approx(report.mean_over([values]))

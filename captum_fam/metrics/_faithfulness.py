@@ -76,7 +76,8 @@ def deletion(
         attributions (Tensor): Their maps, (B, C', \*spatial); channels are summed, and other
                     sizes resized to the inputs, linearly.
         baselines (str, float or Tensor): What stands for nothing: ``"blur"`` (images only; a
-                    Gaussian of 10 pixels for images of 224, and in proportion), ``"mean"``
+                    Gaussian of 10 pixels for images of 224, and in proportion: next to nothing
+                    for images of a few pixels), ``"mean"``
                     (of each input and channel), ``"zero"``, or a value that expands to the
                     shape of ``inputs``.
                     Default: ``"blur"``
