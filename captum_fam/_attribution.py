@@ -1,7 +1,7 @@
 """What the attribution methods share: the rules of references, one recorded pass, and results in Captum's forms."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -17,6 +17,7 @@ from captum_fam._captum import TargetType
 from captum_fam._checks import (
     check_callable,
     check_dimensions,
+    check_internal_batch_size,
     check_reference_embedding,
     check_rows_fit,
     check_same_form,
@@ -27,14 +28,16 @@ from captum_fam._checks import (
 )
 from captum_fam._distances import canonical
 from captum_fam._layers import last_map
-from captum_fam._recording import Recording, Tensors
+from captum_fam._recording import NOT_AT_ALL, OFF_THE_MAP, Call, Recording, RoutesDifferError, Tensors
 from captum_fam.score import SimilarityScore
-from captum_fam.similarity import Similarity, check_similarity, widen
+from captum_fam.similarity import Similarity, check_similarity, largest, widen
 
 Inputs: TypeAlias = Tensor | Tensors
 Maps: TypeAlias = Tensor | Tensors | list[Tensor | Tensors]
 Other: TypeAlias = Tensor | Literal["rest"] | None
 Selector: TypeAlias = Callable[[Any], Tensor] | None
+Once: TypeAlias = Callable[[object, Callable[[], Tensor]], Tensor]
+SIDES = ("inputs", "references")
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,20 @@ class Question:
     other: Other
     similarity: Similarity
 
-    def to(self, z: Tensor) -> "Question":
-        """On the device of the embeddings z (B, D) and in their dtype."""
-        check_dimensions(z, self.s)
-        other = self.other.to(z.device) if isinstance(self.other, Tensor) else self.other
-        return replace(self, s=self.s.to(z), own=self.own.to(z.device), other=other)
-
-    def of(self, rows: Tensor) -> "Question":
+    def of(self, rows: Tensor | slice) -> "Question":
         """The question about the inputs of these rows."""
-        other = self.other[rows] if isinstance(self.other, Tensor) else self.other
-        return replace(self, own=self.own[rows], other=other)
+        own = self.own if len(self.own) == 1 else self.own[rows]
+        return replace(self, own=own, other=self.other[rows] if isinstance(self.other, Tensor) else self.other)
 
-    def contributions(self, z: Tensor, similarity: Similarity | None = None) -> Tensor:
-        """c (B, P, D) for embeddings z (B, D)."""
-        return _method.contributions(z, self.s, self.own, self.other, similarity or self.similarity)
+    def contributions(self, z: Tensor, similarity: Similarity | None = None, once: Once = lambda _, f: f()) -> Tensor:
+        """c (B, P, D) for embeddings z (B, D); ``once`` keeps what all parts of a question share."""
+        check_dimensions(z, self.s)
+        rule, own = similarity or self.similarity, self.s[self.own].to(z)
+        if self.other != "rest":
+            other = None if self.other is None else self.s[self.other].to(z)
+            return _method.contributions(z, own, rule, other)
+        total = once(id(rule), lambda: _method.total_contributions(z, self.s, rule))
+        return _method.contrast_with_rest(_method.contributions(z, own, rule), total, len(self.s))
 
 
 class Pairs:
@@ -90,36 +93,29 @@ class Pairs:
     Attributes:
         recording: of the inputs' forward pass.
         question: about them.
+        references: how many each input has over all, where the question is a part of another.
         z: embeddings (B, D) of the inputs.
         c: contributions (B, P, D).
     """
 
-    def __init__(
-        self, recording: Recording, question: Question, sides: tuple[str, str] = ("inputs", "references")
-    ) -> None:
+    def __init__(self, recording: Recording, question: Question, references: int) -> None:
         self.recording = recording
+        self.question = question
+        self.references = references
         self.z = widen(recording.embedding)
-        self.question = question.to(self.z)
-        self.c = self.question.contributions(self.z)
-        self._sides = sides
+        self.c = self.contributions(question.similarity)
+
+    def contributions(self, similarity: Similarity) -> Tensor:
+        """c (B, P, D) by a similarity."""
+        return self.question.contributions(self.z, similarity, self.recording.once)
 
     def explainable(self) -> Tensor:
         """Which pairs (B, P) have a similarity that can be explained: their embeddings are finite and not zero."""
-        s, own, other = self.question.s, self.question.own, self.question.other
-        inputs = usable(self.z)
-        references = torch.ones(len(s), dtype=torch.bool, device=s.device)
-        used = own.unique() if other is None else slice(None)
-        references[used] = usable(s[used])
-        valid = inputs[:, None] & references[own] & self.c.abs().amax(2).isfinite()
-        if isinstance(other, Tensor):
-            valid &= references[other]
-        if not valid.all():
-            bad = [
-                f"{side} {(~good).nonzero().flatten().tolist()}"
-                for side, good in sorted(zip(self._sides, (inputs, references)))
-                if not good.all()
-            ]
-            self.recording.doubts.append(unexplained(", ".join(bad) or "their contributions overflow"))
+        question = self.question
+        indices = [question.own, question.other] if isinstance(question.other, Tensor) else [question.own]
+        valid = usable(self.z)[:, None] & largest(self.c)[..., 0].isfinite()
+        for index in indices:
+            valid = valid & usable(question.s[index]).to(self.z.device)
         return valid
 
 
@@ -206,14 +202,25 @@ class SimilarityAttribution(Attribution):
         """Whether references may be left out: the outputs are then an embedding, a class is one dimension of it."""
         return self.similarity is None
 
-    def _embedded(self, references: References, inputs: Tensors, additional_forward_args: object | None) -> Tensor:
-        """s (K, D)"""
+    def _embedded(
+        self, references: References, inputs: Tensors, additional_forward_args: object | None, most: int | None
+    ) -> Tensor:
+        """s (K, D), made of at most so many references at once"""
         if not references.are_inputs:
             return references.tensors[0].detach()
-        check_rows_fit(additional_forward_args, len(inputs[0]), len(references))
-        return _recording.embed(
-            self._encoder(), "reference", references.tensors, additional_forward_args, self._selector()
-        )
+        B, K = len(inputs[0]), len(references)
+        check_rows_fit(additional_forward_args, B, K)
+        parts = [
+            _recording.embed(
+                self._encoder(),
+                "reference",
+                cut(references.tensors, rows),
+                cut_arguments(additional_forward_args, rows, B) if B == K else additional_forward_args,
+                self._selector(),
+            )
+            for rows in slices(K, most)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _question(
         self,
@@ -223,29 +230,25 @@ class SimilarityAttribution(Attribution):
         reference: Inputs | None,
         reference_embedding: Tensor | None,
         contrast: TargetType | str,
+        most: int | None = None,
     ) -> Question:
         """The question about one reference for each input."""
-        references = self._references(inputs, reference, reference_embedding, additional_forward_args)
-        B, K = len(inputs[0]), len(references)
-        own, other = self._own(target, references, B)[:, None], _other(contrast, K, B)
-        s = self._embedded(references, inputs, additional_forward_args)
-        return Question(s, own, other, references.similarity)
+        B, rows = len(inputs[0]), slice(0, most)
+        references = self._references(
+            cut(inputs, rows), reference, reference_embedding, cut_arguments(additional_forward_args, rows, B)
+        )
+        own, other = self._own(target, references, B)[:, None], _other(contrast, len(references), B)
+        s = self._embedded(references, inputs, additional_forward_args, most)
+        return Question(s, own.to(s.device), other, references.similarity)
 
-    def _scores(
-        self,
-        changed: Tensor,
-        rows: Tensor,
-        inputs: int,
-        additional_forward_args: Any,
-        question: Question,
-        doubts: list[str],
-    ) -> Tensor:
-        """Scores (N, P) of changed inputs (N, ...), each made from the input of that row."""
-        given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-        args: Any = tuple(a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == inputs else a for a in given)
-        args = None if additional_forward_args is None else args
-        z = _recording.embed(self._encoder(), "inputs", (changed,), args, self._selector())
-        scores = question.to(widen(z)).of(rows).contributions(widen(z)).sum(2)
+    def _embed_changed(self, changed: Tensor, rows: Tensor, inputs: int, additional_forward_args: Any) -> Tensor:
+        """Embeddings (N, D) of changed inputs (N, ...), each made from the input of that row."""
+        args = cut_arguments(additional_forward_args, rows, inputs)
+        return widen(_recording.embed(self._encoder(), "inputs", (changed,), args, self._selector()))
+
+    def _scores(self, z: Tensor, rows: Tensor, question: Question, doubts: list[str]) -> Tensor:
+        """Scores (N, P) of the embeddings z (N, D) of changed inputs."""
+        scores = question.of(rows).contributions(z).sum(2)
         if scores.isfinite().all():
             return scores
         doubts.append("Scores of masked inputs are not finite; they count as zero.")
@@ -328,6 +331,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         reference: Inputs | None = None,
         reference_embedding: Tensor | None = None,
         contrast: TargetType | Literal["rest"] | str = None,
+        internal_batch_size: int | None = None,
     ) -> Maps:
         r"""
         Explains each input's similarity to one reference.
@@ -363,6 +367,10 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
             contrast (int, list, Tensor or str, optional): Number of the reference to contrast
                         with, in the forms of ``target``, or ``"rest"`` for the mean over all
                         the others. The weights are then signed, whatever ``normalize``. Default: None
+            internal_batch_size (int, optional): The inputs, and the references, go through the
+                        encoder at most so many at a time, one chunk after another; the maps are
+                        the same, the memory needed is that of one chunk.
+                        Default: None, all at once
 
         Where Captum repeats the inputs (NoiseTunnel, sensitivity_max), it expands ``target`` but
         not the references or ``contrast``: there, choose among the references with ``target``,
@@ -388,10 +396,19 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
             torch.Size([4, 1, 14, 14])
         """
         inputs = format_inputs("inputs", inputs)
-        question = self._question(inputs, target, additional_forward_args, reference, reference_embedding, contrast)
-        with self._record(inputs, additional_forward_args, attribute_to_layer_input) as recording:
-            maps = self._maps(Pairs(recording, question), relu_attributions, attr_dim_summation)
-        return self._result(maps, recording.doubts)
+        check_internal_batch_size(internal_batch_size)
+        question = self._question(
+            inputs, target, additional_forward_args, reference, reference_embedding, contrast, internal_batch_size
+        )
+        return self._explain(
+            inputs,
+            additional_forward_args,
+            question,
+            internal_batch_size,
+            layer_input=attribute_to_layer_input,
+            relu=relu_attributions,
+            summed=attr_dim_summation,
+        )
 
     def attribute_all(
         self,
@@ -402,6 +419,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         reference_embedding: Tensor | None = None,
         relu_attributions: bool = False,
         contrast: Literal["rest"] | str | None = None,
+        internal_batch_size: int | None = None,
     ) -> Maps:
         r"""
         Explains each input's similarity to every reference, from one recorded forward pass of the inputs.
@@ -411,6 +429,10 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
                         As in :meth:`attribute`.
             contrast (str, optional): ``"rest"`` contrasts each reference with the mean over
                         all the others.
+                        Default: None
+            internal_batch_size (int, optional): As in :meth:`attribute`; at most so many references
+                        are also compared at a time. Without it, their number at a time is chosen
+                        such that the memory needed beside the maps does not grow with K.
                         Default: None
 
         Returns:
@@ -428,21 +450,22 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
             torch.Size([2, 100, 14, 14])
         """
         inputs = format_inputs("inputs", inputs)
-        references = self._references(inputs, reference, reference_embedding, additional_forward_args)
-        B, K = len(inputs[0]), len(references)
+        check_internal_batch_size(internal_batch_size)
+        B, rows = len(inputs[0]), slice(0, internal_batch_size)
+        references = self._references(
+            cut(inputs, rows), reference, reference_embedding, cut_arguments(additional_forward_args, rows, B)
+        )
+        K = len(references)
         if not K:
             raise ValueError("Expected at least one reference, but got none.")
         if contrast not in (None, "rest"):
             raise ValueError(
                 f'Expected `contrast` to be "rest" or None, but got {describe(contrast)}; `attribute` takes a number.'
             )
-        own, other = torch.arange(K).expand(B, -1), _other(contrast, K, B)
-        question = Question(
-            self._embedded(references, inputs, additional_forward_args), own, other, references.similarity
-        )
-        with self._record(inputs, additional_forward_args) as recording:
-            maps = self._maps(Pairs(recording, question), relu_attributions)
-        return self._result(maps, recording.doubts)
+        other = _other(contrast, K, B)
+        s = self._embedded(references, inputs, additional_forward_args, internal_batch_size)
+        question = Question(s, torch.arange(K, device=s.device)[None], other, references.similarity)
+        return self._explain(inputs, additional_forward_args, question, internal_batch_size, relu=relu_attributions)
 
     def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
         r"""
@@ -473,14 +496,16 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         B, K = len(inputs[0]), len(reference[0])
         own, similarity = pair_index(B, K), self._similarity()
         with self._record(inputs, None) as one, self._record(reference, None) as two:
-            maps = self._maps(Pairs(one, Question(two.embedding, own, None, similarity)))
+            maps = self._maps(one, Question(two.embedding, own, None, similarity))
             # A shared reference has one map for each input: its P maps become B of one.
             back = Question(one.embedding, own if K == B else torch.arange(B)[None], None, similarity)
             reference_maps = [
                 tuple(M if K == B else M.transpose(0, 1).contiguous() for M in layer)
-                for layer in self._maps(Pairs(two, back, ("references", "inputs")))
+                for layer in self._maps(two, back, sides=("references", "inputs"))
             ]
-        return self._result(maps, one.doubts + two.doubts), self._result(reference_maps, [])
+        doubts = self._doubts(one) + self._doubts(two)
+        warn_once(doubts)
+        return self._result(maps), self._result(reference_maps)
 
     def _needs_graph(self) -> bool:
         """Whether the weights may need the gradient of the embedding with respect to the layer."""
@@ -499,8 +524,65 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         layers = zip(self._channel_weights(pairs, valid), pairs.recording.layers)
         return [[combine(alpha, A) for alpha, A in zip(*layer)] for layer in layers]
 
-    def _maps(self, pairs: Pairs, relu: bool = False, summed: bool = True) -> list[Tensors]:
-        """For each layer the maps, as _weighted, zero where they mean nothing, in the dtype of the activations."""
+    def _explain(
+        self,
+        inputs: Tensors,
+        additional_forward_args: object | None,
+        question: Question,
+        most: int | None,
+        *,
+        layer_input: bool = False,
+        relu: bool = False,
+        summed: bool = True,
+    ) -> Maps:
+        """The maps of inputs, of which at most so many at a time go through the encoder."""
+        B, call = len(inputs[0]), Call()
+        while True:
+            parts = Parts(B, question.own.shape[1], summed)
+            try:
+                for rows in slices(B, most):
+                    args = cut_arguments(additional_forward_args, rows, B)
+                    with self._record(cut(inputs, rows), args, layer_input, call) as recording:
+                        for columns, maps in self._parts(recording, question.of(rows), relu, summed, most, rows.start):
+                            parts.put(rows, columns, maps)
+            except RoutesDifferError:
+                continue
+            warn_once(self._doubts(recording))
+            return self._result(parts.maps)
+
+    def _maps(self, recording: Recording, question: Question, sides: tuple[str, str] = SIDES) -> list[Tensors]:
+        """The maps (B, P, *spatial) of recorded inputs."""
+        parts = Parts(len(recording.embedding), question.own.shape[1])
+        for columns, maps in self._parts(recording, question, sides=sides):
+            parts.put(slice(0, len(recording.embedding)), columns, maps)
+        return parts.maps
+
+    def _parts(
+        self,
+        recording: Recording,
+        question: Question,
+        relu: bool = False,
+        summed: bool = True,
+        most: int | None = None,
+        first: int = 0,
+        sides: tuple[str, str] = SIDES,
+    ) -> Iterator[tuple[slice, list[Tensors]]]:
+        """The maps of recorded inputs, for some references at a time; ``first`` is the number of the first input."""
+        P = question.own.shape[1]
+        at_once = min(most or P, _method.at_once(recording.embedding))
+        valid = []
+        for columns in slices(P, at_once):
+            pairs = Pairs(recording, replace(question, own=question.own[:, columns]), P)
+            maps, known = self._masked(pairs, relu, summed)
+            valid.append(known)
+            yield columns, maps
+        note_unusable(recording, question, torch.cat(valid, 1), first, sides)
+
+    def _masked(self, pairs: Pairs, relu: bool = False, summed: bool = True) -> tuple[list[Tensors], Tensor]:
+        """
+        For each layer the maps, as _weighted, zero where they mean nothing, in the dtype of the activations; and
+        which (B, P) mean something.
+        """
         maps: list[Tensors] = []
         with torch.no_grad():
             valid = self._valid(pairs)
@@ -508,39 +590,38 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
                 shown = [valid.reshape(*valid.shape, *[1] * (M.ndim - 2)) for M in found]
                 kept = [torch.where(v, F.relu(M) if relu else M, torch.zeros_like(M)) for v, M in zip(shown, found)]
                 maps.append(tuple(M.to(A.dtype) for M, A in zip(kept, layer)))
-        return maps
+        return maps, valid
 
     def _valid(self, pairs: Pairs) -> Tensor:
         """Which maps (B, P) mean something; the others are zero."""
         return pairs.explainable()
 
-    def _check_independent(self, recording: Recording, weights: list[list[Tensor]], w: Tensor, valid: Tensor) -> None:
-        """
-        Doubts, or an error with the layer to choose, where a layer's weights are all zero, though those w (B, P, D)
-        of the embedding (for valid pairs) are not.
-        """
-        asked = torch.where(valid[..., None], w, torch.zeros_like(w))
-        if not asked.any():
-            return
-        # One row for all: its terms do not cancel by chance.
-        mixed = (asked * torch.linspace(1, 2, w.shape[1], dtype=w.dtype, device=w.device)[:, None]).sum(1)
-        for i, (name, tensors) in enumerate(zip(recording.names, weights)):
-            if any(alpha.any() for alpha in tensors):
-                continue
-            if recording.is_used(i, mixed):
+    def _doubts(self, recording: Recording) -> list[str]:
+        """What a user should be warned of after a call, or an error with the layer to choose instead."""
+        call = recording.call
+        doubts = call.doubts + ([unexplained(call.unusable)] if call.unusable else [])
+        for name, dependence in call.dependence.items():
+            if dependence == OFF_THE_MAP:
                 layer = last_map(self._encoder(), recording.inputs, recording.additional_forward_args, self._selector())
                 raise ValueError(
                     f"The embedding depends on layer {name} only through tokens that are no patches, such as the class"
                     " token after the last attention, so it has no map; choose a layer before the last attention"
                     + (f", such as {layer!r}." if layer else ", such as the normalisation at its input.")
                 )
-            recording.doubts.append(
-                f"The embedding does not depend on layer {name}, or the encoder cuts the gradient between them (detach,"
-                " torch.no_grad): its map is zero. Choose a layer on the way to the embedding, after any such cut."
-            )
+            if dependence == NOT_AT_ALL:
+                doubts.append(
+                    f"The embedding does not depend on layer {name}, or the encoder cuts the gradient between them"
+                    " (detach, torch.no_grad): its map is zero. Choose a layer on the way to the embedding, after any"
+                    " such cut."
+                )
+        return doubts
 
     def _record(
-        self, inputs: Tensors, additional_forward_args: object | None, layer_input: bool = False
+        self,
+        inputs: Tensors,
+        additional_forward_args: object | None,
+        layer_input: bool = False,
+        call: Call | None = None,
     ) -> AbstractContextManager[Recording]:
         _check_layer(self.layer)
         return _recording.record(
@@ -553,24 +634,85 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
             layer_input=layer_input,
             graph=self._needs_graph() and not torch.is_inference_mode_enabled(),
             device_ids=self.device_ids,
+            call=call or Call(),
         )
 
-    def _result(self, maps: list[Tensors], doubts: list[str]) -> Maps:
-        """Captum's form: a tuple for several tensors, a list for a list of layers. Warns of each doubt once."""
-        warn_once(doubts)
+    def _result(self, maps: list[Tensors]) -> Maps:
+        """Captum's form: a tuple for several tensors, a list for a list of layers."""
         results = [layer if len(layer) > 1 else layer[0] for layer in maps]
         return results if isinstance(self.layer, list) else results[0]
 
 
-def unexplained(which: str) -> str:
-    """The doubt about embeddings that are not usable."""
-    return f"Embeddings are zero or not finite ({which}): the maps that depend on them are zero."
+def note_unusable(
+    recording: Recording, question: Question, valid: Tensor, first: int = 0, sides: tuple[str, str] = SIDES
+) -> None:
+    """Remembers why pairs (B, P) are not valid; the first of the inputs has this number in its call."""
+    if valid.all():
+        return
+    inputs, references = (~usable(x) for x in (recording.embedding, question.s))
+    if question.other is None:
+        compared = torch.zeros_like(references)
+        compared[question.own] = True
+        references &= compared
+    for side, bad, start in zip(sides, (inputs, references), (first, 0)):
+        rows = (bad.nonzero().flatten() + start).tolist()
+        recording.call.unusable.setdefault(side, set()).update(rows)
+
+
+def unexplained(unusable: dict[str, set[int]]) -> str:
+    """The doubt about embeddings that are not usable, by the numbers of their rows."""
+    which = [f"{side} {sorted(rows)}" for side, rows in sorted(unusable.items()) if rows]
+    return (
+        f"Embeddings are zero or not finite ({', '.join(which) or 'their contributions overflow'}): the maps that"
+        " depend on them are zero."
+    )
 
 
 def usable(x: Tensor) -> Tensor:
-    """Which embeddings (N, D) are finite and not zero."""
-    largest = x.abs().amax(1)
-    return largest.isfinite() & (largest > 0)
+    """Which embeddings (..., D) are finite and not zero."""
+    size = largest(x)[..., 0]
+    return size.isfinite() & (size > 0)
+
+
+def slices(length: int, most: int | None) -> list[slice]:
+    """Of at most so many, one after another; one empty slice of nothing."""
+    step = most or max(1, length)
+    return [slice(i, min(i + step, length)) for i in range(0, max(1, length), step)]
+
+
+def cut(inputs: Tensors, rows: slice) -> Tensors:
+    """Some rows of tensors; one that has not as many as the first is shared by all."""
+    return tuple(t[rows] if len(t) == len(inputs[0]) else t for t in inputs)
+
+
+def cut_arguments(additional_forward_args: Any, rows: Tensor | slice, inputs: int) -> Any:
+    """Those of some inputs: tensors with a row for each of them are cut, as Captum does."""
+    if additional_forward_args is None:
+        return None
+    given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    return tuple(a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == inputs else a for a in given)
+
+
+class Parts:
+    """Maps of B inputs for P references each, put together from those of chunks."""
+
+    def __init__(self, inputs: int, references: int, summed: bool = True) -> None:
+        self.maps: list[Tensors] = []
+        self._size = (inputs, references)
+        self._summed = summed
+
+    def put(self, rows: slice, columns: slice, maps: list[Tensors]) -> None:
+        if (rows.stop - rows.start, columns.stop - columns.start) == self._size:
+            self.maps = maps
+            return
+        if not self.maps:
+            sizes = [[(self._size[0], self._size[1] if self._summed else M.shape[1]) for M in layer] for layer in maps]
+            self.maps = [
+                tuple(M.new_empty(*size, *M.shape[2:]) for M, size in zip(*layer)) for layer in zip(maps, sizes)
+            ]
+        for filled, layer in zip(self.maps, maps):
+            for whole, M in zip(filled, layer):
+                whole[rows, columns if self._summed else slice(None)] = M
 
 
 def uncompiled(func: Any) -> Any:

@@ -45,6 +45,11 @@ def check_positive(name: str, value: object) -> None:
         raise error(f"Expected `{name}` to be a positive int, but got {describe(value)}.")
 
 
+def check_internal_batch_size(value: object) -> None:
+    if value is not None:
+        check_positive("internal_batch_size", value)
+
+
 def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
     """A tensor or a tuple of tensors, as a tuple."""
     tensors = value if isinstance(value, tuple) else (value,)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_fam._attribution import Pairs, Question
+from captum_fam._attribution import Pairs, Question, note_unusable
 from captum_fam._recording import Recording
 from captum_fam.feature_activation_map import FeatureActivationMap
 
@@ -68,12 +68,12 @@ def explained(fam: FeatureActivationMap, recording: Recording, question: Questio
     """The attributes of an Explanation of recorded queries."""
     if isinstance(fam.layer, list) or len(recording.layers[0]) > 1:
         raise ValueError("Expected `layer` to be one module that returns one tensor; explain several one by one.")
-    pairs = Pairs(recording, question)
-    ((maps,),) = fam._maps(pairs)
+    pairs = Pairs(recording, question, question.own.shape[1])
+    ((maps,),), valid = fam._masked(pairs)
+    note_unusable(recording, question, valid)
     signed = copy.copy(fam)
     signed.normalize = None
     with torch.no_grad():
-        valid = signed._valid(pairs)
         ((signed_maps,),) = signed._weighted(pairs, valid, True)
     return {
         "similarities": pairs.c.sum(2),

@@ -11,7 +11,6 @@ and the map M = sum over k of alpha_k A_k.
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,24 +22,33 @@ from captum_fam.similarity import Similarity, channel_contributions, nonzero, no
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # How much of that may be put down to values that cancel in the mean, at most.
 _CANCELLED = 1e-3
+# Contributions made at once: as many as fit a processor's cache, where they are made several times faster.
+_CACHED = 2**18
 
 
-def contributions(
-    z: Tensor, s: Tensor, own: Tensor, other: Tensor | Literal["rest"] | None, similarity: Similarity
-) -> Tensor:
-    """c (B, P, D) with the references ``own`` (B, P), less those with ``other`` if it is given."""
+def contributions(z: Tensor, own: Tensor, similarity: Similarity, other: Tensor | None = None) -> Tensor:
+    """c (B, P, D) with the references ``own`` (B, P, D), less those with ``other`` (B, 1, D) if it is given."""
+    with exact(z):
+        c = channel_contributions(z[:, None], own, similarity)
+        return c if other is None else c - channel_contributions(z[:, None], other, similarity)
 
-    def c(index: Tensor) -> Tensor:
-        with exact(z):
-            return channel_contributions(z[:, None], s[index], similarity)
 
-    if other is None:
-        return c(own)
-    if isinstance(other, Tensor):
-        return c(own) - c(other)
-    mine = c(own)
-    total = c(torch.arange(len(s), device=s.device)[None]).sum(1, keepdim=True)
-    return mine - (total - mine) / (len(s) - 1)
+def contrast_with_rest(c: Tensor, total: Tensor, K: int) -> Tensor:
+    """c (B, P, D) less the mean over the other references, where all K add up to ``total`` (B, 1, D)."""
+    return c - (total - c) / (K - 1)
+
+
+def total_contributions(z: Tensor, s: Tensor, similarity: Similarity) -> Tensor:
+    """The sum of c over all references (B, 1, D), made of a few at a time."""
+    total = torch.zeros_like(z)[:, None]
+    for part in s.split(at_once(z)):
+        total += contributions(z, part.to(z), similarity).sum(1, keepdim=True)
+    return total
+
+
+def at_once(z: Tensor) -> int:
+    """How many references are compared with the embeddings z (B, D) at once."""
+    return max(1, _CACHED // max(1, z.numel()))
 
 
 def is_aligned(z: Tensor, A: Tensor) -> bool:
@@ -62,17 +70,25 @@ def aligned_scale(z: Tensor, A: Tensor) -> Tensor | None:
     return norm(widen(z)) / nonzero(norm(places(A).mean(2))) if is_aligned(z, A) else None
 
 
-def jacobian_weights(recording: Recording, w: Tensor) -> list[list[Tensor]]:
-    """alpha (B, P, C) for w (B, P, D), for each tensor of each layer."""
-    P, D = w.shape[1:]
-    # alpha is linear in w: for more references than dimensions (or none), one gradient a dimension serves all.
-    direct = 0 < P <= D
-    rows = w if direct else torch.eye(D, dtype=w.dtype, device=w.device).expand(len(w), D, D)
+def jacobian_weights(recording: Recording, w: Tensor, references: int) -> list[list[Tensor]]:
+    """alpha (B, P, C) for w (B, P, D), for each tensor of each layer; w may be some of that many references'."""
+    D = w.shape[2]
 
-    sums = [[[places(g).sum(2) for g in layer] for layer in recording.gradients(row)] for row in rows.unbind(1)]
-    alpha = [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*sums)]
+    def of(rows: Tensor) -> list[list[Tensor]]:
+        sums = [[[places(g).sum(2) for g in layer] for layer in recording.gradients(row)] for row in rows.unbind(1)]
+        return [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*sums)]
+
+    if 0 < references <= D:
+        return of(w)
+    # alpha is linear in w: for more references than dimensions (or none), one gradient a dimension serves all.
+    jacobians = recording.once("jacobian", lambda: of(unit_vectors(widen(recording.embedding))))
     with exact(w):
-        return alpha if direct else [[w @ jacobian for jacobian in layer] for layer in alpha]
+        return [[w @ jacobian for jacobian in layer] for layer in jacobians]
+
+
+def unit_vectors(z: Tensor) -> Tensor:
+    """One for each dimension of the embeddings z (B, D), for all of them: (B, D, D)."""
+    return torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
 
 
 def activation_maps(alpha: Tensor, A: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from captum_fam.similarity import widen
 from captum_fam.tokens import images_of, to_map
 
 Tensors = tuple[Tensor, ...]
+T = TypeVar("T")
 
 _NO_GRAPH = (
     "The embedding's dimensions are not the layer's channels, so the weights need a gradient, which"
@@ -25,6 +26,39 @@ _NO_GRAPH = (
 
 # A DataParallel model calls the layer in threads of its own, so its calls are recorded one at a time.
 _PARALLEL = threading.Lock()
+
+
+class RoutesDifferError(Exception):
+    """A chunk has changed what held for those before it."""
+
+
+# How an embedding may depend on a layer: not at all, through parts of it that are not on its map, or through its map.
+NOT_AT_ALL, OFF_THE_MAP, BY_THE_MAP = range(3)
+
+
+class Call:
+    """
+    What is found out over the chunks of a call.
+
+    Attributes:
+        doubts: what a user should be warned of.
+        unusable: numbers of the inputs, and of the references, whose embeddings are zero or not finite.
+        dependence: how the embeddings depend on each layer, by its name.
+    """
+
+    def __init__(self) -> None:
+        self.doubts: list[str] = []
+        self.unusable: dict[str, set[int]] = {}
+        self.dependence: dict[str, int] = {}
+        self._aligned: list[list[bool]] | None = None
+
+    def agree(self, aligned: list[list[bool]]) -> list[list[bool]]:
+        """Which tensors of which layers are aligned in every chunk: in this one and in those before."""
+        before = self._aligned or aligned
+        self._aligned = [[a and b for a, b in zip(*layer)] for layer in zip(aligned, before)]
+        if self._aligned != before:
+            raise RoutesDifferError
+        return self._aligned
 
 
 class Recording:
@@ -38,7 +72,7 @@ class Recording:
         names: of the layers.
         layers: for each layer the tensors that it returned, as (B, C, *spatial), detached.
         has_graph: whether the pass was recorded for backward, from the layers on.
-        doubts: what a user should be warned of.
+        call: that the pass is a part of.
     """
 
     def __init__(
@@ -50,7 +84,7 @@ class Recording:
         names: list[str],
         tensors: list[list[Tensors]],
         has_graph: bool,
-        doubts: list[str],
+        call: Call,
         reshape_transform: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.inputs = inputs
@@ -59,7 +93,7 @@ class Recording:
         self.embedding = embedding.detach()
         self.names = names
         self.has_graph = has_graph
-        self.doubts = doubts
+        self.call = call
         self._embedding = embedding
         self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
         self._reshape_transform = reshape_transform
@@ -67,6 +101,37 @@ class Recording:
             tuple(self._layout(a, name) for a in _captum.reduce_list([tuple(a.detach() for a in t) for t in devices]))
             for name, devices in zip(names, tensors)
         ]
+        self._shared: dict[object, Any] = {}
+        self._asked: Tensor | None = None
+        self._on_map: list[Tensor] = []
+
+    @property
+    def doubts(self) -> list[str]:
+        """What a user should be warned of."""
+        return self.call.doubts
+
+    def once(self, what: object, compute: Callable[[], T]) -> T:
+        """What the chunks of references share, computed for the first of them."""
+        if what not in self._shared:
+            self._shared[what] = compute()
+        return cast(T, self._shared[what])
+
+    def note(self, w: Tensor, valid: Tensor, weights: list[list[Tensor]]) -> None:
+        """Remembers whether weights of the layers come of w (B, P, D) of the embedding, for valid pairs (B, P)."""
+        # One row for all: its terms do not cancel by chance.
+        shares = valid * torch.linspace(1, 2, w.shape[1], dtype=w.dtype, device=w.device)
+        mixed = torch.where(valid[..., None], shares[..., None] * w, torch.zeros_like(w)).sum(1)
+        found = [torch.stack([alpha.any() for alpha in layer]).any() for layer in weights]
+        self._asked = mixed if self._asked is None else self._asked + mixed
+        self._on_map = [a | b for a, b in zip(found, self._on_map or found)]
+
+    def settle(self) -> None:
+        """Finds how the embeddings depend on the layers, from all that was noted."""
+        if self._asked is None or not self._asked.any():
+            return
+        for i, (name, on_map) in enumerate(zip(self.names, self._on_map)):
+            found = BY_THE_MAP if on_map else OFF_THE_MAP if self._is_used(i, self._asked) else NOT_AT_ALL
+            self.call.dependence[name] = max(found, self.call.dependence.get(name, NOT_AT_ALL))
 
     def gradients(self, w: Tensor) -> list[Tensors]:
         """The gradient of w·z, for w (B, D), with respect to each layer's activations, in their layout."""
@@ -96,7 +161,7 @@ class Recording:
                 break
         return found, largest / gain
 
-    def is_used(self, layer: int, w: Tensor) -> bool:
+    def _is_used(self, layer: int, w: Tensor) -> bool:
         """Whether w·z, for w (B, D), depends on any part of a layer's activations, before their reshaping."""
         flat = [a for tensors in self._tensors[layer] for a in tensors]
         return any(g is not None and bool(g.any()) for g in self._gradients(w, flat)[0])
@@ -143,6 +208,7 @@ def record(
     layer_input: bool,
     graph: bool,
     device_ids: list[int] | None,
+    call: Call,
 ) -> Iterator[Recording]:
     """
     Runs the forward function once, recording the layers' outputs (or inputs).
@@ -214,7 +280,7 @@ def record(
                 output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
             with torch.set_grad_enabled(graph):
                 embedding = check_rows("inputs", inputs, select_embedding(output, output_selector))
-        doubts = doubts_of_training(forward_func)
+        call.doubts += doubts_of_training(forward_func)
         names = [_name(forward_func, layer) for layer in layers]
         for layer, name in dict(zip(layers, names)).items():
             if layer not in found:
@@ -223,14 +289,14 @@ def record(
                     " module of this very model."
                 )
             if layer in repeated:
-                doubts.append(
+                call.doubts.append(
                     f"Layer {name} was called several times in one forward pass; its last call is explained. Wrap the"
                     " call that you mean in a module of its own."
                 )
         ids = _captum.extract_device_ids(forward_func, found, device_ids)
         tensors = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]
         has_graph = graph and not embedding.is_inference()
-        yield Recording(
+        recording = Recording(
             inputs,
             additional_forward_args,
             layer_input,
@@ -238,9 +304,11 @@ def record(
             names,
             tensors,
             has_graph,
-            doubts,
+            call,
             reshape_transform,
         )
+        yield recording
+        recording.settle()
 
 
 def embed(

@@ -87,7 +87,7 @@ class ClassActivationMap(ChannelAttribution):
         raise NotImplementedError("ClassActivationMap explains classes; use SimilarityDecomposition for pairs.")
 
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        w, weights = pairs.question.contributions(pairs.z, lambda z, s: s), []
+        w, weights = pairs.contributions(_reference), []
         for name, layer in zip(pairs.recording.names, pairs.recording.layers):
             scales = [s for A in layer if (s := aligned_scale(pairs.recording.embedding, A)) is not None]
             if len(scales) < len(layer):
@@ -113,6 +113,10 @@ class ClassActivationMap(ChannelAttribution):
         if reference is not None or reference_embedding is not None:
             raise ValueError("ClassActivationMap takes no references; pass a class as `target`.")
         return References((self.classifier.weight.detach(),), False, "dot", are_classes=True)
+
+
+def _reference(z: Tensor, s: Tensor) -> Tensor:
+    return s
 
 
 class InputOf(nn.Module):

@@ -151,13 +151,16 @@ class FeatureActivationMap(ChannelAttribution):
         aligned = self._aligned(pairs.recording)
         if all(map(all, aligned)):
             return [[w] * len(layer) for layer in aligned]
-        jacobian = jacobian_weights(pairs.recording, w)
-        self._check_independent(pairs.recording, jacobian, w, valid)
+        jacobian = jacobian_weights(pairs.recording, w, pairs.references)
+        pairs.recording.note(w, valid, jacobian)
         return [[w if flag else alpha for flag, alpha in zip(*layer)] for layer in zip(aligned, jacobian)]
 
     def _aligned(self, recording: Recording) -> list[list[bool]]:
         """Of each tensor of each layer."""
-        return [[self._is_aligned(recording.embedding, A) for A in layer] for layer in recording.layers]
+        found = recording.once(
+            "aligned", lambda: [[self._is_aligned(recording.embedding, A) for A in layer] for layer in recording.layers]
+        )
+        return recording.call.agree(found)
 
     def _routes(self, recording: Recording) -> list[str]:
         return ["aligned" if all(layer) else "jacobian" for layer in self._aligned(recording)]

@@ -221,11 +221,11 @@ def explain_episode(
         with torch.no_grad():
             s = decision.references(z)  # (K, D) for all queries, or (B, K, D)
             K = len(decision.classes)
-            own = torch.arange(s.shape[:-1].numel(), device=z.device).reshape(-1, K).expand(len(z), K)
+            own = torch.arange(s.shape[:-1].numel(), device=z.device).reshape(-1, K)
             question = Question(s.flatten(0, -2), own, None, fam._similarity())
             found = explained(fam, recording, question)
             scores = decision.scores(z) if decision.scores is not None else found["similarities"].to(z.dtype)
-    warn_once(recording.doubts)
+    warn_once(fam._doubts(recording))
     return EpisodeExplanation(**found, classes=decision.classes, scores=scores)
 
 

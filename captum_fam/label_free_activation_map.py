@@ -46,7 +46,7 @@ class LabelFreeActivationMap(ChannelAttribution):
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
         weight = 1.0 if pairs.question.other is None else 0.0
         return [
-            [pairs.z.new_full((*pairs.question.own.shape, A.shape[1]), weight / A.shape[1]) for A in layer]
+            [pairs.z.new_full((*pairs.c.shape[:2], A.shape[1]), weight / A.shape[1]) for A in layer]
             for layer in pairs.recording.layers
         ]
 
@@ -54,7 +54,7 @@ class LabelFreeActivationMap(ChannelAttribution):
         return True
 
     def _valid(self, pairs: Pairs) -> Tensor:
-        return torch.ones_like(pairs.question.own, dtype=torch.bool)
+        return torch.ones_like(pairs.c[..., 0], dtype=torch.bool)
 
     def _classes(self, classes: int) -> Tensor:
         return torch.zeros(1, classes)  # one for all: a matrix of all classes may be large

@@ -147,7 +147,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         bad = ~usable(question.s)
         zero = bad[question.own[:, 0].to(bad.device)].to(x.device)
         if zero.any():
-            doubts.append(unexplained(f"references {bad.nonzero().flatten().tolist()}"))
+            doubts.append(unexplained({"references": set(bad.nonzero().flatten().tolist())}))
             question = replace(question, s=torch.where(bad[:, None], 0, question.s))
         generator = torch.Generator().manual_seed(self.seed)
         cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
@@ -164,7 +164,8 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
                 mask, rows = index // B, (index % B).to(x.device)
                 masks = masks_of(cells[mask], shifts[mask], size).to(shown)
                 changed = (x[rows] * masks[:, None]).to(x.dtype)
-                scores = self._scores(changed, rows, B, additional_forward_args, question, doubts)
+                z = self._embed_changed(changed, rows, B, additional_forward_args)
+                scores = self._scores(z, rows, question, doubts)
                 scores = scores.to(masks)[:, 0]
                 total.index_add_(0, rows, scores)
                 scored.index_add_(0, rows, masks * scores.reshape(-1, *[1] * len(size)))

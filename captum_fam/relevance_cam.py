@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from captum_fam import _captum, _recording
 from captum_fam._attribution import ChannelAttribution, Pairs, Selector
 from captum_fam._checks import describe
-from captum_fam._method import exact
+from captum_fam._method import exact, unit_vectors
 from captum_fam._recording import Recording, model_of
 from captum_fam.score import select_embedding
 from captum_fam.similarity import widen
@@ -110,14 +111,18 @@ class RelevanceCam(ChannelAttribution):
             if len(tensors) > 1:
                 raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {len(tensors)}.")
             model = _Scored(encoder, self._selector(), _called_after(layer, name, encoder, self._selector(), recording))
-            P, D = pairs.c.shape[1:]
-            # Relevance is linear in what it starts with: for more references than dimensions, unit vectors serve all.
-            starts = pairs.c if P <= D else torch.eye(D).to(pairs.c).expand(len(pairs.c), D, D)
-            relevances = [model.relevance(layer, name, start, recording) for start in starts.unbind(1)]
-            alpha = torch.stack([widen(recording.reshape(R)).flatten(2).sum(2) for R in relevances], 1)
-            if P > D:
-                with exact(alpha):
-                    alpha = pairs.c @ alpha
+
+            def of(starts: Tensor, layer: nn.Module = layer, name: str = name, model: _Scored = model) -> Tensor:
+                relevances = [model.relevance(layer, name, start, recording) for start in starts.unbind(1)]
+                return torch.stack([widen(recording.reshape(R)).flatten(2).sum(2) for R in relevances], 1)
+
+            if pairs.references <= pairs.c.shape[2]:
+                alpha = of(pairs.c)
+            else:
+                # Relevance is linear in what it starts with: for more references than dimensions, unit vectors do.
+                each = recording.once((LRP, layer), partial(of, unit_vectors(pairs.z)))
+                with exact(each):
+                    alpha = pairs.c @ each
             finite = alpha.isfinite().all(2, keepdim=True)
             if not (finite[..., 0] | ~valid).all():
                 recording.doubts.append(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_fam._attribution import Pairs, Question
+from captum_fam._attribution import Question
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
 from captum_fam._distances import canonical
 from captum_fam._explanation import Explanation, explained
@@ -174,11 +174,12 @@ def explain_retrieval(
                 " index.add(vectors), or leave out `similarity`."
             )
         there = indices >= 0
-        recording.doubts += _doubts_of_lengths(s[there], z, fam.similarity)
+        recording.doubts.extend(_doubts_of_lengths(s[there], z, fam.similarity))
         own = torch.arange(indices.numel()).reshape(indices.shape)
         found = explained(fam, recording, Question(s.flatten(0, 1), own, None, fam._similarity()))
         similarity_scores = -scores if fam.similarity == "euclidean" else scores
-        doubts = recording.doubts + _doubts_of_scores(similarity_scores, found["similarities"], there, searched, s)
+        doubts = _doubts_of_scores(similarity_scores, found["similarities"], there, searched, s)
+    doubts = fam._doubts(recording) + doubts
     there = there.to(z.device)
     shown = there.reshape(*there.shape, *[1] * (found["maps"].ndim - 2))
     for name in ("maps", "signed_maps"):
@@ -262,11 +263,11 @@ def _hit_maps(
         )
     with fam._record((torch.stack(images).to(query),), None) as recording:
         question = Question(z[None], torch.zeros(len(images), 1, dtype=torch.long), None, fam._similarity())
-        ((maps,),) = fam._maps(Pairs(recording, question, ("hits", "queries")))
+        ((maps,),) = fam._maps(recording, question, ("hits", "queries"))
         embedded = widen(recording.embedding)
         embedded = (unit(embedded) if fam.similarity == "cosine" else embedded).cpu().float()
         far[there] = (embedded - s[there]).norm(dim=1) / s[there].norm(dim=1)
-    doubts += recording.doubts
+    doubts += fam._doubts(recording)
     shown = torch.zeros(len(indices), *maps.shape[2:], dtype=maps.dtype, device=maps.device)
     shown[there.to(maps.device)] = maps[:, 0]
     return shown

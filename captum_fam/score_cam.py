@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from captum_fam._attribution import ChannelAttribution, Pairs, Selector
 from captum_fam._checks import check_positive
+from captum_fam._recording import Recording
 from captum_fam.adapters import resize
 from captum_fam.similarity import Similarity, nonzero, widen
 
@@ -85,19 +86,34 @@ class ScoreCam(ChannelAttribution):
         self.show_progress = show_progress
 
     def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        tensors = [A for layer in pairs.recording.layers for A in layer]
-        x = self._image(pairs.recording.inputs, tensors)
-        B, rows = len(x), torch.arange(len(x), device=x.device)
+        recording, B = pairs.recording, len(pairs.z)
+        unmasked, masked = recording.once(ScoreCam, lambda: self._embeddings(recording))
 
-        def scores(changed: Tensor, rows: Tensor) -> Tensor:
-            args = pairs.recording.additional_forward_args
-            return self._scores(changed, rows, B, args, pairs.question, pairs.recording.doubts)
+        def weights(z: Tensor, C: int) -> Tensor:
+            rows = torch.arange(B * C, device=z.device) // C
+            parts = zip(z.split(self.perturbations_per_eval), rows.split(self.perturbations_per_eval))
+            found = torch.cat([self._scores(*part, pairs.question, recording.doubts) for part in parts])
+            return found.unflatten(0, (B, C)).mT
 
-        baseline = scores(torch.zeros_like(x), rows)[:, None]
+        baseline = self._scores(unmasked, torch.arange(B, device=unmasked.device), pairs.question, recording.doubts)
+        return [
+            [weights(z, A.shape[1]) - baseline[..., None] for z, A in zip(*layer)]
+            for layer in zip(masked, recording.layers)
+        ]
+
+    def _embeddings(self, recording: Recording) -> tuple[Tensor, list[list[Tensor]]]:
+        """
+        Embeddings (B, D) of inputs of zeros, and for each tensor of each layer those (B C, D) of the inputs seen
+        through its channels.
+        """
+        tensors = [A for layer in recording.layers for A in layer]
+        x = self._image(recording.inputs, tensors)
+        B, rows, args = len(x), torch.arange(len(x), device=x.device), recording.additional_forward_args
+        unmasked = self._embed_changed(torch.zeros_like(x), rows, B, args)
         total = sum(B * A.shape[1] for A in tensors)
         with tqdm(total=total, desc="ScoreCam", unit="pass", leave=None, disable=not self.show_progress) as progress:
 
-            def weights(A: Tensor) -> Tensor:
+            def masked(A: Tensor) -> Tensor:
                 C = A.shape[1]
                 found = []
                 for index in torch.arange(B * C, device=x.device).split(self.perturbations_per_eval):
@@ -106,12 +122,11 @@ class ScoreCam(ChannelAttribution):
                     low, high = maps.flatten(1).amin(1), maps.flatten(1).amax(1)
                     low, span = (v.reshape(-1, *[1] * (maps.ndim - 1)) for v in (low, high - low))
                     H = resize((maps - low) / nonzero(span), x.shape[2:])
-                    found.append(scores((x[rows] * H).to(x.dtype), rows) - baseline[rows, 0])
+                    found.append(self._embed_changed((x[rows] * H).to(x.dtype), rows, B, args))
                     progress.update(len(index))
-                alpha: Tensor = torch.cat(found).unflatten(0, (B, C)).mT
-                return alpha
+                return torch.cat(found)
 
-            return [[weights(A) for A in layer] for layer in pairs.recording.layers]
+            return unmasked, [[masked(A) for A in layer] for layer in recording.layers]
 
     def _image(self, inputs: tuple[Tensor, ...], maps: list[Tensor]) -> Tensor:
         shapes = [tuple(A.shape) for A in maps if A.ndim != inputs[0].ndim]

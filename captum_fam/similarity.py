@@ -91,7 +91,10 @@ def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Simi
             "Expected `embedding` and `reference` of broadcastable shapes, but got"
             f" {tuple(embedding.shape)} and {tuple(reference.shape)}; for all pairs, pass embedding[:, None]."
         ) from error
-    c = contribute(widen(embedding).expand(shape), widen(reference).expand(shape))
+    z, s = widen(embedding), widen(reference)
+    # The named rules broadcast, which spares the norms of what is repeated.
+    named = isinstance(similarity, str)
+    c = contribute(z, s) if named else contribute(z.expand(shape), s.expand(shape))
     if not isinstance(c, Tensor) or c.shape != shape:
         raise ValueError(
             f"Expected the `similarity` function to return contributions of shape {tuple(shape)}, one per"
@@ -140,8 +143,8 @@ def contribution_weights(contributions: Tensor, normalize: Normalize = "minmax")
     c = widen(contributions)
     low, high = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
     flat, wide = low == high, (high - low).isinf()
-    c, low, high = (torch.where(wide, x / 2, x) for x in (c, low, high))  # differences that do not overflow
-    w = (c - low) / torch.where(flat, torch.ones_like(low), high - low)
+    half = torch.where(wide, 0.5, torch.ones_like(low))  # for differences that do not overflow
+    w = (c * half - low * half) / torch.where(flat, torch.ones_like(low), high * half - low * half)
     return torch.where(flat, torch.ones_like(w), w).to(contributions.dtype)
 
 
@@ -180,8 +183,13 @@ def widen(x: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """x divided by its norm over the last dimension; zeros stay zeros."""
     # Scaled by the largest entry first, so that no square over- or underflows.
-    x = x / nonzero(x.detach().abs().amax(-1, keepdim=True))
+    x = x / nonzero(largest(x.detach()))
     return x / nonzero(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude over the last dimension, kept, without the magnitudes of all."""
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
 
 
 def norm(x: Tensor) -> Tensor:

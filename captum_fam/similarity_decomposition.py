@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from captum_fam import _method
-from captum_fam._attribution import ChannelAttribution, Inputs, Maps, Pairs, Question, pair_index
-from captum_fam._checks import check_same_form, describe, format_inputs
+from captum_fam._attribution import (
+    ChannelAttribution,
+    Inputs,
+    Maps,
+    Pairs,
+    Question,
+    note_unusable,
+    pair_index,
+)
+from captum_fam._checks import check_same_form, describe, format_inputs, warn_once
 from captum_fam._recording import Recording, Tensors
 from captum_fam.similarity import Similarity, nonzero, norm, unit, widen
 
@@ -23,6 +31,8 @@ def _dot(z: Tensor, s: Tensor) -> Tensor:
 
 # f of a similarity f.z: what each embedding dimension is multiplied by.
 _FACTORS: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "dot": _dot}
+
+_REMAINDER = "The locations add up to"
 
 
 class SimilarityDecomposition(ChannelAttribution):
@@ -113,8 +123,10 @@ class SimilarityDecomposition(ChannelAttribution):
         own, similarity = pair_index(len(inputs[0]), len(reference[0])), self._similarity()
         _check(similarity)
         with self._record(inputs, None) as one, self._record(reference, None) as two, torch.no_grad():
-            pairs = Pairs(one, Question(two.embedding, own, None, similarity))
+            question = Question(two.embedding, own, None, similarity)
+            pairs = Pairs(one, question, 1)
             valid = pairs.explainable()
+            note_unusable(one, question, valid)
             matrices: list[Tensors] = []
             for name, tensors in zip(one.names, one.layers):
                 if len(tensors) > 1:
@@ -124,9 +136,10 @@ class SimilarityDecomposition(ChannelAttribution):
                 with _method.exact(v):
                     matrix = v.mT @ v_reference.expand(len(v), -1, -1)
                 matrix = torch.where(valid[..., None], matrix, torch.zeros_like(matrix))
-                one.doubts += _remainder(matrix.sum((1, 2))[:, None], pairs, valid, (A,))
+                _note_remainder(matrix.sum((1, 2))[:, None], pairs, valid, (A,))
                 matrices.append((matrix.to(A.dtype),))
-        return self._result(matrices, one.doubts + two.doubts)
+        warn_once(self._doubts(one) + self._doubts(two))
+        return self._result(matrices)
 
     def _explains_classifiers(self) -> bool:
         return False
@@ -144,32 +157,36 @@ class SimilarityDecomposition(ChannelAttribution):
         if _aligned(scales):
             return super()._weighted(pairs, valid, summed)
         # Weights that differ between locations would be large, (B, P, C, *spatial): they are used as they come.
-        found = _location_sums(recording, f) if summed else _products(recording, f[:, 0], scales)
+        found = _location_sums(recording, f, pairs.references) if summed else _products(recording, f[:, 0], scales)
         maps: list[list[Tensor]] = []
         for terms, layer in zip(found, recording.layers):
             total = torch.stack([t.sum(2) if summed else t.sum((1, 2))[:, None] for t in terms]).sum(0)
-            recording.doubts += _remainder(total, pairs, valid, layer)
+            _note_remainder(total, pairs, valid, layer)
             places = [A.shape[2:] for A in layer]
             maps.append([t.unflatten(2, p) * p.numel() if p else t[..., 0] for t, p in zip(terms, places)])
-        self._check_independent(recording, maps, f, valid)
+        recording.note(f, valid, maps)
         return maps
 
     def _locations(self, recording: Recording, similarity: Similarity) -> list[list[Tensor]]:
         """v (B, D, N), which add up to the embedding; for the cosine, to its unit vector."""
         z = widen(recording.embedding)
         length = nonzero(norm(z))[..., None] if similarity == "cosine" else 1
-        return [[v / length for v in layer] for layer in _location_sums(recording, _unit_vectors(z))]
+        return [[v / length for v in layer] for layer in _location_sums(recording, _method.unit_vectors(z))]
 
 
 def _factors(pairs: Pairs) -> Tensor:
     """f (B, P, D)"""
     _check(pairs.question.similarity)
-    return pairs.question.contributions(pairs.z, _FACTORS[pairs.question.similarity])
+    return pairs.contributions(_FACTORS[pairs.question.similarity])
 
 
 def _scales(recording: Recording) -> list[list[Tensor | None]]:
-    """Of each tensor of each layer, as in aligned_scale."""
-    return [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
+    """Of each tensor of each layer, as in aligned_scale, where there is one in every chunk of the call."""
+    found = recording.once(
+        "scales", lambda: [[_method.aligned_scale(recording.embedding, A) for A in layer] for layer in recording.layers]
+    )
+    aligned = recording.call.agree([[scale is not None for scale in layer] for layer in found])
+    return [[scale if flag else None for scale, flag in zip(*layer)] for layer in zip(found, aligned)]
 
 
 def _aligned(scales: list[list[Tensor | None]]) -> TypeGuard[list[list[Tensor]]]:
@@ -187,24 +204,22 @@ def _products(recording: Recording, row: Tensor, scales: list[list[Tensor | None
     ]
 
 
-def _location_sums(recording: Recording, rows: Tensor) -> list[list[Tensor]]:
-    """The same for rows (B, R, D), summed over the channels: (B, R, N)."""
-    scales, (R, D) = _scales(recording), rows.shape[1:]
+def _location_sums(recording: Recording, rows: Tensor, references: int = 0) -> list[list[Tensor]]:
+    """The same for rows (B, R, D), which may be some of that many references', summed over the channels: (B, R, N)."""
+    scales = _scales(recording)
     with _method.exact(rows):
         if _aligned(scales):
             return [
                 [(rows * scale[..., None]) @ _method.places(A) / A.shape[2:].numel() for A, scale in zip(*layer)]
                 for layer in zip(recording.layers, scales)
             ]
-        if R > D:  # the sums are linear in the rows
-            return [[rows @ v for v in layer] for layer in _location_sums(recording, _unit_vectors(rows[:, 0]))]
+        if references > rows.shape[2]:  # the sums are linear in the rows
+            each = recording.once(
+                "locations", lambda: _location_sums(recording, _method.unit_vectors(widen(recording.embedding)))
+            )
+            return [[rows @ v for v in layer] for layer in each]
     sums = [[[p.sum(1) for p in layer] for layer in _products(recording, row, scales)] for row in rows.unbind(1)]
     return [[torch.stack(parts, 1) for parts in zip(*layer)] for layer in zip(*sums)]
-
-
-def _unit_vectors(z: Tensor) -> Tensor:
-    """(B, D, D)"""
-    return torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
 
 
 def _check(similarity: Similarity) -> None:
@@ -215,16 +230,17 @@ def _check(similarity: Similarity) -> None:
         )
 
 
-def _remainder(found: Tensor, pairs: Pairs, valid: Tensor, layer: Tensors) -> list[str]:
-    """A doubt about a layer's maps whose totals (B, P) are not the similarities."""
+def _note_remainder(found: Tensor, pairs: Pairs, valid: Tensor, layer: Tensors) -> None:
+    """A doubt, once, about a layer's maps whose totals (B, P) are not the similarities."""
+    doubts = pairs.recording.doubts
     half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*layer, pairs.recording.embedding))
     score = pairs.c.sum(2)
     off = torch.where(valid, (found - score).abs() / nonzero(pairs.c.abs().sum(2)), torch.zeros_like(score))
-    if not off.numel() or off.max() <= (5e-2 if half else 1e-3):
-        return []
+    if not off.numel() or off.max() <= (5e-2 if half else 1e-3) or any(d.startswith(_REMAINDER) for d in doubts):
+        return
     i = off.argmax()
-    return [
-        f"The locations add up to {found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: the rest"
-        " comes from biases, a normalisation or another such step between the layer and the embedding. A final"
-        " normalisation can be left out of the encoder; the cosine is the same without it."
-    ]
+    doubts.append(
+        f"{_REMAINDER} {found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: the rest comes from"
+        " biases, a normalisation or another such step between the layer and the embedding. A final normalisation can"
+        " be left out of the encoder; the cosine is the same without it."
+    )

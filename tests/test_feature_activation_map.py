@@ -383,7 +383,7 @@ def test_the_arguments_of_attribute_begin_with_those_of_grad_cam():
     ours = list(inspect.signature(FeatureActivationMap.attribute).parameters.values())
     theirs = list(inspect.signature(LayerGradCam.attribute).parameters.values())[:7]
     assert [(p.name, p.default, p.kind) for p in ours[:7]] == [(p.name, p.default, p.kind) for p in theirs]
-    assert [p.name for p in ours[7:]] == ["reference", "reference_embedding", "contrast"]
+    assert [p.name for p in ours[7:]] == ["reference", "reference_embedding", "contrast", "internal_batch_size"]
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[7:])
 
 
