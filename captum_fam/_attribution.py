@@ -467,6 +467,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         question = Question(s, torch.arange(K, device=s.device)[None], other, references.similarity)
         return self._explain(inputs, additional_forward_args, question, internal_batch_size, relu=relu_attributions)
 
+    @_recording.eagerly
     def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
         r"""
         Explains a similarity on both sides, with one forward pass of each.
@@ -524,6 +525,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         layers = zip(self._channel_weights(pairs, valid), pairs.recording.layers)
         return [[combine(alpha, A) for alpha, A in zip(*layer)] for layer in layers]
 
+    @_recording.eagerly
     def _explain(
         self,
         inputs: Tensors,

@@ -5,7 +5,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar, cast
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from captum_fam.similarity import widen
 from captum_fam.tokens import images_of, to_map
 
 Tensors = tuple[Tensor, ...]
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _NO_GRAPH = (
@@ -26,6 +28,18 @@ _NO_GRAPH = (
 
 # A DataParallel model calls the layer in threads of its own, so its calls are recorded one at a time.
 _PARALLEL = threading.Lock()
+
+
+def eagerly(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that torch.compile runs as it is, in whatever is compiled around it: hooks cannot be compiled."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():  # only then: what disable() imports takes seconds
+            return cast(T, torch.compiler.disable(function)(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    return run
 
 
 class RoutesDifferError(Exception):
@@ -127,11 +141,12 @@ class Recording:
 
     def settle(self) -> None:
         """Finds how the embeddings depend on the layers, from all that was noted."""
-        if self._asked is None or not self._asked.any():
-            return
         for i, (name, on_map) in enumerate(zip(self.names, self._on_map)):
-            found = BY_THE_MAP if on_map else OFF_THE_MAP if self._is_used(i, self._asked) else NOT_AT_ALL
-            self.call.dependence[name] = max(found, self.call.dependence.get(name, NOT_AT_ALL))
+            if on_map:
+                self.call.dependence[name] = BY_THE_MAP
+            elif self._asked is not None and self._asked.any():
+                found = OFF_THE_MAP if self._is_used(i, self._asked) else NOT_AT_ALL
+                self.call.dependence[name] = max(found, self.call.dependence.get(name, NOT_AT_ALL))
 
     def gradients(self, w: Tensor) -> list[Tensors]:
         """The gradient of w·z, for w (B, D), with respect to each layer's activations, in their layout."""

@@ -93,7 +93,8 @@ class ScoreCam(ChannelAttribution):
             rows = torch.arange(B * C, device=z.device) // C
             parts = zip(z.split(self.perturbations_per_eval), rows.split(self.perturbations_per_eval))
             found = torch.cat([self._scores(*part, pairs.question, recording.doubts) for part in parts])
-            return found.unflatten(0, (B, C)).mT
+            alpha: Tensor = found.unflatten(0, (B, C)).mT
+            return alpha
 
         baseline = self._scores(unmasked, torch.arange(B, device=unmasked.device), pairs.question, recording.doubts)
         return [

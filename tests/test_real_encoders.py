@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from captum_fam import FeatureActivationMap, SimilarityScore, demo
+from captum_fam.metrics import rank_correlation
 
 DATA = os.environ.get("CAPTUM_FAM_DATA")
 pytestmark = pytest.mark.skipif(DATA is None, reason="set CAPTUM_FAM_DATA to the folder of pretrained encoders")
@@ -73,3 +74,24 @@ def test_a_prototypical_network_is_explained_by_the_gradient_of_its_weighted_emb
     low, high = c.amin(1, keepdim=True), c.amax(1, keepdim=True)
     w = ((c - low) / (high - low)).reshape(A.shape)  # each dimension is a (channel, place) pair
     torch.testing.assert_close(maps, (w.sum((2, 3), keepdim=True) * A).sum(1, keepdim=True), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["half", "autocast"])
+@pytest.mark.parametrize("channel_weights", ["auto", "jacobian"])
+@pytest.mark.parametrize("name", ["mobilenet_v2_imagenet", "resnet20_cifar10"])
+def test_maps_in_half_precision_rank_places_as_in_single_precision(load, clothing, name, channel_weights, way, dtype):
+    encoder = load(name)
+    images = torch.stack([encoder.transform(photo) for photo in clothing])
+    fam = FeatureActivationMap(encoder.net, encoder.layer, channel_weights=channel_weights)
+    expected = fam.attribute_all(images, reference=images)
+    if way == "half":
+        encoder.net.to(dtype)
+        images = images.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=way == "autocast"):
+        found = fam.attribute_all(images, reference=images)
+    assert found.dtype == dtype
+    correlations = rank_correlation(*(maps.flatten(0, 1)[:, None].float() for maps in (found, expected)))
+    # bfloat16 has 8 bits: single pairs may lie lower, as do the activations themselves.
+    assert correlations.mean() > 0.99
+    assert correlations.min() > (0.999 if dtype == torch.float16 else 0.98)
