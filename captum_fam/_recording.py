@@ -9,7 +9,9 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from captum_fam import _captum
 from captum_fam._checks import check_rows, describe
@@ -291,6 +293,8 @@ def record(
                 stack.callback(register(hook_of(layer)).remove)
             if graph:  # tensors made under inference mode cannot be part of a graph
                 inputs = tuple(t.clone() if t.is_inference() else t for t in inputs)
+            if graph and not in_threads:
+                stack.enter_context(_Constants())
             with _eager():
                 output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
             with torch.set_grad_enabled(graph):
@@ -324,6 +328,42 @@ def record(
         )
         yield recording
         recording.settle()
+
+
+class _Constants(TorchFunctionMode):
+    """
+    Parameters as constants where gradients are on: what only their gradients would need is not kept for backward.
+    Batch norm in evaluation, whose input torch keeps all the same, is the affine map that it is.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled() or getattr(func, "__name__", "") in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        args = tuple(a.detach() if isinstance(a, nn.Parameter) else a for a in args)
+        kwargs = {name: a.detach() if isinstance(a, nn.Parameter) else a for name, a in kwargs.items()}
+        return _affine(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
+
+
+def _affine(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional.batch_norm; in evaluation, without its input for backward."""
+    if training or running_mean is None or running_var is None or x.dtype not in (torch.float32, torch.float64):
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - running_mean * scale
+    channels = (-1, *[1] * (x.ndim - 2))
+    return (x * scale.reshape(channels)).add_(shift.reshape(channels))
 
 
 def embed(

@@ -127,7 +127,8 @@ def _has_one_stride(grid: tuple[int, int], size: tuple[int, int]) -> bool:
     """Whether one stride for both sides makes a map of that size, with the same loss at their edges."""
     (h, w), (H, W) = grid, size
     lost = [(H - s * h, W - s * w, s) for s in range(1, H // h + 2)]
-    return any(abs(top - left) < s and -s < min(top, left) and 4 * top <= H for top, left, s in lost)
+    # An even kernel with half of it as padding makes one place more than it is given.
+    return any(abs(top - left) < s and -max(s, 2) < min(top, left) and 4 * top <= H for top, left, s in lost)
 
 
 def images_of(inputs: tuple[Tensor, ...]) -> Tensor:
