@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from captum_fam._recording import embed
+from captum_fam._ready import planes, ready_encoder, running
 from captum_fam.comparison import DEFAULT, compare_attributions
-from captum_fam.encoders import find_layer, load_encoder, one_line
+from captum_fam.encoders import find_layer, one_line
 from captum_fam.feature_activation_map import FeatureActivationMap
-from captum_fam.images import read_image, to_tensor
+from captum_fam.images import read_image
 from captum_fam.score import SimilarityScore
 from captum_fam.similarity import channel_contributions, widen
 from captum_fam.visualization import explanation_figure, visualize_comparison
@@ -98,34 +98,16 @@ class Loaded:
 
 @contextmanager
 def _loaded(
-    images: Sequence[Image.Image],
-    encoder: str,
-    weights: Path | None,
-    layer: str | None,
-    size: int | None,
-    device: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
+    images: Sequence[Image.Image], encoder: str, layer: str | None, size: int | None, **loading: Any
 ) -> Iterator[Loaded]:
     """Loads the encoder and embeds the images; in this context, whatever the encoder raises becomes one line."""
-    if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
-        raise ValueError("--mean must be finite and --std positive: give three numbers for each")
-    with redirect_stdout(sys.stderr), _running(encoder, size):  # whatever a factory or an encoder prints
-        loaded = load_encoder(encoder, weights, size)
-        size = size or loaded.size
-        model = _to_device(loaded.model, device)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        pixels = [to_tensor(i, size, mean or loaded.mean, std or loaded.std) for i in images]
-        tensors = torch.stack(pixels).to(device, dtype)
-        named = find_layer(model, layer, tensors[:1]) if layer is not None else None  # before the encoder runs
-        try:
-            embeddings = torch.cat([embed(model, "inputs", (t,), None, None) for t in (tensors[:1], tensors[1:])])
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{encoder} gives no embeddings (B, D) ({one_line(error)}): let the factory return a module that does"
-            ) from error
-        layer_name, module = named or find_layer(model, None, tensors[:1])
-        yield Loaded(model, layer_name, module, tensors, embeddings, size)
+    with running(encoder, size):
+        ready = ready_encoder(encoder, size=size, **loading)
+        tensors = ready.batch([ready.tensor(image) for image in images])
+        named = find_layer(ready.model, layer, tensors[:1]) if layer is not None else None  # before the encoder runs
+        embeddings = torch.cat([ready.embed(t) for t in (tensors[:1], tensors[1:])])
+        layer_name, module = named or find_layer(ready.model, None, tensors[:1])
+        yield Loaded(ready.model, layer_name, module, tensors, embeddings, ready.size)
 
 
 @command.command()
@@ -167,9 +149,9 @@ def explain(
             maps = fam.attribute(queries, list(range(len(s))), reference_embedding=s, contrast=other)
         else:
             maps = fam.attribute_all(tensors[:1], reference_embedding=s, contrast=other)
-        maps = _planes(maps, layer_name)
+        maps = planes(maps, layer_name)
         route = fam.route(tensors[:1])
-        reference_maps = _planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)
+        reference_maps = planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)
 
     margins = _margins(scores, other)
     _write(
@@ -264,6 +246,50 @@ def compare(
     click.echo(f"wrote {output}")
 
 
+@command.command()
+@click.argument("pairs", type=Path)
+@click.option("-o", "--output", type=Path, required=True, help="Folder of Parquet files to write, or to finish.")
+@click.option("--root", type=Path, default=Path(), help="Where relative paths start.  [default: the current folder]")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes, each with its own encoder.  [default: one for each CPU, or each GPU with --device cuda]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pairs that are explained at once."
+)
+@click.option(
+    "--part-size",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Pairs in each file: what a stop can cost each worker.",
+)
+@_encoder_options
+def batch(pairs: Path, output: Path, **options: Any) -> None:
+    """
+    Explain each pair of images that the file PAIRS lists.
+
+    PAIRS is Parquet or CSV with the columns query, reference and, if there is one, id. The
+    folder OUTPUT gets a row for each pair: its score, the query's map for the reference, or
+    the error. Stopped at any moment and started again, it finishes what is left.
+    """
+    try:
+        from captum_fam.batch import explain_pairs
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'captum-fam[batch]'") from error
+
+    found = explain_pairs(pairs, output, **options)
+    if not found.explained:
+        raise ValueError(f"none of {found.failed} pairs could be explained, see {output}; the first: {found.error}")
+    click.echo(f"encoder {options['encoder']}, layer {found.layer}")
+    click.echo(
+        f"explained {found.explained} pairs, {found.failed} failed" + (f": {found.error}" if found.error else "")
+    )
+    click.echo(f"wrote {output}")
+
+
 def main() -> None:
     """Runs the command; an error is one line on stderr and exit status 2."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of each glyph that a font lacks
@@ -286,18 +312,6 @@ def _message(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         return " ".join(error.format_message().split())
     return " ".join(str(error).split()) if isinstance(error, ValueError) else one_line(error)
-
-
-@contextmanager
-def _running(encoder: str, size: int | None) -> Iterator[None]:
-    """Whatever a user's encoder raises, as one line that says what to try."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        images = f"images of {size} pixels" if size else "images of its default size"
-        raise ValueError(f"{encoder} failed on {images} ({one_line(error)}): try --size, or another --layer") from error
 
 
 def _margins(scores: list[float], other: Any) -> list[float]:
@@ -327,20 +341,6 @@ def _contrast(contrast: str | None, references: int) -> Any:
     if not contrast.isdecimal() or not 1 <= int(contrast) <= references:
         raise ValueError(f'--contrast must be "rest" or a reference\'s number, 1 to {references}, but got {contrast}')
     return int(contrast) - 1
-
-
-def _to_device(model: torch.nn.Module, device: str) -> torch.nn.Module:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"cannot use device {device}: {str(error).splitlines()[0]}") from error
-
-
-def _planes(maps: object, layer: str) -> Tensor:
-    """Maps (N, h, w) of single maps, however attributed."""
-    if not isinstance(maps, Tensor) or maps.ndim != 4:
-        raise ValueError(f"layer {layer} does not give one map (B, C, h, w): name another with --layer")
-    return maps.flatten(0, 1).float().cpu()
 
 
 def _statistics(values: Tensor) -> dict[str, Any]:

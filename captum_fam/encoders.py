@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
 from captum_fam._layers import last_map
 from captum_fam.bundled import BundledEncoder, bundled_encoder
@@ -63,13 +62,20 @@ def load_encoder(name: str, weights: Path | None = None, size: int | None = None
         if weights is not None:
             _load(model, weights)
         return LoadedEncoder(model.eval())
+    models = _models()
     known = ["bundled", *(f"torchvision:{n}" for n in models.list_models(module=models))]
     near = "" if ":" in name else _near(name, known) or _near(f"torchvision:{name}", known)
     kinds = ": pass bundled, torchvision:NAME, timm:NAME, hf:PATH or module.path:factory"
     raise ValueError(f"no encoder {name!r}{near or kinds}")
 
 
+def _models() -> Any:
+    """torchvision.models, imported where it is used: it takes a second or two."""
+    return importlib.import_module("torchvision.models")
+
+
 def _torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEncoder:
+    models = _models()
     names = models.list_models(module=models)
     if architecture not in names:
         raise ValueError(f"torchvision has no model {architecture!r}{_near(architecture, names)}")

@@ -1,0 +1,89 @@
+"""An encoder on its device, images as it sees them, and its failures as one line: what commands have in common."""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captum_fam._recording import embed
+from captum_fam.encoders import load_encoder, one_line
+from captum_fam.images import to_tensor
+
+
+@dataclass(frozen=True)
+class ReadyEncoder:
+    """An encoder on its device, and images as it sees them."""
+
+    name: str
+    model: torch.nn.Module
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: str
+    dtype: torch.dtype
+
+    def tensor(self, image: Image.Image) -> Tensor:
+        """(3, size, size), on the CPU"""
+        return to_tensor(image, self.size, self.mean, self.std)
+
+    def batch(self, tensors: Sequence[Tensor]) -> Tensor:
+        """(N, 3, size, size), as the encoder takes them"""
+        return torch.stack(list(tensors)).to(self.device, self.dtype)
+
+    def embed(self, tensors: Tensor) -> Tensor:
+        try:
+            return embed(self.model, "inputs", (tensors,), None, None)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.name} gives no embeddings (B, D) ({one_line(error)}): let the factory return a module that does"
+            ) from error
+
+
+def ready_encoder(
+    encoder: str,
+    weights: Path | None,
+    size: int | None,
+    device: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> ReadyEncoder:
+    """Loads an encoder; to be called, as all that runs it, in the context ``running``."""
+    if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
+        raise ValueError("--mean must be finite and --std positive: give three numbers for each")
+    loaded = load_encoder(encoder, weights, size)
+    model = _to_device(loaded.model, device)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return ReadyEncoder(encoder, model, size or loaded.size, mean or loaded.mean, std or loaded.std, device, dtype)
+
+
+@contextmanager
+def running(encoder: str, size: int | None, advice: str = "--size, or another --layer") -> Iterator[None]:
+    """Whatever a user's encoder prints goes to stderr, what it raises becomes one line that says what to try."""
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except ValueError:
+        raise
+    except Exception as error:
+        images = f"images of {size} pixels" if size else "images of its default size"
+        raise ValueError(f"{encoder} failed on {images} ({one_line(error)}): try {advice}") from error
+
+
+def planes(maps: object, layer: str) -> Tensor:
+    """Maps (N, h, w) of single maps, however attributed."""
+    if not isinstance(maps, Tensor) or maps.ndim != 4:
+        raise ValueError(f"layer {layer} does not give one map (B, C, h, w): name another with --layer")
+    return maps.flatten(0, 1).float().cpu()
+
+
+def _to_device(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"cannot use device {device}: {str(error).splitlines()[0]}") from error
