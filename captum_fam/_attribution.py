@@ -72,6 +72,7 @@ class Question:
 
     def of(self, rows: Tensor | slice) -> "Question":
         """The question about the inputs of these rows."""
+        rows = rows.to(self.own.device) if isinstance(rows, Tensor) else rows
         own = self.own if len(self.own) == 1 else self.own[rows]
         return replace(self, own=own, other=self.other[rows] if isinstance(self.other, Tensor) else self.other)
 
@@ -82,8 +83,16 @@ class Question:
         if self.other != "rest":
             other = None if self.other is None else self.s[self.other].to(z)
             return _method.contributions(z, own, rule, other)
-        total = once(id(rule), lambda: _method.total_contributions(z, self.s, rule))
+        # By its identity, for it need not be hashable; it lives as long as the question.
+        total = once(("total", id(rule)), lambda: _method.total_contributions(z, self.s, rule))
         return _method.contrast_with_rest(_method.contributions(z, own, rule), total, len(self.s))
+
+    def scores(self, z: Tensor, once: Once = lambda _, f: f()) -> Tensor:
+        """The sums (B, P) of the contributions."""
+        if self.other != "rest":
+            return self.contributions(z).sum(2)
+        total = once("total", lambda: _method.total_contributions(z, self.s, self.similarity).sum(2))
+        return _method.contrast_with_rest(replace(self, other=None).contributions(z).sum(2), total, len(self.s))
 
 
 class Pairs:
@@ -115,7 +124,7 @@ class Pairs:
         indices = [question.own, question.other] if isinstance(question.other, Tensor) else [question.own]
         valid = usable(self.z)[:, None] & largest(self.c)[..., 0].isfinite()
         for index in indices:
-            valid = valid & usable(question.s[index]).to(self.z.device)
+            valid = valid & usable(question.s[index].to(self.z))
         return valid
 
 
@@ -239,6 +248,7 @@ class SimilarityAttribution(Attribution):
         )
         own, other = self._own(target, references, B)[:, None], _other(contrast, len(references), B)
         s = self._embedded(references, inputs, additional_forward_args, most)
+        other = other.to(s.device) if isinstance(other, Tensor) else other
         return Question(s, own.to(s.device), other, references.similarity)
 
     def _embed_changed(self, changed: Tensor, rows: Tensor, inputs: int, additional_forward_args: Any) -> Tensor:
@@ -246,9 +256,11 @@ class SimilarityAttribution(Attribution):
         args = cut_arguments(additional_forward_args, rows, inputs)
         return widen(_recording.embed(self._encoder(), "inputs", (changed,), args, self._selector()))
 
-    def _scores(self, z: Tensor, rows: Tensor, question: Question, doubts: list[str]) -> Tensor:
-        """Scores (N, P) of the embeddings z (N, D) of changed inputs."""
-        scores = question.of(rows).contributions(z).sum(2)
+    def _scores(
+        self, z: Tensor, rows: Tensor, question: Question, doubts: list[str], once: Once = lambda _, f: f()
+    ) -> Tensor:
+        """Scores (N, P) of the embeddings z (N, D) of changed inputs; ``once`` as in Question."""
+        scores = question.of(rows).scores(z, once)
         if scores.isfinite().all():
             return scores
         doubts.append("Scores of masked inputs are not finite; they count as zero.")
@@ -369,7 +381,9 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
                         the others. The weights are then signed, whatever ``normalize``. Default: None
             internal_batch_size (int, optional): The inputs, and the references, go through the
                         encoder at most so many at a time, one chunk after another; the maps are
-                        the same, the memory needed is that of one chunk.
+                        the same, the memory needed is that of one chunk. As in Captum, tensors
+                        among the further arguments with as many rows as there are inputs are
+                        cut with them.
                         Default: None, all at once
 
         Where Captum repeats the inputs (NoiseTunnel, sensitivity_max), it expands ``target`` but
@@ -538,7 +552,11 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         summed: bool = True,
     ) -> Maps:
         """The maps of inputs, of which at most so many at a time go through the encoder."""
-        B, call = len(inputs[0]), Call()
+        # DataParallel's threads would not see the constants.
+        B, call = (
+            len(inputs[0]),
+            Call(constants=self.device_ids is None and not isinstance(self._encoder(), nn.DataParallel)),
+        )
         while True:
             parts = Parts(B, question.own.shape[1], summed)
             try:
@@ -548,6 +566,11 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
                         for columns, maps in self._parts(recording, question.of(rows), relu, summed, most, rows.start):
                             parts.put(rows, columns, maps)
             except RoutesDifferError:
+                continue
+            except RuntimeError:  # perhaps of an encoder that takes gradients of its weights, or checkpoints
+                if not call.constants:
+                    raise
+                call.constants = False
                 continue
             warn_once(self._doubts(recording))
             return self._result(parts.maps)
@@ -651,7 +674,8 @@ def note_unusable(
     """Remembers why pairs (B, P) are not valid; the first of the inputs has this number in its call."""
     if valid.all():
         return
-    inputs, references = (~usable(x) for x in (recording.embedding, question.s))
+    z = widen(recording.embedding)
+    inputs, references = ~usable(z), ~usable(question.s.to(z.dtype))
     if question.other is None:
         compared = torch.zeros_like(references)
         compared[question.own] = True

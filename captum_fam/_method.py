@@ -22,8 +22,8 @@ from captum_fam.similarity import Similarity, channel_contributions, nonzero, no
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # How much of that may be put down to values that cancel in the mean, at most.
 _CANCELLED = 1e-3
-# Contributions made at once: as many as fit a processor's cache, where they are made several times faster.
-_CACHED = 2**18
+# Contributions made at once: on a CPU as many as fit its cache, where they are made several times faster.
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**24
 
 
 def contributions(z: Tensor, own: Tensor, similarity: Similarity, other: Tensor | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def total_contributions(z: Tensor, s: Tensor, similarity: Similarity) -> Tensor:
 
 def at_once(z: Tensor) -> int:
     """How many references are compared with the embeddings z (B, D) at once."""
-    return max(1, _CACHED // max(1, z.numel()))
+    return max(1, (_AT_ONCE if z.device.type == "cpu" else _AT_ONCE_ELSEWHERE) // max(1, z.numel()))
 
 
 def is_aligned(z: Tensor, A: Tensor) -> bool:

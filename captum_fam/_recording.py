@@ -60,13 +60,22 @@ class Call:
         doubts: what a user should be warned of.
         unusable: numbers of the inputs, and of the references, whose embeddings are zero or not finite.
         dependence: how the embeddings depend on each layer, by its name.
+        constants: whether weights after the layers may be constants, which an encoder may not bear.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, constants: bool = False) -> None:
+        self.constants = constants
         self.doubts: list[str] = []
+        self._worst: dict[str, float] = {}
         self.unusable: dict[str, set[int]] = {}
         self.dependence: dict[str, int] = {}
         self._aligned: list[list[bool]] | None = None
+
+    def doubt_worst(self, kind: str, off: float, text: str) -> None:
+        """Of doubts that begin alike, keeps the one that is the furthest off."""
+        if off > self._worst.get(kind, 0):
+            self._worst[kind] = off
+            self.doubts[:] = [d for d in self.doubts if not d.startswith(kind)] + [f"{kind} {text}"]
 
     def agree(self, aligned: list[list[bool]]) -> list[list[bool]]:
         """Which tensors of which layers are aligned in every chunk: in this one and in those before."""
@@ -137,7 +146,11 @@ class Recording:
         # One row for all: its terms do not cancel by chance.
         shares = valid * torch.linspace(1, 2, w.shape[1], dtype=w.dtype, device=w.device)
         mixed = torch.where(valid[..., None], shares[..., None] * w, torch.zeros_like(w)).sum(1)
-        found = [torch.stack([alpha.any() for alpha in layer]).any() for layer in weights]
+        shown = [
+            [valid.reshape(*valid.shape, *[1] * (alpha.ndim - 2)) & (alpha != 0) for alpha in layer]
+            for layer in weights
+        ]
+        found = [torch.stack([alpha.any() for alpha in layer]).any() for layer in shown]
         self._asked = mixed if self._asked is None else self._asked + mixed
         self._on_map = [a | b for a, b in zip(found, self._on_map or found)]
 
@@ -239,6 +252,7 @@ def record(
     thread, lock = threading.get_ident(), threading.Lock()
     found: dict[nn.Module, dict[torch.device, Tensors]] = defaultdict(dict)
     repeated: set[nn.Module] = set()
+    constants: list[_Constants] = []
 
     def keep(activation: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -258,6 +272,8 @@ def record(
             graph = False
         if graph:
             torch.set_grad_enabled(True)
+            if call.constants and not constants:
+                constants.append(stack.enter_context(_Constants()))
         value = args if layer_input else output
         items = list(value) if isinstance(value, (tuple, list)) else [value]
         kept = {i: keep(a) for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim}
@@ -293,8 +309,6 @@ def record(
                 stack.callback(register(hook_of(layer)).remove)
             if graph:  # tensors made under inference mode cannot be part of a graph
                 inputs = tuple(t.clone() if t.is_inference() else t for t in inputs)
-            if graph and not in_threads:
-                stack.enter_context(_Constants())
             with _eager():
                 output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
             with torch.set_grad_enabled(graph):
@@ -332,22 +346,26 @@ def record(
 
 class _Constants(TorchFunctionMode):
     """
-    Parameters as constants where gradients are on: what only their gradients would need is not kept for backward.
-    Batch norm in evaluation, whose input torch keeps all the same, is the affine map that it is.
+    Weights as constants where an activation goes through linear layers, convolutions and norms: what only their
+    gradients would need is not kept for backward. Batch norm in evaluation, whose input torch keeps all the same, is
+    the affine map that it is.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or getattr(func, "__name__", "") in ("__get__", "__set__"):
+        if func not in _WEIGHED or not args or not args[0].requires_grad or isinstance(args[0], nn.Parameter):
             return func(*args, **kwargs)
         args = tuple(a.detach() if isinstance(a, nn.Parameter) else a for a in args)
         kwargs = {name: a.detach() if isinstance(a, nn.Parameter) else a for name, a in kwargs.items()}
-        return _affine(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
+        return _batch_norm(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
 
 
-def _affine(
+_WEIGHED = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.group_norm, F.batch_norm}
+
+
+def _batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -358,7 +376,10 @@ def _affine(
     eps: float = 1e-5,
 ) -> Tensor:
     """torch.nn.functional.batch_norm; in evaluation, without its input for backward."""
-    if training or running_mean is None or running_var is None or x.dtype not in (torch.float32, torch.float64):
+    given = [v for v in (running_mean, running_var, weight, bias) if v is not None]
+    usual = x.dtype in (torch.float32, torch.float64) and all(v.shape == x.shape[1:2] for v in given)
+    mixed = any(v.dtype != x.dtype for v in given)
+    if training or running_mean is None or running_var is None or not usual or mixed:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - running_mean * scale

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from captum_fam._attribution import ChannelAttribution, Inputs, Pairs
 from captum_fam._checks import format_inputs
 from captum_fam._method import is_aligned, jacobian_weights
-from captum_fam._recording import Recording
+from captum_fam._recording import Recording, eagerly
 from captum_fam.similarity import Normalize, Similarity, check_normalize, contribution_weights
 
 
@@ -110,6 +110,7 @@ class FeatureActivationMap(ChannelAttribution):
         self.normalize = normalize
         self.channel_weights = channel_weights
 
+    @eagerly
     def route(self, inputs: Inputs, additional_forward_args: object | None = None) -> str | list[str]:
         r"""
         The way that the weights take to the layer's channels for these inputs, from one forward

@@ -133,6 +133,7 @@ class EpisodeExplanation(Explanation):
         return (wanted.to(device).expand(B)[:, None] == self.classes).int().argmax(1)
 
 
+@_recording.eagerly
 def explain_episode(
     forward_func: Callable[..., Any],
     layer: nn.Module,

@@ -110,7 +110,10 @@ class RelevanceCam(ChannelAttribution):
         for layer, tensors, name in zip(layers, recording.layers, recording.names):
             if len(tensors) > 1:
                 raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {len(tensors)}.")
-            model = _Scored(encoder, self._selector(), _called_after(layer, name, encoder, self._selector(), recording))
+            after = recording.once(
+                (_called_after, layer), partial(_called_after, layer, name, encoder, self._selector(), recording)
+            )
+            model = _Scored(encoder, self._selector(), after)
 
             def of(starts: Tensor, layer: nn.Module = layer, name: str = name, model: _Scored = model) -> Tensor:
                 relevances = [model.relevance(layer, name, start, recording) for start in starts.unbind(1)]

@@ -12,6 +12,7 @@ from captum_fam._attribution import Question
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
 from captum_fam._distances import canonical
 from captum_fam._explanation import Explanation, explained
+from captum_fam._recording import eagerly
 from captum_fam.feature_activation_map import FeatureActivationMap
 from captum_fam.similarity import Similarity, unit, widen
 
@@ -94,6 +95,7 @@ class RetrievalExplanation(Explanation):
         return self.indices >= 0
 
 
+@eagerly
 def explain_retrieval(
     query: Tensor,
     index: Any,

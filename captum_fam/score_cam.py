@@ -89,17 +89,23 @@ class ScoreCam(ChannelAttribution):
         recording, B = pairs.recording, len(pairs.z)
         unmasked, masked = recording.once(ScoreCam, lambda: self._embeddings(recording))
 
-        def weights(z: Tensor, C: int) -> Tensor:
-            rows = torch.arange(B * C, device=z.device) // C
-            parts = zip(z.split(self.perturbations_per_eval), rows.split(self.perturbations_per_eval))
-            found = torch.cat([self._scores(*part, pairs.question, recording.doubts) for part in parts])
+        def scores(name: object, z: Tensor, rows: Tensor) -> Tensor:
+            def once(what: object, compute: Callable[[], Tensor]) -> Tensor:
+                return recording.once((what, name), compute)
+
+            return self._scores(z, rows, pairs.question, recording.doubts, once)
+
+        def weights(name: object, z: Tensor, C: int) -> Tensor:
+            n = self.perturbations_per_eval
+            parts = zip(z.split(n), (torch.arange(B * C, device=z.device) // C).split(n))
+            found = torch.cat([scores((name, i), *part) for i, part in enumerate(parts)])
             alpha: Tensor = found.unflatten(0, (B, C)).mT
             return alpha
 
-        baseline = self._scores(unmasked, torch.arange(B, device=unmasked.device), pairs.question, recording.doubts)
+        baseline = scores("unmasked", unmasked, torch.arange(B, device=unmasked.device))
         return [
-            [weights(z, A.shape[1]) - baseline[..., None] for z, A in zip(*layer)]
-            for layer in zip(masked, recording.layers)
+            [weights((i, j), z, A.shape[1]) - baseline[..., None] for j, (z, A) in enumerate(zip(*layer))]
+            for i, layer in enumerate(zip(masked, recording.layers))
         ]
 
     def _embeddings(self, recording: Recording) -> tuple[Tensor, list[list[Tensor]]]:

@@ -17,7 +17,7 @@ from captum_fam._attribution import (
     pair_index,
 )
 from captum_fam._checks import check_same_form, describe, format_inputs, warn_once
-from captum_fam._recording import Recording, Tensors
+from captum_fam._recording import Recording, Tensors, eagerly
 from captum_fam.similarity import Similarity, nonzero, norm, unit, widen
 
 
@@ -31,8 +31,6 @@ def _dot(z: Tensor, s: Tensor) -> Tensor:
 
 # f of a similarity f.z: what each embedding dimension is multiplied by.
 _FACTORS: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "dot": _dot}
-
-_REMAINDER = "The locations add up to"
 
 
 class SimilarityDecomposition(ChannelAttribution):
@@ -85,6 +83,7 @@ class SimilarityDecomposition(ChannelAttribution):
         True
     """
 
+    @eagerly
     def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Maps:
         r"""
         What each location of the inputs, with each location of the reference, contributes to
@@ -232,15 +231,16 @@ def _check(similarity: Similarity) -> None:
 
 def _note_remainder(found: Tensor, pairs: Pairs, valid: Tensor, layer: Tensors) -> None:
     """A doubt, once, about a layer's maps whose totals (B, P) are not the similarities."""
-    doubts = pairs.recording.doubts
     half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*layer, pairs.recording.embedding))
     score = pairs.c.sum(2)
     off = torch.where(valid, (found - score).abs() / nonzero(pairs.c.abs().sum(2)), torch.zeros_like(score))
-    if not off.numel() or off.max() <= (5e-2 if half else 1e-3) or any(d.startswith(_REMAINDER) for d in doubts):
+    if not off.numel() or off.max() <= (5e-2 if half else 1e-3):
         return
     i = off.argmax()
-    doubts.append(
-        f"{_REMAINDER} {found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: the rest comes from"
-        " biases, a normalisation or another such step between the layer and the embedding. A final normalisation can"
-        " be left out of the encoder; the cosine is the same without it."
+    pairs.recording.call.doubt_worst(
+        "The locations add up to",
+        off.max().item(),
+        f"{found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: the rest comes from biases, a"
+        " normalisation or another such step between the layer and the embedding. A final normalisation can be left out"
+        " of the encoder; the cosine is the same without it.",
     )

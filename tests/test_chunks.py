@@ -246,6 +246,47 @@ def test_embeddings_that_mean_nothing_are_named_once_by_their_numbers_in_the_cal
     assert said(lambda: fam.attribute_all(x, reference_embedding=s)) == expected
 
 
+@pytest.mark.parametrize("value", [1e-46, 1e39])
+def test_references_that_mean_nothing_in_the_dtype_of_the_embeddings_are_named(value):
+    encoder = seeded(PooledEncoder).float()
+    s = torch.full((2, 6), 0.5, dtype=torch.float64)
+    s[1] = value
+    fam = FeatureActivationMap(encoder, encoder.layer)
+    (doubt,) = said(lambda: fam.attribute_all(X.float(), reference_embedding=s))
+    assert "(references [1])" in doubt
+    assert not fam.attribute_all(X.float(), reference_embedding=s)[:, 1].any()
+
+
+@each_size
+def test_the_largest_remainder_is_told(size):
+    encoder = seeded(lambda: HeadEncoder(embedding=6))
+    decomposition = SimilarityDecomposition(encoder, encoder.layer)
+    texts = {
+        tuple(said(lambda n=n: decomposition.attribute_all(X, reference_embedding=REFERENCES, internal_batch_size=n)))
+        for n in (size, None)
+    }
+    assert len(texts) == 1
+    assert "add up to" in texts.pop()[0]
+
+
+def test_an_input_that_is_not_finite_does_not_hide_a_layer_that_is_not_used():
+    class Cut(HeadEncoder):
+        def forward(self, x):
+            return self.head(self.features(x).detach().flatten(2).mean(2)) + 0 * self.kept.flatten(1).mean(
+                1, keepdim=True
+            )
+
+        def features(self, x):
+            self.kept = super().features(x)
+            return self.kept
+
+    encoder = seeded(lambda: Cut(embedding=6))
+    x = X.clone()
+    x[0] = math.inf
+    fam = FeatureActivationMap(encoder, encoder.layer)
+    assert any("does not depend" in d for d in said(lambda: fam.attribute(x, 0, reference_embedding=REFERENCES)))
+
+
 @each_size
 def test_a_layer_that_the_embedding_does_not_depend_on_is_named_once(size):
     class Cut(HeadEncoder):
@@ -296,9 +337,25 @@ def test_score_cam_masks_each_input_once_for_any_number_of_references(monkeypatc
     cam = ScoreCam(encoder, encoder.layer, perturbations_per_eval=6)
     cam.attribute_all(X[:1], reference_embedding=REFERENCES)
     passes = encoder.calls
-    monkeypatch.setattr(_method, "_CACHED", 6)  # one reference at a time
+    monkeypatch.setattr(_method, "_AT_ONCE", 6)  # one reference at a time
     cam.attribute_all(X[:1], reference_embedding=REFERENCES)
     assert encoder.calls == 2 * passes
+
+
+def test_score_cam_compares_with_the_rest_once(monkeypatch):
+    seen = []
+
+    def similarity(z, s):
+        seen.append(s.shape[-2])
+        return channel_contributions(z, s, "dot")
+
+    encoder = seeded(PooledEncoder)
+    cam = ScoreCam(encoder, encoder.layer, similarity=similarity, perturbations_per_eval=6)
+    monkeypatch.setattr(_method, "_AT_ONCE", 6)  # one reference at a time
+    cam.attribute_all(X[:1], reference_embedding=random(20, 6), contrast="rest")
+    few = sum(seen)
+    cam.attribute_all(X[:1], reference_embedding=random(40, 6), contrast="rest")
+    assert sum(seen) - few == 2 * few
 
 
 @pytest.mark.parametrize("method", [FeatureActivationMap, SimilarityDecomposition])
@@ -306,7 +363,7 @@ def test_more_references_than_dimensions_take_one_gradient_a_dimension_however_t
     encoder = seeded(lambda: HeadEncoder(embedding=4))
     explainer, grad, calls = method(encoder, encoder.layer), torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: calls.append(1) or grad(*args, **options))
-    monkeypatch.setattr(_method, "_CACHED", 8)
+    monkeypatch.setattr(_method, "_AT_ONCE", 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer.attribute_all(X[:1], reference_embedding=random(50, 4))
@@ -332,7 +389,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("contrast", [None, "rest"])
 @pytest.mark.parametrize("kind", ["aligned", "jacobian"])
 def test_nothing_that_is_made_grows_with_the_references_but_their_maps(kind, contrast, monkeypatch):
-    monkeypatch.setattr(_method, "_CACHED", 4096)
+    monkeypatch.setattr(_method, "_AT_ONCE", 4096)
     encoder = seeded({"aligned": lambda: PooledEncoder(channels=64), "jacobian": lambda: HeadEncoder(2, 6)}[kind])
     D, x = encoder(X[:1]).shape[1], X[:1]
     fam = FeatureActivationMap(encoder, encoder.layer)
@@ -352,6 +409,6 @@ def test_large_chunks_of_references_are_the_users_wish_and_no_default(monkeypatc
         return channel_contributions(z, s, "dot")
 
     encoder = seeded(PooledEncoder)
-    monkeypatch.setattr(_method, "_CACHED", 3 * 6 * 5)
+    monkeypatch.setattr(_method, "_AT_ONCE", 3 * 6 * 5)
     FeatureActivationMap(encoder, encoder.layer, similarity=similarity).attribute_all(X, reference_embedding=REFERENCES)
     assert seen == [3, 3, 1]

@@ -8,7 +8,15 @@ from encoders import HeadEncoder, PooledEncoder, random, seeded
 from test_chunks import close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_fam import FeatureActivationMap, channel_contributions, contribution_weights
+from captum_fam import (
+    FeatureActivationMap,
+    Relax,
+    ScoreCam,
+    SimilarityDecomposition,
+    channel_contributions,
+    contribution_weights,
+    explain_episode,
+)
 
 X = random(3, 3, 8, 8)
 REFERENCES = random(7, 6, seed=2)
@@ -18,6 +26,7 @@ CALLS = {
     "attribute_all": lambda fam, x, s: fam.attribute_all(x, reference_embedding=s),
     "rest": lambda fam, x, s: fam.attribute_all(x, reference_embedding=s, contrast="rest"),
     "chunks": lambda fam, x, s: fam.attribute_all(x, reference_embedding=s, internal_batch_size=2),
+    "target": lambda fam, x, s: fam.attribute(x, [2, 0, 1], reference_embedding=s, contrast=[1, 2, 3]),
     "pair": lambda fam, x, s: torch.stack(fam.attribute_pair(x, x.flip(0))),
 }
 each_call = pytest.mark.parametrize("call", CALLS)
@@ -114,6 +123,36 @@ def test_a_compiled_function_may_call_it(kind, call):
     run = compiled(lambda x: 2 * CALLS[call](fam, x, REFERENCES))
     close(run(X), 2 * expected)
     assert not fam.layer._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda encoder, x: SimilarityDecomposition(encoder, encoder.layer).attribute_matrix(x, x),
+        lambda encoder, x: explain_episode(encoder, encoder.layer, x, X, [0, 1, 2]).maps,
+        lambda encoder, x: x * (FeatureActivationMap(encoder, encoder.layer).route(x) == "aligned"),
+    ],
+    ids=["attribute_matrix", "explain_episode", "route"],
+)
+def test_a_compiled_function_may_call_what_else_sets_hooks(call):
+    encoder = seeded(PooledEncoder)
+    expected = call(encoder, X)
+    close(compiled(lambda x: call(encoder, x))(X), expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("contrast", [None, 1, "rest"])
+def test_methods_that_mask_inputs_take_references_from_anywhere(place, contrast):
+    encoder = seeded(PooledEncoder)
+    expected, found = (
+        [
+            method.attribute(X.to(device), [2, 0, 1], reference_embedding=REFERENCES.to(where), contrast=contrast)
+            for method in (ScoreCam(encoder.to(device), encoder.layer), Relax(encoder.to(device), n_samples=8))
+        ]
+        for device, where in (("cpu", "cpu"), ("cuda", place))
+    )
+    close([maps.cpu() for maps in found], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_formula_compiles_with_its_encoder_into_one_graph():

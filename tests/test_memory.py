@@ -1,10 +1,14 @@
 """What is kept for backward: nothing before the layer, and nothing that only the gradients of parameters would need."""
 
+import re
+
 import pytest
 import torch
 from encoders import random, seeded
 from test_chunks import close
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from captum_fam import FeatureActivationMap
 
@@ -110,3 +114,137 @@ def test_parameters_in_the_formula_of_a_module_stay_what_they_are():
     assert maps.any()
     encoder(X).sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())
+
+
+class Scaled(nn.Module):
+    """A convolution, a step in between that does something with a weight, and a head."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3), norm(), nn.ReLU())
+        self.w, self.step = nn.Parameter(torch.tensor(2.0)), step
+
+    def forward(self, x):
+        return self.head(self.step(self, self.layer(x)).mean((2, 3)))
+
+
+def adapted(self, x):
+    with torch.enable_grad():
+        (g,) = torch.autograd.grad(nn.functional.linear(x, self.head.weight[:, :4]).square().sum(), self.head.weight)
+    return x * g.norm()
+
+
+def hooked(self, x):
+    self.w.register_hook(lambda g: g).remove()
+    return x * self.w
+
+
+def frozen_for_a_while(self, x):
+    self.w.requires_grad_(False)
+    self.w += 0.0
+    self.w.requires_grad_(True)
+    return x * self.w
+
+
+def checkpointed(self, x):
+    return checkpoint(self.block, x, use_reentrant=False)
+
+
+class Other(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def with_a_mode_that_ends_after_it(self, x):
+    with Other():
+        return x * self.w
+
+
+STEPS = {
+    "requires_grad": lambda self, x: x * w if (w := self.w.to(x.dtype)).requires_grad else 0 * x,
+    "a gradient in between": adapted,
+    "a hook on a weight": hooked,
+    "in place": frozen_for_a_while,
+    "checkpoint": checkpointed,
+    "a mode": with_a_mode_that_ends_after_it,
+    "a weight as input": lambda self, x: x * nn.functional.linear(self.head.weight, self.head.weight).norm(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_encoder_may_do_with_its_weights_what_it_likes(step):
+    encoder, s = seeded(lambda: Scaled(STEPS[step])), random(1, 4, seed=2)
+    if step == "a gradient in between":
+        encoder.head.weight.data = random(4, 6)
+        encoder.step = lambda self, x: adapted(self, x[..., :4])
+    alpha, A = alphas(encoder, X, s, encoder.layer)
+    maps = FeatureActivationMap(encoder, encoder.layer).attribute(X, reference_embedding=s)
+    assert maps.any()
+    close(maps, (alpha * A).sum(1, keepdim=True))
+    assert all(p.requires_grad for p in encoder.parameters())
+    assert not torch._C._len_torch_function_stack()
+
+
+def test_what_an_encoder_computes_of_its_weights_alone_keeps_their_gradients():
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    encoder = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).double().eval()
+    with nn.utils.parametrize.cached():
+        FeatureActivationMap(encoder, encoder[0]).attribute(X, reference_embedding=random(1, 4, seed=2))
+        encoder(X).sum().backward()
+    assert head.parametrizations.weight.original0.grad is not None
+
+
+@pytest.mark.parametrize("wrong", ["channels", "dtype"])
+def test_batch_norm_that_does_not_fit_is_torchs_error(wrong):
+    encoder = seeded(Normed)
+    if wrong == "channels":
+        encoder.rest[0][1] = nn.BatchNorm2d(1).double().eval()
+    else:
+        encoder.rest[0][1].float()
+    with pytest.raises(RuntimeError) as error:
+        encoder(X)
+    with pytest.raises(RuntimeError, match=re.escape(str(error.value).split("\n")[0])):
+        FeatureActivationMap(encoder, encoder.layer).attribute(X, reference_embedding=random(1, 4, seed=2))
+
+
+def test_a_layer_may_return_or_take_a_parameter():
+    class Tokens(nn.Module):
+        def forward(self, queries, memory):
+            return torch.softmax(queries @ memory.mT, -1) @ memory
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.decoder, self.head = nn.Conv1d(3, 6, 3), Tokens(), nn.Linear(6, 4)
+            self.queries = nn.Parameter(torch.randn(1, 5, 6))
+
+        def forward(self, x):
+            return self.head(self.decoder(self.queries, self.conv(x).mT).mean(1))
+
+    encoder = seeded(Queries)
+    fam = FeatureActivationMap(encoder, encoder.decoder, reshape_transform=lambda a: a.mT)
+    queries, memory = fam.attribute(random(1, 3, 9), reference_embedding=random(1, 4), attribute_to_layer_input=True)
+    assert queries.shape == (1, 1, 5)
+    assert memory.shape == (1, 1, 7)
+    assert queries.any()
+
+
+def test_a_transformer_before_the_layer_gives_the_embedding_that_it_gives_elsewhere():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            block = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+            self.encoder, self.layer, self.head = nn.TransformerEncoder(block, 2), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x, mask):
+            return self.head(self.layer(self.encoder(x, src_key_padding_mask=mask)).tanh().mean(1))
+
+    encoder, x = seeded(Text), random(2, 5, 6)
+    mask = torch.tensor([[0, 0, 0, 1, 1], [0] * 5]).bool()
+    fam = FeatureActivationMap(encoder, encoder.layer, reshape_transform=lambda a: a.mT)
+    seen = []
+    handle = encoder.head.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+    fam.attribute(x, additional_forward_args=(mask,), reference_embedding=random(1, 4))
+    handle.remove()
+    close(seen[0], fam.embed(x, (mask,)))
