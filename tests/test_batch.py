@@ -638,7 +638,7 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(job, undisturbed, tmp_pa
         assert {name: now.get(name) for name in finished} == finished
         finished.update(now)
 
-    for _ in range(4):
+    for _ in range(3):
         if len(finished) < PARTS:
             run(lambda process: kill(process, output, choose, duration))
     run(finishes)
