@@ -1,6 +1,7 @@
 """The batch job: what its rows say, what an error costs, and that it ends the same however often it is killed."""
 
 import csv
+import json
 import os
 import random
 import signal
@@ -542,6 +543,73 @@ def living(session):
     return found
 
 
+# Starts the command many times without its imports: a process that has made them forks, and so do the workers. It reads
+# arguments and a file for what a run prints; it writes the process and, when that has ended, its status.
+FORKING = """
+import json, multiprocessing, os, sys
+from captum_fam import batch, cli
+context = multiprocessing.get_context("fork")
+for line in sys.stdin:
+    arguments, errors = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        for descriptor in (0, 1, 2):
+            os.dup2(os.open(errors, os.O_RDWR | os.O_CREAT), descriptor)
+        multiprocessing.get_context = lambda method: context
+        sys.argv = ["captum-fam", "batch", *arguments]
+        cli.main()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Forked:
+    """A run of the command by such a process, with the part of subprocess.Popen that is needed here."""
+
+    def __init__(self, server, arguments, errors):
+        self.server, self.errors = server, errors
+        server.stdin.write(json.dumps([arguments, str(errors)]) + "\n")
+        server.stdin.flush()
+        self.pid, self.returncode = int(server.stdout.readline()), None
+
+    def poll(self):
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return 0
+        return 0 if state == "Z" else None
+
+    def communicate(self, timeout=None):
+        self.returncode = int(self.server.stdout.readline())
+        text = self.errors.read_text() if self.errors.exists() else ""
+        return text, text
+
+
+@pytest.fixture(scope="session")
+def forked(job, tmp_path_factory):
+    """A start that takes no time."""
+    errors = tmp_path_factory.mktemp("forked") / "errors"
+    command = [sys.executable, "-c", FORKING]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def begin(job, output):
+            errors.unlink(missing_ok=True)
+            return Forked(server, [*job, "-o", str(output)], errors)
+
+        yield begin
+        server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def forked_duration(job, undisturbed, forked, tmp_path_factory):
+    """The seconds that such a run takes, undisturbed."""
+    output, began = tmp_path_factory.mktemp("forked") / "out", time.monotonic()
+    finishes(forked(job, output))
+    assert contents(output) == undisturbed[0]
+    return time.monotonic() - began
+
+
 def until(condition, seconds=60.0, pause=0.0005):
     """Whether it came true in time."""
     end = time.monotonic() + seconds
@@ -623,29 +691,39 @@ def kill(process, output, choose, duration):
     process.communicate()
 
 
-@linux
-@pytest.mark.parametrize("seed", range(int(os.environ.get("CAPTUM_FAM_KILLS", "1"))))
-def test_killed_at_any_moment_it_ends_as_if_undisturbed(job, undisturbed, tmp_path, seed):
-    expected, duration = undisturbed
-    output, choose = tmp_path / "out", random.Random(seed)
-    finished, sessions = {}, []
+def ends_as_if_undisturbed(begin, job, undisturbed, duration, output, seed, kills):
+    choose, finished, sessions = random.Random(seed), {}, []
 
     def run(then):
-        process = start(job, output)  # while workers of the one before may still be about
+        process = begin(job, output)  # while workers of the one before may still be about
         sessions.append(process.pid)
         then(process)
         now = stamps(output)
         assert {name: now.get(name) for name in finished} == finished
         finished.update(now)
 
-    for _ in range(3):
+    for _ in range(kills):
         if len(finished) < PARTS:
             run(lambda process: kill(process, output, choose, duration))
     run(finishes)
-    assert contents(output) == expected
+    assert contents(output) == undisturbed
     assert [row["id"] for row in read(output)] == [f"{i:02}" for i in range(40)]
     assert not list(output.glob("_tmp*"))
     assert until(lambda: not any(living(session) for session in sessions), 20, 0.1)
+
+
+@linux
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(job, undisturbed, tmp_path):
+    files, duration = undisturbed
+    ends_as_if_undisturbed(start, job, files, duration, tmp_path / "out", seed=0, kills=3)
+
+
+@linux
+@pytest.mark.parametrize("seed", range(int(os.environ.get("CAPTUM_FAM_KILLS", "3"))))
+def test_killed_many_times_during_the_work_it_ends_as_if_undisturbed(
+    job, undisturbed, forked, forked_duration, tmp_path, seed
+):
+    ends_as_if_undisturbed(forked, job, undisturbed[0], forked_duration, tmp_path / "out", seed, kills=8)
 
 
 def test_ray_writes_the_same_files(job, undisturbed, tmp_path):

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 pytest.importorskip("torchcam")
 pytest.importorskip("pytorch_grad_cam")
 pytest.importorskip("timm")
-from benchmarks import cost  # noqa: E402  # after the skips
+from benchmarks import cost
 
 
 def test_a_small_run_writes_its_table_and_figures(tmp_path):
