@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from benchmarks.report import table
 from captum_fam import FeatureActivationMap, SimilarityScore
 
-FOLDER = Path(__file__).with_name("cost")
+FOLDER, RESULTS = Path(__file__).with_name("cost"), "results.csv"
 MB = 1e6
 PATIENCE, FEW = 2.0, 8  # a call that would take longer, in seconds, is run for so few references and extrapolated
 CHUNK = 16  # copies of the features in a batch, by hand
@@ -110,9 +110,9 @@ class Settings:
     seconds: float = 20.0  # for a series, but at least three rounds
     references: tuple[int, ...] = (1, 64, 1000)
     galleries: tuple[int, ...] = (1000, 10_000, 100_000)
-    whole: int = 10_000  # references at once, at most, without internal_batch_size
+    whole: int = 100_000  # references at once, at most, without internal_batch_size
     batches: tuple[int, ...] = (8, 32, 64)
-    repeats: int = 3  # processes for each figure of memory
+    repeats: int = 2  # processes for each figure of memory of one image
 
 
 @dataclass(frozen=True)
@@ -530,11 +530,14 @@ def measure_all(cases: list[Case], times: Results, settings: Settings, device: s
     many, plain = settings.references[-1], Use(cases[0], 1, PLAIN, device, torch.get_num_threads())
     uses = [replace(plain, method=CHECK)]
     for case in cases:
-        uses += [replace(plain, case=case, method=method) for method in METHODS]
+        # Growth of one image at a time: for a larger batch, the first call says what there is to know.
+        calls = plain.calls if case.batch == 1 else 1
+        uses += [replace(plain, case=case, method=method, calls=calls) for method in METHODS]
         once = [m for m in METHODS if (m == OURS or "by hand" in m) and (case, many, m, TIME) in times]
         shown = [m for m in once if not times[case, many, m, TIME].extrapolated]
         uses += [replace(plain, case=case, method=m, references=many, calls=1) for m in shown]
-    found = in_processes([use for use in uses for _ in range(settings.repeats)], "memory")
+    repeats = [settings.repeats if use.case.batch == 1 else 1 for use in uses]
+    found = in_processes([use for use, n in zip(uses, repeats) for _ in range(n)], "memory")
     results = {}
     for use in uses:
         values = [value for u, value in found if u == use]
@@ -547,7 +550,7 @@ def measure_parts(case: Case, settings: Settings, device: str) -> Results:
     """Large galleries and batches, whole and in parts."""
     if "internal_batch_size" not in inspect.signature(FeatureActivationMap.attribute_all).parameters:
         return {}
-    use, results = Use(case, 1, OURS, device, torch.get_num_threads(), calls=3), {}
+    use, results = Use(case, 1, OURS, device, torch.get_num_threads(), calls=2), {}
     uses = [replace(use, references=n, internal_batch_size=64) for n in settings.galleries]
     uses += [replace(use, references=n) for n in settings.galleries if n <= settings.whole]
     batches = [replace(use, case=replace(case, batch=n)) for n in settings.batches]
@@ -572,16 +575,17 @@ def case_table(results: Results, case: Case) -> str:
     counts = sorted(n for c, n, *kind in results if c == case and kind == [OURS, TIME])
     with_peak = [n for n in counts if (case, n, OURS, PEAK) in results]
     plain, rows = results[case, 1, PLAIN, PEAK].median, []
+    calls = [n for n in CALLS if (case, 1, OURS, GROWTH.format(n)) in results]
     for method in METHODS:
         cells = [str(results[case, n, method, TIME]) for n in counts]
         for n in with_peak:
             found = results.get((case, n, method, PEAK))
             cells.append(f"{found.over(plain)}, {number(found.median)} MB" if found else "")
-        grown = [results[case, 1, method, GROWTH.format(n)].median for n in CALLS]
+        grown = [results[case, 1, method, GROWTH.format(n)].median for n in calls]
         rows.append([method, *cells, ", ".join(f"{value:.0f}" for value in grown)])
     header = [f"time, {counted(n)}" for n in counts] + [f"added peak, {counted(n)}" for n in with_peak]
     return f"### {case}\n\nPlain forward pass: {results[case, 1, PLAIN, SECONDS].median * 1000:.1f} ms.\n\n" + table(
-        ["method", *header, f"growth in MB, {', '.join(map(str, CALLS))} calls"], rows
+        ["method", *header, f"growth in MB, {', '.join(map(str, calls))} calls"], rows
     )
 
 
@@ -629,17 +633,36 @@ def parts_table(results: Results) -> str:
     return table(["images", "references", "", BESIDE, EACH], rows) if rows else "`internal_batch_size` is missing."
 
 
+def write_results(results: Results, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            [*(f.name for f in fields(Case)), "references", "method", "quantity", *(f.name for f in fields(Figure))]
+        )
+        for (case, *about), figure in results.items():
+            numbers = [f"{v:.5g}" if isinstance(v, float) else v for v in asdict(figure).values()]
+            writer.writerow([*asdict(case).values(), *about, *numbers])
+
+
+def read_times(path: Path) -> Results:
+    """The times of a run before this one."""
+    results: Results = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            case = Case(row["encoder"], row["layer"], row["route"], int(row["batch"]), int(row["size"]))
+            numbers = [float(row[name]) for name in ("median", "low", "high")]
+            if row["quantity"].startswith(("time", SECONDS)):
+                figure = Figure(*numbers, int(row["n"]), row["extrapolated"] == "True")
+                results[case, int(row["references"]), row["method"], row["quantity"]] = figure
+    return results
+
+
 def write_report(
     results: Results, cases: list[Case], settings: Settings, device: str, command: str, path: Path
 ) -> None:
     """README.md and results.csv in a folder."""
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*asdict(cases[0]), "references", "method", "quantity", *asdict(Figure.of([0.0]))])
-        for (case, *about), figure in results.items():
-            numbers = [f"{v:.5g}" if isinstance(v, float) else v for v in asdict(figure).values()]
-            writer.writerow([*asdict(case).values(), *about, *numbers])
+    write_results(results, path / RESULTS)
     cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     packages = ("torch", "torchvision", "timm", "captum", "grad-cam", "torchcam")
     text = TEXT.format(
@@ -671,8 +694,9 @@ def write_report(
 @click.option(
     "--output", default=FOLDER, show_default=False, type=click.Path(path_type=Path), help="Folder of results."
 )
+@click.option("--keep-times", is_flag=True, help="Measure memory only, and keep the times of results.csv.")
 @click.option("--smoke", is_flag=True, help="Small images, few rounds: does it run?")
-def main(device: str, threads: int, output: Path, smoke: bool) -> None:
+def main(device: str, threads: int, output: Path, keep_times: bool, smoke: bool) -> None:
     """Measure time and memory, and write the report."""
     if not Path("/proc/self/clear_refs").exists():
         raise click.ClickException("memory cannot be measured: this system has no /proc/self/clear_refs")
@@ -683,13 +707,15 @@ def main(device: str, threads: int, output: Path, smoke: bool) -> None:
     cases = [places[0]] if smoke else [replace(case, batch=n) for case in places for n in (1, 8)]
     for case in tqdm(places, desc="same maps"):
         check_same(case, device)
-    results: Results = {}
+    results = read_times(output / RESULTS) if keep_times else {}
     series = [(case, n) for case in cases for n in settings.references if n == 1 or case.batch == 1]
-    for case, n in tqdm(series, desc="time"):
+    for case, n in tqdm([] if keep_times else series, desc="time"):
         results |= time_methods(case, n, settings, device)
+    write_results(results, output / RESULTS)
     results |= measure_all(cases, results, settings, device)
     parts = measure_parts(places[0], settings, device)
     command = f"python -m benchmarks.cost --device {device} --threads {threads}{' --smoke' * smoke}"
+    command += "` (time), and then with `--keep-times" * keep_times
     write_report(results | parts, cases, settings, device, command, output)
     click.echo((output / "README.md").read_text())
 

@@ -41,10 +41,14 @@ TEXT = """# How fast are many pairs explained?
 Made by `{command}`: {machine}, {cores} cores, Python {python}, torch {torch}, ray {ray}.
 
 {encoder} at 224 pixels with random weights (speed does not depend on them), photographs of 160 pixels and more on their
-short side, read and decoded in every row. **plain**: both images of each pair through the encoder under
-`torch.inference_mode()`, nothing else, by {way}, which was faster here than {other}; half of the pairs before and half
-after the batch job, without the time to start.
-**batch**: `captum-fam batch` from its start to its end, the start of the processes, checking, writing included.
+short side, read and decoded in every row.
+
+- **plain**: both images of each pair through the encoder under `torch.inference_mode()` in batches of {batch}, nothing
+  else, without the time to start; half of the pairs before and half after the batch job. By {way},
+  which was faster here than {other}.
+- **batch**: `captum-fam batch` from its start to its end, the start of the processes, checking, writing included, in
+  batches of {batch} pairs.
+
 A pair is two images; in a log with {hits} hits for each query, a query goes through the encoder once in a batch.
 
 {table}
@@ -73,7 +77,7 @@ def forward(paths: Sequence[str], encoder: str, weights: Path, threads: int, rea
     """Seconds for the embeddings of all images."""
     torch.set_num_threads(threads)
     model, photos = load_encoder(encoder, weights).model, Photos(paths, encoder, weights)
-    loader = DataLoader(photos, 2 * BATCH, num_workers=readers)
+    loader = DataLoader(photos, BATCH, num_workers=readers)  # as the batch job's queries and references
     with torch.inference_mode():
         model(photos[0][None])
         begin = time.perf_counter()
@@ -97,7 +101,7 @@ def together(paths: Sequence[str], encoder: str, weights: Path, processes: int) 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), envvar="CAPTUM_FAM_DATA", help="Folder with photos.")
-@click.option("--encoder", default="resnet18", show_default=True, help="Of torchvision.")
+@click.option("--encoder", default="mobilenet_v3_small", show_default=True, help="Of torchvision.")
 @click.option("--pairs", default=10_000, show_default=True)
 @click.option("--few", default=2_000, show_default=True, help="Pairs for the rows that compare engines.")
 @click.option("--output", default=RESULT, show_default=False, type=click.Path(path_type=Path))
@@ -184,6 +188,7 @@ def main(data: Path | None, encoder: str, pairs: int, few: int, output: Path) ->
         way=names_of[plain].format(n=n),
         other=names_of[together if plain is apart else apart].format(n=n),
         hits=HITS,
+        batch=BATCH,
         table=table(["", "pairs in a second", "of plain"], rows),
         bounds=f"Reading, decoding and resizing alone: {decoded:.0f} images in a second on one core. Written:"
         f" {size:.0f} bytes for each pair (a map of 7 by 7 places, compressed, with the paths of both images).",
