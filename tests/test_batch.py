@@ -576,7 +576,7 @@ class Forked:
     def poll(self):
         try:
             state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between opening and reading
             return 0
         return 0 if state == "Z" else None
 

@@ -195,6 +195,17 @@ def test_what_an_encoder_computes_of_its_weights_alone_keeps_their_gradients():
     assert head.parametrizations.weight.original0.grad is not None
 
 
+def test_what_it_computes_of_a_constant_and_a_weight_keeps_its_gradient_too():
+    def cached(self, x):
+        if not hasattr(self, "cache"):
+            self.cache = nn.functional.linear(torch.ones(1, 6).double(), self.head.weight)
+        return x * self.cache.norm()
+
+    encoder = seeded(lambda: Scaled(cached))
+    FeatureActivationMap(encoder, encoder.layer).attribute(X, reference_embedding=random(1, 4, seed=2))
+    assert encoder.cache.requires_grad
+
+
 @pytest.mark.parametrize("wrong", ["channels", "dtype"])
 def test_batch_norm_that_does_not_fit_is_torchs_error(wrong):
     encoder = seeded(Normed)
