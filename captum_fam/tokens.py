@@ -128,7 +128,7 @@ def _has_one_stride(grid: tuple[int, int], size: tuple[int, int]) -> bool:
     (h, w), (H, W) = grid, size
     lost = [(H - s * h, W - s * w, s) for s in range(1, H // h + 2)]
     # An even kernel with half of it as padding makes one place more than it is given.
-    return any(abs(top - left) < s and -max(s, 2) < min(top, left) and 4 * top <= H for top, left, s in lost)
+    return any(abs(top - left) < s and -max(s, 2) <= min(top, left) and 4 * top <= H for top, left, s in lost)
 
 
 def images_of(inputs: tuple[Tensor, ...]) -> Tensor:
