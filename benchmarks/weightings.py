@@ -50,6 +50,8 @@ def main() -> None:
                 for metric, values in localisation(method(q), pairs).items():
                     found.setdefault((candidate, source, metric), []).append(values.mean().item())
     lines = [
+        "# Candidate weightings",
+        "",
         f"Made by `{COMMAND.replace('faithfulness', 'weightings')}` on half {HALF} of the pictures: means over"
         f" {len(names)} encoders (photos: {len(names) - 1}).",
         "",

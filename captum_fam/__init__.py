@@ -17,6 +17,8 @@ from captum_fam.similarity_decomposition import SimilarityDecomposition
 from captum_fam.tokens import channels_last, patch_tokens
 from captum_fam.visualization import visualize_comparison, visualize_pair
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ClassActivationMap",
     "EpisodeExplanation",

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from captum.attr import LayerGradCam, LayerIntegratedGradients
 from encoders import random, seeded
 from PIL import Image
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 import captum_fam
 
@@ -48,7 +50,7 @@ def small_clip():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_python_block_of_the_readme_runs(block):
+def test_a_python_block_of_the_readme_runs(block, monkeypatch, tmp_path):
     mpl.use("agg")
     for library in re.findall(r"^(?:from|import) (easyfsl|faiss)", block, re.M):
         pytest.importorskip(library)
@@ -88,11 +90,21 @@ def test_a_python_block_of_the_readme_runs(block):
     if "clip." in block:
         tokens = torch.tensor([[18, 3, 4, 19], [18, 5, 6, 19]])
         names |= {"clip": small_clip(), "pixel_values": images, "tokens": {"input_ids": tokens}}
+    if "ResNet50_Weights" in block:  # the weights are not at hand
+        monkeypatch.setattr(
+            torchvision.models, "resnet50", lambda weights: torchvision.models.ResNet(Bottleneck, [1] * 4)
+        )
+        monkeypatch.chdir(tmp_path)
+        for name in ("query", "match", "other"):
+            Image.effect_noise((300, 250), 50).save(f"{name}.jpg")
     exec(block, names)
+    if "ResNet50_Weights" in block:
+        assert Image.open("pair.png").size > (100, 100)
+        assert names["why"].shape == (1, 1, 7, 7)
 
 
 def test_the_readme_has_the_blocks_that_are_tested():
-    assert len(BLOCKS) == 14
+    assert len(BLOCKS) == 15
 
 
 def test_the_summary_in_the_readme_is_that_of_the_study():

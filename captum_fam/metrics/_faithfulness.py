@@ -144,9 +144,7 @@ def insertion(
     with :math:`b_{(p)}` the baseline with the fraction p of largest attributions taken from
     the input.
 
-    Args:
-        forward_func, inputs, attributions, baselines, additional_forward_args, target,
-        n_steps, seed, max_examples_per_batch: As in :func:`deletion`.
+    The arguments are those of :func:`deletion`.
 
     Returns:
         *PerturbationCurve*: As in :func:`deletion`.
@@ -231,9 +229,9 @@ def average_drop(
     The wider a map, the smaller its drop: a map that shows nearly everything does best. Read
     it beside :func:`average_increase` and the area of the maps.
 
+    The other arguments are those of :func:`deletion`.
+
     Args:
-        forward_func, inputs, attributions, additional_forward_args, target,
-        max_examples_per_batch: As in :func:`deletion`.
         baselines (str, float or Tensor): As in :func:`deletion`.
                     Default: ``"zero"``, as published
 
@@ -274,9 +272,7 @@ def average_increase(
 
     .. math:: 1[f(x \circ m) > f(x)]
 
-    Args:
-        forward_func, inputs, attributions, baselines, additional_forward_args, target,
-        max_examples_per_batch: As in :func:`average_drop`.
+    The arguments are those of :func:`average_drop`.
 
     Returns:
         *Tensor*: 1 or 0, (B,); the larger their mean, the better.
@@ -345,9 +341,9 @@ def road(
     1/12; at the border the weights are those of the neighbours that exist. SciPy solves the
     linear equations, for one image after the other on the CPU.
 
+    The other arguments are those of :func:`deletion`, for images (B, C, H, W) only.
+
     Args:
-        forward_func, inputs, attributions, additional_forward_args, target,
-        max_examples_per_batch: As in :func:`deletion`; images (B, C, H, W) only.
         percentages (iterable of float): Which percentages of the pixels are removed, each
                     above 0 and below 100.
                     Default: 10, 20, ... 90

@@ -1,0 +1,45 @@
+"""
+Sphinx configuration: ``sphinx-build -W -c docs . docs/_build``.
+
+The sources begin at the project's root, so that one link serves in a repository's browser and in these pages.
+"""
+
+import captum_fam
+
+project = "captum_fam"
+author = "the captum_fam authors"
+copyright = "2026, the captum_fam authors"
+version = release = captum_fam.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+root_doc = "docs/index"
+include_patterns = ["docs/**", "tutorials/*.ipynb", "benchmarks/*.md", "benchmarks/*/*.md", "*.md"]
+exclude_patterns = ["docs/_build"]
+html_theme = "furo"
+html_title = f"captum_fam {version}"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the tutorials keep their outputs
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings give types, in Captum's words
+napoleon_preprocess_types = True
+napoleon_type_aliases = {
+    "Captum Attribution": "captum.attr.Attribution",
+    "LayerAttribution": "captum.attr.LayerAttribution",
+    "Tensor": "torch.Tensor",
+}
+
+# The files serve where there is no network: they hold the few names that these pages mention.
+intersphinx_mapping = {
+    "torch": ("https://docs.pytorch.org/docs/stable/", (None, "docs/inventories/torch.inv")),
+    "captum": ("https://captum.ai/api/", (None, "docs/inventories/captum.inv")),
+}
+intersphinx_timeout = 5

@@ -1,0 +1,45 @@
+"""The code is laid out as CONTRIBUTING.md draws it."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "captum_fam"
+
+
+def levels():
+    """Of each module, or package, its level in the drawing, from the top."""
+    (drawing,) = re.findall(r"```text\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    return {
+        name: level
+        for level, rows in enumerate(drawing.split("   |\n"))
+        for name in re.findall(r"(\w+)(?:\.py|/)(?=\s)", rows)
+    }
+
+
+def modules():
+    """Each module's own name in the drawing, and its file."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name != "__init__":
+            yield name, file
+
+
+def imported(file):
+    """The modules of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "captum_fam":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("captum_fam."):
+            yield node.module.split(".")[1]
+
+
+def test_the_drawing_has_every_module_and_no_other():
+    assert set(levels()) == {name for name, _ in modules()}
+
+
+def test_modules_import_from_their_own_level_and_below():
+    level = levels()
+    upwards = [(name, other) for name, file in modules() for other in imported(file) if level[other] < level[name]]
+    assert not upwards
