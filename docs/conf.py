@@ -1,5 +1,5 @@
 """
-Sphinx configuration: ``sphinx-build -W -c docs . docs/_build``.
+Sphinx configuration: ``sphinx-build -W -c docs . build/docs``.
 
 The sources begin at the project's root, so that one link serves in a repository's browser and in these pages.
 """
@@ -20,7 +20,6 @@ extensions = [
 ]
 root_doc = "docs/index"
 include_patterns = ["docs/**", "tutorials/*.ipynb", "benchmarks/*.md", "benchmarks/*/*.md", "*.md"]
-exclude_patterns = ["docs/_build"]
 html_theme = "furo"
 html_title = f"captum_fam {version}"
 
@@ -30,16 +29,19 @@ nb_execution_mode = "off"  # the tutorials keep their outputs
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give types, in Captum's words
-napoleon_preprocess_types = True
-napoleon_type_aliases = {
-    "Captum Attribution": "captum.attr.Attribution",
-    "LayerAttribution": "captum.attr.LayerAttribution",
-    "Tensor": "torch.Tensor",
-}
-
 # The files serve where there is no network: they hold the few names that these pages mention.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable/", (None, "docs/inventories/torch.inv")),
     "captum": ("https://captum.ai/api/", (None, "docs/inventories/captum.inv")),
 }
 intersphinx_timeout = 5
+
+# What the docstrings call by their short names.
+SHORT = {"Tensor": "torch.Tensor", "nn.Module": "torch.nn.Module"}
+
+
+def setup(app):
+    def in_full(app, env, node, contnode):
+        node["reftarget"] = SHORT.get(node.get("reftarget"), node.get("reftarget"))
+
+    app.connect("missing-reference", in_full, priority=400)  # before intersphinx looks for it

@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +32,12 @@ def test_every_public_name_has_an_example(name):
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_has_an_example(name):
     assert ">>> " in getattr(metrics, name).__doc__
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(p.read_text(encoding="utf-8") for p in (Path(__file__).parent.parent / "docs" / "api").glob("*.md"))
+    listed = set(re.findall(r"^\.\. auto\w+:: (\S+)$", pages, re.M))
+    public = {f"captum_fam.{name}" for name in captum_fam.__all__} | {
+        f"captum_fam.metrics.{n}" for n in metrics.__all__
+    }
+    assert public <= listed
