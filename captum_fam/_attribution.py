@@ -471,7 +471,7 @@ class ChannelAttribution(SimilarityAttribution, LayerAttribution):
         )
         K = len(references)
         if not K:
-            raise ValueError("Expected at least one reference, but got none.")
+            raise ValueError("Expected at least one reference, but got none; pass embeddings (K, D) with K > 0.")
         if contrast not in (None, "rest"):
             raise ValueError(
                 f'Expected `contrast` to be "rest" or None, but got {describe(contrast)}; `attribute` takes a number.'
@@ -772,5 +772,7 @@ def _other(contrast: object, references: int, inputs: int) -> Other:
     if contrast != "rest":
         raise ValueError(f'Expected `contrast` to be the number of a reference or "rest", but got {contrast!r}.')
     if references < 2:
-        raise ValueError(f'contrast="rest" needs at least two references, but there is {references}.')
+        raise ValueError(
+            f'contrast="rest" needs at least two references, but there is {references}; leave `contrast` out.'
+        )
     return "rest"

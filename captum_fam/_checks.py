@@ -55,9 +55,14 @@ def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
     tensors = value if isinstance(value, tuple) else (value,)
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):
         got = f"a tuple of {[type(t).__name__ for t in tensors]}" if isinstance(value, tuple) else describe(value)
-        raise TypeError(f"Expected `{name}` to be a tensor or a tuple of tensors, but got {got}.")
+        raise TypeError(
+            f"Expected `{name}` to be a tensor or a tuple of tensors, but got {got}; apply the encoder's transform to"
+            " pictures and torch.stack to a list of tensors."
+        )
     if any(not t.ndim for t in tensors):
-        raise ValueError(f"Expected `{name}` to have a batch dimension, but got a tensor without dimensions.")
+        raise ValueError(
+            f"Expected `{name}` to have a batch dimension, but got a tensor without dimensions; pass {name}[None]."
+        )
     return tensors
 
 
@@ -166,6 +171,12 @@ def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -
         raise ValueError(
             f"Expected `reference` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}."
         )
+    for r, x in zip(reference, inputs):
+        if r.ndim != x.ndim:
+            raise ValueError(
+                f"Expected `reference` in the form of `inputs`, of {x.ndim} dimensions, but got shape {tuple(r.shape)};"
+                " pass both with a batch dimension, reference[None] for a single one."
+            )
 
 
 def check_rows_fit(additional_forward_args: object, inputs: int, references: int) -> None:

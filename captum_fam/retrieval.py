@@ -19,6 +19,7 @@ from captum_fam.similarity import Similarity, unit, widen
 _INNER_PRODUCT, _L2 = 0, 1  # faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2
 _CLOSE = 1e-3  # how far lengths and scores may be from what they should be
 _ROUNDING = 1e-5  # the same for scores, in units of the squared lengths
+_LOSSY = 0.2  # how far the median length of normalised vectors may be from one, in an index that is lossy
 _SAME = 0.05  # how far an image's embedding may be from that in the index, in units of its length
 
 
@@ -83,7 +84,7 @@ class RetrievalExplanation(Explanation):
         """
         (B, k), device = self.scores.shape, self.signed_maps.device
         if k < 2:
-            raise ValueError("A contrast needs at least two hits, but there is one.")
+            raise ValueError("A contrast needs at least two hits, but there is one; search with k=2 or more.")
         for name, value in (("rank", rank), ("other", other)):
             number = isinstance(value, int) and not isinstance(value, bool) and value in range(k)
             if not number and not (name == "other" and value == "rest"):
@@ -170,7 +171,8 @@ def explain_retrieval(
         searched = unit(z) if fam.similarity == "cosine" else z
         scores, indices = _search(index, searched, k)
         s = _vectors(index, indices)
-        if fam.similarity == "cosine" and ((s.norm(dim=2) - 1).abs()[indices >= 0] > _CLOSE).any():
+        off = (s.norm(dim=2) - 1).abs()[indices >= 0]
+        if fam.similarity == "cosine" and len(off) and off.median() > _LOSSY:
             raise ValueError(
                 'similarity="cosine" needs an index of normalised vectors: call faiss.normalize_L2(vectors) before'
                 " index.add(vectors), or leave out `similarity`."

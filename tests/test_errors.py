@@ -342,3 +342,9 @@ def test_the_model_runs_when_nothing_is_wrong():
     counted, fam = counted_explainer()
     fam.attribute(INPUTS, 2, reference=INPUTS, contrast="rest")
     assert counted.calls == 2
+
+
+@pytest.mark.parametrize("call", ["attribute", "attribute_all", "attribute_pair"])
+def test_a_reference_without_a_batch_dimension_is_named(call):
+    with pytest.raises(ValueError, match=r"`reference` in the form of `inputs`, of 4 .*\(3, 8, 8\).*reference\[None\]"):
+        getattr(explainer(), call)(INPUTS, reference=INPUTS[0])

@@ -371,6 +371,17 @@ def test_an_index_whose_scores_are_not_those_of_its_vectors_is_named(factory, lo
     assert ["lossy" in str(w.message) for w in caught] == [True] * lossy
 
 
+def test_a_lossy_index_of_normalised_vectors_is_one_of_cosines():
+    vectors = F.normalize(random(700, D, seed=5)).float().numpy()
+    index = faiss.IndexPQ(D, 2, 4, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    with pytest.warns(UserWarning, match="lossy"):
+        found = explain(index, similarity="cosine")
+    assert not torch.allclose(found.similarities, found.scores.to(found.similarities))
+    assert found.maps.any()
+
+
 def test_a_query_without_any_hit_has_empty_maps():
     query = QUERY.clone()
     query[1] = float("nan")  # faiss finds nothing near
