@@ -195,7 +195,7 @@ class SimilarityAttribution(Attribution):
         if len(given) != 1:
             raise ValueError(
                 "Expected exactly one of `reference`, `reference_embedding` and the references of a SimilarityScore,"
-                f" but got {' and '.join(given) or 'none; pass them by these names'}."
+                f" but got {' and '.join(given) or 'none; pass them by these names (the second argument is `target`)'}."
             )
         similarity = self._similarity()
         if reference is not None:
@@ -767,12 +767,13 @@ def _other(contrast: object, references: int, inputs: int) -> Other:
     """The references to contrast with: (B, 1), the rest, or none."""
     if contrast is None:
         return None
-    if not isinstance(contrast, str):
-        return reference_index("contrast", contrast, references, inputs)[:, None]
-    if contrast != "rest":
+    if isinstance(contrast, str) and contrast != "rest":
         raise ValueError(f'Expected `contrast` to be the number of a reference or "rest", but got {contrast!r}.')
     if references < 2:
         raise ValueError(
-            f'contrast="rest" needs at least two references, but there is {references}; leave `contrast` out.'
+            f"contrast={contrast!r} needs at least two references, but there is {references}; pass more of them, such"
+            " as reference=torch.cat([match, other]), or leave `contrast` out."
         )
+    if not isinstance(contrast, str):
+        return reference_index("contrast", contrast, references, inputs)[:, None]
     return "rest"

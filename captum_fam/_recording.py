@@ -323,8 +323,8 @@ def record(
                 )
             if layer in repeated:
                 call.doubts.append(
-                    f"Layer {name} was called several times in one forward pass; its last call is explained. Wrap the"
-                    " call that you mean in a module of its own."
+                    f"Layer {name} was called several times in one forward pass; its last call is explained. Name the"
+                    " module around the call that you mean, or give that call a module of its own."
                 )
         ids = _captum.extract_device_ids(forward_func, found, device_ids)
         tensors = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from captum_fam import __version__
 from captum_fam._ready import planes, ready_encoder, running
 from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, one_line
@@ -30,7 +31,7 @@ from captum_fam.visualization import explanation_figure, visualize_comparison
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="captum-fam")
+@click.version_option(__version__)
 def command() -> None:
     """Which parts of an image make its embedding similar to another's."""
 

@@ -65,8 +65,8 @@ def load_encoder(name: str, weights: Path | None = None, size: int | None = None
     models = _models()
     known = ["bundled", *(f"torchvision:{n}" for n in models.list_models(module=models))]
     near = "" if ":" in name else _near(name, known) or _near(f"torchvision:{name}", known)
-    kinds = ": pass bundled, torchvision:NAME, timm:NAME, hf:PATH or module.path:factory"
-    raise ValueError(f"no encoder {name!r}{near or kinds}")
+    kinds = "pass bundled, torchvision:NAME, timm:NAME, hf:PATH or, for your own, module.path:factory"
+    raise ValueError(f"no encoder {name!r}{f'{near} Else' if near else ':'} {kinds}")
 
 
 def _models() -> Any:
@@ -242,7 +242,8 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise ValueError(f"cannot import {module_name}: {one_line(error)}") from error
+        hint = f"; write {module_name.removesuffix('.py')}:{factory_name}" if module_name.endswith(".py") else ""
+        raise ValueError(f"cannot import {module_name}: {one_line(error)}{hint}") from error
     finally:
         sys.path.remove("")
     factory = getattr(module, factory_name, None)

@@ -179,7 +179,8 @@ class _Scored(nn.Module):
         if steps:
             raise ValueError(
                 f"LRP cannot follow the steps {', '.join(steps)} of a forward function after layer {self._name}; choose"
-                " a later layer, or make them modules that have a rule: sums, Captum's Addition_Module."
+                " a later layer, or make them modules that have a rule: sums, Captum's Addition_Module. Leave a final"
+                " normalisation out: the cosine is the same without it."
             )
         return 1 + ((z - z.detach()) * self._start.to(z)).sum(1)
 

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, with small stand-ins for the user's own objects."""
+"""The code of the README and the pages runs as it stands, with small stand-ins for the user's own objects."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,12 @@ from torchvision.models.resnet import Bottleneck
 import captum_fam
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+MEASURED = README.parent / "docs" / "measured.md"
+BLOCKS = [
+    block
+    for page in (README, MEASURED)
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+]
 
 
 class Backbone(nn.Module):
@@ -50,7 +55,7 @@ def small_clip():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_python_block_of_the_readme_runs(block, monkeypatch, tmp_path):
+def test_a_python_block_runs(block, monkeypatch, tmp_path):
     mpl.use("agg")
     for library in re.findall(r"^(?:from|import) (easyfsl|faiss)", block, re.M):
         pytest.importorskip(library)
@@ -103,14 +108,14 @@ def test_a_python_block_of_the_readme_runs(block, monkeypatch, tmp_path):
         assert names["why"].shape == (1, 1, 7, 7)
 
 
-def test_the_readme_has_the_blocks_that_are_tested():
+def test_the_pages_have_the_blocks_that_are_tested():
     assert len(BLOCKS) == 15
 
 
-def test_the_summary_in_the_readme_is_that_of_the_study():
+def test_the_summary_in_the_pages_is_that_of_the_study():
     results = (README.parent / "benchmarks" / "faithfulness" / "README.md").read_text(encoding="utf-8")
     (summary,) = re.findall(r"^\| method \| right object \| faithfulness .*?\n\n", results, re.M | re.S)
-    assert summary in README.read_text(encoding="utf-8")
+    assert summary in MEASURED.read_text(encoding="utf-8")
 
 
 def test_the_usual_wrapper_of_two_encoder_calls_explains_the_reference_as_the_readme_says():
