@@ -319,7 +319,7 @@ def record(
             if layer not in found:
                 raise ValueError(
                     f"Expected `layer` to be a module that the forward pass calls, but {name} was not called; pass a"
-                    " module of this very model."
+                    " module of this very model that its forward pass calls (an element of a ModuleList, not the list)."
                 )
             if layer in repeated:
                 call.doubts.append(
@@ -470,10 +470,20 @@ def _is_ours(hook: Any) -> bool:
 
 def doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:
     model = model_of(forward_func)
-    modules = model.modules() if model is not None else []
-    if not any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
-        return []
+    training = [m for m in model.modules() if m.training] if model is not None else []
+    doubts = {
+        "batch norm: each map depends on the other inputs of the batch": any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in training
+        ),
+        "dropout: each call gives other maps": any(map(_drops, training)),
+    }
     return [
-        "The model is in training mode and has batch norm: each map depends on the other inputs of the batch. Call"
-        " model.eval() first."
+        f"The model is in training mode and has {doubt}. Call model.eval() first." for doubt in doubts if doubts[doubt]
     ]
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops values, or whole paths as those of timm, transformers and torchvision do."""
+    p = getattr(module, "p", 0) or getattr(module, "drop_prob", 0)
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) or "Drop" in type(module).__name__
+    return bool((dropout or type(module).__name__ == "StochasticDepth") and isinstance(p, (int, float)) and p)

@@ -123,7 +123,11 @@ def select_embedding(output: Any, output_selector: Callable[[Any], Tensor] | Non
     if isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 2:
         return z
     if isinstance(z, Tensor):
-        advice = "pass output_selector=lambda z: z.flatten(1)" if z.ndim > 2 else "return one row per input"
+        advice = "return one row per input"
+        if z.ndim == 3:
+            advice = "select a token, output_selector=lambda z: z[:, 0], or their mean, z.mean(1)"
+        elif z.ndim > 3:
+            advice = "pool, output_selector=lambda z: z.mean((2, 3)), or flatten, z.flatten(1)"
         got = describe(z)
     elif isinstance(z, Mapping):
         advice = f"pass output_selector=lambda output: output[key] with one of the keys {list(z)}"

@@ -92,10 +92,11 @@ class SimilarityDecomposition(ChannelAttribution):
 
         .. math:: P_{ij} = \frac{v(i) \cdot v'(j)}{\|z\| \|s\|}
 
-        (without the norms for ``"dot"``). All entries add up to the score; the sum of a row,
-        times the number of rows, is the value of :meth:`attribute` at that location, and row i
-        is the map over the reference of what matches location i. Encoders other than a spatial
-        mean need one gradient for each embedding dimension.
+        (without the norms for ``"dot"``). Where the locations add up to the similarity (else a
+        warning says so), all entries add up to the score, and the sum of a row, times the number
+        of rows, is the value of :meth:`attribute` at that location. Row i is the map over the
+        reference of what matches location i. Encoders other than a spatial mean need one
+        gradient for each embedding dimension.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
@@ -241,6 +242,6 @@ def _note_remainder(found: Tensor, pairs: Pairs, valid: Tensor, layer: Tensors) 
         "The locations add up to",
         off.max().item(),
         f"{found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: the rest comes from biases, a"
-        " normalisation or another such step between the layer and the embedding. A final normalisation can be left out"
-        " of the encoder; the cosine is the same without it.",
+        " LayerNorm, a class token or another such step between the layer and the embedding. A final normalisation"
+        " (F.normalize, not a LayerNorm) can be left out of the encoder; the cosine is the same without it.",
     )

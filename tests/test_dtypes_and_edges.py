@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from encoders import HeadEncoder, PooledEncoder, TwoInputEncoder, random, seeded
 from torch import nn
 
@@ -387,6 +388,40 @@ def test_batch_norm_in_training_mode_warns_behind_a_score_or_a_bound_method_too(
         call(FeatureActivationMap(model.forward, model.layer))
     with pytest.warns(UserWarning, match="training mode"):
         FeatureActivationMap(SimilarityScore(model, REFERENCES), model.layer).attribute(INPUTS, 1)
+
+
+class DropPath(nn.Identity):
+    """Called as those of timm and transformers are."""
+
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+@pytest.mark.parametrize(
+    "dropout", [nn.Dropout(0.3), nn.Dropout2d(0.3), torchvision.ops.StochasticDepth(0.3, "row"), DropPath(0.3)]
+)
+def test_dropout_in_training_mode_warns_and_not_in_eval_mode(dropout):
+    model = seeded(PooledEncoder)
+    model.early = nn.Sequential(model.early, dropout)
+    model.train()
+    fam = FeatureActivationMap(model, model.layer)
+    with one_warning(r"training mode.*dropout.*eval\(\)"):
+        fam.attribute(INPUTS, 1, reference_embedding=REFERENCES)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fam.attribute(INPUTS, 1, reference_embedding=REFERENCES)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.0), DropPath(0.0), DropPath(None), nn.Identity()])
+def test_dropout_of_nothing_does_not_warn(dropout):
+    model = seeded(PooledEncoder)
+    model.early = nn.Sequential(model.early, dropout)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FeatureActivationMap(model, model.layer).attribute(INPUTS, 1, reference_embedding=REFERENCES)
 
 
 def test_training_mode_without_batch_norm_and_batch_norm_in_eval_mode_do_not_warn():
