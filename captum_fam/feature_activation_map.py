@@ -43,6 +43,10 @@ class FeatureActivationMap(ChannelAttribution):
     ``relu_attributions=True`` to drop them. Under ``"euclidean"``, channels near zero in
     both images get weights near one, and the map drifts to the plain sum of activations.
 
+    The weights tell how much a dimension contributes, not which way it must go: where z has
+    negative dimensions (behind a projection head, in transformers), the map, and its contrast,
+    have the wrong sign for these. Use :class:`~captum_fam.SimilarityDecomposition` there.
+
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
                     (B, D), or a :class:`~captum_fam.SimilarityScore`, whose encoder,

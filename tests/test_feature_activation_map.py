@@ -27,6 +27,7 @@ from torch import nn
 
 from captum_fam import (
     FeatureActivationMap,
+    SimilarityDecomposition,
     SimilarityScore,
     channel_contributions,
     contribution_weights,
@@ -840,3 +841,16 @@ def test_maps_of_ordinary_calls_come_without_a_warning_and_detached():
             *fam.attribute_pair(x, x),
         ]
     assert not any(m.requires_grad for m in maps)
+
+
+@pytest.mark.parametrize("contrast", [None, 1])
+def test_a_change_of_all_signs_turns_the_map_and_not_the_decomposition_as_the_documentation_says(contrast):
+    encoder = seeded(HeadEncoder)
+    turned = Modified(encoder, torch.neg)
+    images, references = random(2, 3, 8, 8), random(3, 3, 8, 8, seed=2)
+    for Method, factor in ((FeatureActivationMap, -1), (SimilarityDecomposition, 1)):
+        maps = [
+            Method(e, encoder.layer).attribute(images, 0, reference=references, contrast=contrast)
+            for e in (encoder, turned)
+        ]
+        torch.testing.assert_close(maps[1], factor * maps[0])
