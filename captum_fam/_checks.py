@@ -172,10 +172,10 @@ def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -
             f"Expected `reference` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}."
         )
     for r, x in zip(reference, inputs):
-        if r.ndim != x.ndim:
+        if r.ndim == x.ndim - 1:
             raise ValueError(
                 f"Expected `reference` in the form of `inputs`, of {x.ndim} dimensions, but got shape {tuple(r.shape)};"
-                " pass both with a batch dimension, reference[None] for a single one."
+                " pass a batch dimension, reference[None] for a single one."
             )
 
 

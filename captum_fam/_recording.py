@@ -484,6 +484,9 @@ def doubts_of_training(forward_func: Callable[..., Any]) -> list[str]:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a module drops values, or whole paths as those of timm, transformers and torchvision do."""
-    p = getattr(module, "p", 0) or getattr(module, "drop_prob", 0)
-    dropout = isinstance(module, nn.modules.dropout._DropoutNd) or "Drop" in type(module).__name__
-    return bool((dropout or type(module).__name__ == "StochasticDepth") and isinstance(p, (int, float)) and p)
+    name = type(module).__name__
+    if not (isinstance(module, nn.modules.dropout._DropoutNd) or "Drop" in name or name == "StochasticDepth"):
+        return False
+    return any(
+        isinstance(p, (int, float)) and p > 0 for p in (getattr(module, n, 0) for n in ("p", "drop_prob", "prob"))
+    )

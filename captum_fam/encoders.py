@@ -242,7 +242,8 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever the user's module raises
-        hint = f"; write {module_name.removesuffix('.py')}:{factory_name}" if module_name.endswith(".py") else ""
+        dotted = ".".join(Path(module_name).with_suffix("").parts)
+        hint = f"; write {dotted}:{factory_name}" if module_name.endswith(".py") else ""
         raise ValueError(f"cannot import {module_name}: {one_line(error)}{hint}") from error
     finally:
         sys.path.remove("")

@@ -172,7 +172,11 @@ def explain_retrieval(
         scores, indices = _search(index, searched, k)
         s = _vectors(index, indices)
         off = (s.norm(dim=2) - 1).abs()[indices >= 0]
-        if fam.similarity == "cosine" and len(off) and off.median() > _LOSSY:
+        if (
+            fam.similarity == "cosine"
+            and len(off)
+            and (off.median() > _LOSSY if _is_lossy(index) else off.max() > _CLOSE)
+        ):
             raise ValueError(
                 'similarity="cosine" needs an index of normalised vectors: call faiss.normalize_L2(vectors) before'
                 " index.add(vectors), or leave out `similarity`."
@@ -200,6 +204,15 @@ def explain_retrieval(
     warn_once(doubts)
     to = query.device
     return RetrievalExplanation(**found, indices=indices.to(to), scores=scores.to(to), hit_maps=hit_maps)
+
+
+def _is_lossy(index: Any) -> bool:
+    """Whether an index keeps less of a vector than its numbers in single precision."""
+    try:
+        size: int = getattr(index, "storage", index).sa_code_size()  # of HNSW, the storage has the vectors
+    except (AttributeError, RuntimeError):
+        return False
+    return size < 4 * index.d
 
 
 def _similarity(index: Any, similarity: Similarity | None) -> str:

@@ -19,6 +19,8 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 root_doc = "docs/index"
+nitpicky = True
+nitpick_ignore_regex = [("py:class", ".*")]  # the types of arguments are words as often as classes
 include_patterns = ["docs/**", "tutorials/*.ipynb", "benchmarks/*.md", "benchmarks/*/*.md", "*.md"]
 html_theme = "furo"
 html_title = f"captum_fam {version}"

@@ -50,6 +50,9 @@ MODELS = {
 }
 
 
+ENDINGS = ("layernorm_before", "norm1", "layer_norm1")  # of ViTModel, Dinov2Model and CLIP
+
+
 def code(cell):
     return re.findall(r"`([^`]*)`", cell)
 
@@ -85,9 +88,26 @@ def test_every_row_that_names_a_library_is_tested():
     assert named == set(MODELS)
 
 
-def test_the_readme_names_the_same_layers():
+def test_the_readme_names_the_same_layers_and_embeddings():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^\| encoder \| layer \| embedding \|.*?\n\n", readme, re.M | re.S)
-    named = set(re.findall(r"`(model\.[^`=]*)`", table))
-    assert named
-    assert named <= {c for row in ROWS for c in code(row[1])}
+    for line in table.strip().splitlines()[2:]:
+        name, layer, embedding = (cell.strip() for cell in line.strip("|").split("|"))
+        libraries = re.findall("torchvision|timm|transformers", name)
+        models = re.findall(r"\b(?:[A-Z]\w*[A-Z0-9]\w*|Swin)\b", name)
+        rows = [r for r in ROWS if any(x in r[0] for x in libraries) and any(m in r[0] for m in models)]
+        assert rows or "your own" in name
+        if rows:
+            assert set(code(layer)) <= {c for row in rows for c in code(row[1])}
+            assert set(code(embedding)) <= {c for row in rows for c in code(row[2])}
+
+
+def test_the_last_blocks_of_transformers_are_where_the_page_says():
+    (text,) = re.findall(r"In transformers, the last block is.*?\n\n", PAGE, re.S)
+    vit, dino, _ = (make() for make in MODELS["ViT, DINOv2, CLIP of transformers"])
+    clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config={**WIDTHS, **SIZES}, text_config=WIDTHS))
+    expressions = [c for c in code(text) if c.endswith("[-1]")]
+    for model, expression, ending in zip((vit, dino, clip), expressions, ENDINGS, strict=True):
+        block = eval(expression, {"model": model, "clip": model})
+        last = [m for path, m in model.named_modules() if path.endswith("." + ending) and "text_model" not in path][-1]
+        assert getattr(block, ending) is last

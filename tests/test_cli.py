@@ -1,6 +1,7 @@
 """The command line on real photographs, in process."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.models import resnet18
 
+import captum_fam
 from captum_fam import FeatureActivationMap, cli, demo
 from captum_fam.bundled import BundledEncoder, bundled_encoder
 from captum_fam.images import read_image, to_tensor
@@ -343,3 +345,9 @@ def test_a_zero_map_is_said_to_be_one_and_signed_maps_share_one_scale_around_zer
     assert "zero" in axes[0].get_xlabel()
     assert "zero" not in axes[1].get_xlabel()
     assert figure.axes[-1].get_ylim() == (-3.0, 3.0)
+
+
+def test_the_package_runs_as_a_module_and_says_its_version():
+    command = [sys.executable, "-m", "captum_fam", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith(captum_fam.__version__)

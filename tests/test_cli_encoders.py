@@ -452,3 +452,14 @@ def test_hooks_are_gone_after_a_failure():
     with pytest.raises(KeyError):
         last_map(encoder, (random(1, 3, 12, 12),))
     assert not any(m._forward_hooks for m in encoder.modules())
+
+
+def test_a_path_in_place_of_a_module_says_what_to_write():
+    with pytest.raises(ValueError, match=r"; write folder\.mine:make$"):
+        load_encoder("folder/mine.py:make")
+
+
+@pytest.mark.parametrize("name", ["mine", "mine.make"])
+def test_an_unknown_encoder_says_how_to_name_ones_own(name):
+    with pytest.raises(ValueError, match=r"for your own, module\.path:factory"):
+        load_encoder(name)

@@ -13,7 +13,7 @@ from torch import nn
 import captum_fam
 from captum_fam import metrics
 
-MODULES = [m.name for m in pkgutil.walk_packages(captum_fam.__path__, "captum_fam.")]
+MODULES = ["captum_fam", *(m.name for m in pkgutil.walk_packages(captum_fam.__path__, "captum_fam."))]
 NAMES = {"torch": torch, "nn": nn, **{name: getattr(captum_fam, name) for name in captum_fam.__all__}}
 METRICS = [name for name in metrics.__all__ if name.islower()]  # the functions
 

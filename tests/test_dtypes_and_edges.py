@@ -414,7 +414,15 @@ def test_dropout_in_training_mode_warns_and_not_in_eval_mode(dropout):
         fam.attribute(INPUTS, 1, reference_embedding=REFERENCES)
 
 
-@pytest.mark.parametrize("dropout", [nn.Dropout(0.0), DropPath(0.0), DropPath(None), nn.Identity()])
+class Powers(nn.Identity):
+    """Has a p for each channel, as a generalised mean may have."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.full((5,), 3.0))
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.0), DropPath(0.0), DropPath(None), nn.Identity(), Powers()])
 def test_dropout_of_nothing_does_not_warn(dropout):
     model = seeded(PooledEncoder)
     model.early = nn.Sequential(model.early, dropout)

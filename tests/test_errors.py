@@ -348,3 +348,33 @@ def test_the_model_runs_when_nothing_is_wrong():
 def test_a_reference_without_a_batch_dimension_is_named(call):
     with pytest.raises(ValueError, match=r"`reference` in the form of `inputs`, of 4 .*\(3, 8, 8\).*reference\[None\]"):
         getattr(explainer(), call)(INPUTS, reference=INPUTS[0])
+
+
+@pytest.mark.parametrize("contrast", [0, [0, 0, 0], "rest"])
+def test_a_contrast_needs_two_references(contrast):
+    with pytest.raises(ValueError, match=r"`?contrast.* needs at least two references, but there is 1; .*torch\.cat"):
+        explainer().attribute(INPUTS, 0, reference_embedding=REFERENCES[:1], contrast=contrast)
+
+
+@pytest.mark.parametrize(
+    ("output", "advice"), [(lambda z: z[:, None], r"z\[:, 0\]"), (lambda z: z[:, :, None, None], r"z\.flatten\(1\)")]
+)
+def test_tokens_and_maps_in_place_of_embeddings_say_how_to_select(output, advice):
+    with pytest.raises(ValueError, match=rf"\(B, D\), but got .*{advice}"):
+        explainer(returning(output)).attribute(INPUTS, reference=INPUTS)
+
+
+class Clips(nn.Module):
+    """Embeds images and videos."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.layer = ENCODER, ENCODER.layer
+
+    def forward(self, x):
+        return self.encoder(x if x.ndim == 4 else x.flatten(0, 1)).unflatten(0, (len(x), -1)).mean(1)
+
+
+def test_a_reference_may_have_more_dimensions_than_the_inputs():
+    maps = explainer(Clips()).attribute(INPUTS, reference=random(1, 4, 3, 8, 8))
+    assert maps.shape[:2] == (3, 1)

@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import captum_fam
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "captum_fam"
 
@@ -27,12 +29,17 @@ def modules():
 
 
 def imported(file):
-    """The modules of the package that a file imports, wherever in it."""
+    """The modules of the package that a file imports, wherever in it and however."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "captum_fam":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("captum_fam."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("captum_fam."))
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file.name}: imports are absolute"
+            if node.module == "captum_fam":
+                homes = [getattr(getattr(captum_fam, alias.name), "__module__", None) for alias in node.names]
+                yield from (h.split(".")[1] if h else alias.name for h, alias in zip(homes, node.names))
+            elif (node.module or "").startswith("captum_fam."):
+                yield node.module.split(".")[1]
 
 
 def test_the_drawing_has_every_module_and_no_other():

@@ -382,6 +382,13 @@ def test_a_lossy_index_of_normalised_vectors_is_one_of_cosines():
     assert found.maps.any()
 
 
+@pytest.mark.parametrize("length", [0.85, 1.15])
+def test_an_exact_index_of_vectors_that_are_not_normalised_is_refused_for_the_cosine(length):
+    vectors = length * F.normalize(random(12, D, seed=5)).float().numpy()
+    with pytest.raises(ValueError, match="normalize_L2"):
+        explain(flat(vectors, IP), similarity="cosine")
+
+
 def test_a_query_without_any_hit_has_empty_maps():
     query = QUERY.clone()
     query[1] = float("nan")  # faiss finds nothing near
