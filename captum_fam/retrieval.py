@@ -212,7 +212,7 @@ def _is_lossy(index: Any) -> bool:
         size: int = getattr(index, "storage", index).sa_code_size()  # of HNSW, the storage has the vectors
     except (AttributeError, RuntimeError):
         return False
-    return size < 4 * index.d
+    return bool(size < 4 * index.d)
 
 
 def _similarity(index: Any, similarity: Similarity | None) -> str:
