@@ -31,11 +31,7 @@ references: a map that knows of no reference has 0.50. Sign-true: w sign(z), the
 place: gradient times activation of w.z, one weight for each place, as the decomposition has. Negative: share of the
 sum of |c| where z < 0. Untrained: one draw each, which the intervals leave out.
 
-* Times -1 negates FAM and its contrast exactly, random signs leave anything from -0.49 to 0.47. Signs change
-  neither sign-true maps nor the decomposition and Grad-CAM; a rotation changes sign-true maps, not these two.
-* Heads of convolutional encoders, trained: half of |c| is at z < 0. Contrast: FAM 0.45 to 0.56, sign-true 0.85 to 0.92.
-* Trained transformers: signs are a part of it. FAM's contrast 0.52 to 0.61, sign-true 0.55 to 0.61 (DINO's head gains
-  nothing), by place as well 0.59 to 0.73, the decomposition 0.61 to 0.74. With z >= 0 nothing changes.
+What it says: docs/measured.md.
 
 {tables}
 """
