@@ -238,10 +238,15 @@ def _note_remainder(found: Tensor, pairs: Pairs, valid: Tensor, layer: Tensors) 
     if not off.numel() or off.max() <= (5e-2 if half else 1e-3):
         return
     i = off.argmax()
+    reason = (
+        "the embeddings have length 1, by a final normalisation that makes these maps wrong. Leave it out of the"
+        " encoder: the cosine is the same without it."
+        if ((norm(pairs.z) - 1).abs() < 1e-3).all()
+        else "the rest comes from biases, a LayerNorm, a class token or another such step between the layer and the"
+        " embedding, which no location has."
+    )
     pairs.recording.call.doubt_worst(
         "The locations add up to",
         off.max().item(),
-        f"{found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: the rest comes from biases, a"
-        " LayerNorm, a class token or another such step between the layer and the embedding. A final normalisation"
-        " (F.normalize, not a LayerNorm) can be left out of the encoder; the cosine is the same without it.",
+        f"{found.flatten()[i]:.3g}, but the similarity is {score.flatten()[i]:.3g}: {reason}",
     )

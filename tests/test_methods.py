@@ -405,6 +405,7 @@ def test_a_warning_says_how_much_of_the_score_the_locations_have(build, contrast
         maps = SimilarityDecomposition(encoder, encoder.layer).attribute(x, 1, reference_embedding=s, contrast=contrast)
     assert len(caught) == 1
     message = str(caught[0].message)
+    assert ("length 1" in message) == np.allclose(np.linalg.norm(z, axis=1), 1)
     numbers = [
         float(number)
         for number in re.match(r"The locations add up to (\S+), but the similarity is (\S+):", message).groups()
@@ -417,7 +418,7 @@ def test_a_warning_says_how_much_of_the_score_the_locations_have(build, contrast
 def test_the_gradient_of_a_normalisation_that_is_no_mean_adds_up_to_nothing():
     """A normalised embedding does not change with the length of the activations: Euler's theorem, degree zero."""
     encoder = seeded(lambda: Modified(BiasFreeHead(), lambda z: F.normalize(z, dim=1)))
-    with pytest.warns(UserWarning, match="final normalisation"):
+    with pytest.warns(UserWarning, match="have length 1, by a final normalisation"):
         maps = SimilarityDecomposition(encoder, encoder.layer).attribute(X, 1, reference_embedding=random(4, 4))
     close(maps.mean((1, 2, 3)), np.zeros(3))
 
