@@ -62,7 +62,16 @@ class BundledEncoder(nn.Module):
 
 
 def bundled_encoder() -> BundledEncoder:
-    """The trained encoder, in eval mode and float32."""
+    """
+    The trained encoder, in eval mode and float32.
+
+    Examples::
+
+        >>> from captum_fam.bundled import bundled_encoder
+        >>> encoder = bundled_encoder()
+        >>> FeatureActivationMap(encoder, encoder.features).route(torch.rand(1, 3, 128, 128))
+        'aligned'
+    """
     encoder = BundledEncoder()
     with (files(__package__) / WEIGHTS).open("rb") as file:
         state = torch.load(file, map_location="cpu", weights_only=True)

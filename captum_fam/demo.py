@@ -29,7 +29,15 @@ class Shares:
 
 
 def photographs() -> dict[str, Image.Image]:
-    """All colour photographs of everyday things that scikit-image and matplotlib install, as centre squares."""
+    """
+    All colour photographs of everyday things that scikit-image and matplotlib install, as centre squares.
+
+    Examples::
+
+        >>> from captum_fam.demo import photographs
+        >>> list(photographs())
+        ['astronaut', 'cat', 'coffee', 'rocket', 'motorcycle', 'admiral']
+    """
     hopper = imread(get_sample_data("grace_hopper.jpg", asfileobj=False))
     arrays = {
         "astronaut": data.astronaut(),
@@ -43,14 +51,31 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def another_view(photo: Image.Image) -> Image.Image:
-    """The photograph in another crop and size, mirrored, and in brighter light."""
+    """
+    A square photograph in another crop and size, mirrored, and in brighter light.
+
+    Examples::
+
+        >>> from captum_fam.demo import another_view, photographs
+        >>> cat = photographs()["cat"]
+        >>> cat.size, another_view(cat).size
+        ((300, 300), (240, 255))
+    """
     side = photo.width
     crop = photo.crop((side // 10, side // 20, side - side // 10, side - side // 10))
     return ImageOps.mirror(crop).point(lambda value: min(255, round(1.25 * value)))
 
 
 def collage(photos: Sequence[Image.Image], columns: int, side: int = 256) -> Image.Image:
-    """Squares of ``side`` pixels, in rows of ``columns``."""
+    """
+    Squares of ``side`` pixels, in rows of ``columns``.
+
+    Examples::
+
+        >>> from captum_fam.demo import collage, photographs
+        >>> collage(list(photographs().values()), columns=3, side=100).size
+        (300, 200)
+    """
     rows = len(photos) // columns
     canvas = Image.new("RGB", (columns * side, rows * side))
     for i, photo in enumerate(photos):

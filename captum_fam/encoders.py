@@ -24,7 +24,22 @@ IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229,
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder in eval mode and the images that it was trained on."""
+    """
+    An encoder in eval mode and the images that it was trained on, from :func:`load_encoder`.
+
+    Attributes:
+        model: from images to embeddings (B, D).
+        size: of the images, in pixels.
+        mean: of their RGB channels in [0, 1].
+        std: the same.
+
+    Examples::
+
+        >>> from captum_fam.encoders import load_encoder
+        >>> loaded = load_encoder("bundled")
+        >>> loaded.size, loaded.model.training
+        (128, False)
+    """
 
     model: nn.Module
     size: int = IMAGENET_SIZE
@@ -43,6 +58,12 @@ def load_encoder(name: str, weights: Path | None = None, size: int | None = None
 
     Raises:
         ValueError: there is no such encoder, or the weights cannot be had or do not fit.
+
+    Examples::
+
+        >>> from captum_fam.encoders import load_encoder
+        >>> load_encoder("bundled").model(torch.rand(2, 3, 128, 128)).shape
+        torch.Size([2, 512])
     """
     kind, _, rest = name.partition(":")
     model: nn.Module

@@ -37,7 +37,16 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The whole image at size by size pixels, normalised: float32 (3, size, size)."""
+    """
+    The whole image at size by size pixels, normalised: float32 (3, size, size).
+
+    Examples::
+
+        >>> from captum_fam.demo import photographs
+        >>> from captum_fam.images import to_tensor
+        >>> to_tensor(photographs()["cat"], 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).shape
+        torch.Size([3, 224, 224])
+    """
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
     normalised = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(normalised).permute(2, 0, 1)

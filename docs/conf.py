@@ -31,6 +31,7 @@ nb_execution_mode = "off"  # the tutorials keep their outputs
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give types, in Captum's words
+
 # The files serve where there is no network: they hold the few names that these pages mention.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable/", (None, "docs/inventories/torch.inv")),

@@ -24,6 +24,14 @@ class PerturbationCurve(NamedTuple):
         auc: area under the curve (B,), over fractions from 0 to 1: a mean score.
         scores: the curve (B, n_steps + 1).
         fractions: of the locations that are changed at each step, (n_steps + 1,).
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> score, inputs = SimilarityScore(encoder, torch.rand(5, 8)), torch.rand(2, 3, 16, 16)
+        >>> curve = deletion(score, inputs, torch.rand(2, 1, 16, 16), target=0, n_steps=4)
+        >>> curve.fractions
+        tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
     """
 
     auc: Tensor
@@ -40,6 +48,14 @@ class Road(NamedTuple):
             matters.
         morf: with the most relevant locations removed first, (B, number of percentages).
         lerf: with the least relevant locations removed first, the same shape.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> score, inputs = SimilarityScore(encoder, torch.rand(5, 8)), torch.rand(2, 3, 16, 16)
+        >>> found = road(score, inputs, torch.rand(2, 1, 16, 16), target=0, percentages=[50])
+        >>> torch.allclose(found.score, (found.lerf - found.morf).mean(1) / 2)
+        True
     """
 
     score: Tensor

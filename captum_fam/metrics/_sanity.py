@@ -22,6 +22,13 @@ class Randomization(NamedTuple):
     Attributes:
         modules: names of the modules in the order in which they lost their weights.
         rank_correlation: of the maps with those of the trained model, (len(modules), B).
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> fam, inputs = FeatureActivationMap(encoder, encoder[1]), torch.rand(2, 3, 16, 16)
+        >>> cascading_randomization(fam.attribute, encoder, inputs, reference=inputs).modules
+        ['0']
     """
 
     modules: list[str]
@@ -37,6 +44,14 @@ class ReferenceDependence(NamedTuple):
             shows, (B,); 0 for a map that does not change.
         change: how much of the map moves, from 0 to 1, (B,).
         expected: how much of the effect of occlusion moves, from 0 to 1, (B,).
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> score, inputs = SimilarityScore(encoder, torch.rand(5, 8)), torch.rand(2, 3, 16, 16)
+        >>> maps = torch.rand(2, 1, 14, 14)
+        >>> reference_dependence(score, inputs, maps, maps, target=0, other_target=1).change  # the same map
+        tensor([0., 0.])
     """
 
     agreement: Tensor
