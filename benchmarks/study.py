@@ -22,7 +22,7 @@ from benchmarks import objects
 from benchmarks import train_contrastive as trained
 from captum_fam import FeatureActivationMap, LabelFreeActivationMap, SimilarityDecomposition
 from captum_fam.bundled import BundledEncoder, bundled_encoder
-from captum_fam.relax import masks_of
+from captum_fam.methods.relax import masks_of
 from captum_fam.scenes import Scenes, shared_object_scenes
 
 PRETRAINED = {  # name: (size of the images, pictures of the scenes)

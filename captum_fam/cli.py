@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from captum_fam import __version__
-from captum_fam._ready import planes, ready_encoder, running
 from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, one_line
-from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.encoders._ready import planes, ready_encoder, running
 from captum_fam.images import read_image
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.score import SimilarityScore
 from captum_fam.similarity import channel_contributions, widen
 from captum_fam.visualization import explanation_figure, visualize_comparison

@@ -15,16 +15,16 @@ from tqdm.auto import tqdm
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_callable, describe, reference_index, warn
 from captum_fam._distances import canonical
-from captum_fam._recording import attributes_restored, buffers_restored
 from captum_fam.adapters import resize
-from captum_fam.class_activation_map import ClassActivationMap
-from captum_fam.feature_activation_map import FeatureActivationMap
-from captum_fam.label_free_activation_map import LabelFreeActivationMap
-from captum_fam.relax import Relax
-from captum_fam.relevance_cam import RelevanceCam
+from captum_fam.engine.untouched import attributes_restored, buffers_restored
+from captum_fam.methods.class_activation_map import ClassActivationMap
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
+from captum_fam.methods.relax import Relax
+from captum_fam.methods.relevance_cam import RelevanceCam
+from captum_fam.methods.score_cam import ScoreCam
+from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import SimilarityScore
-from captum_fam.score_cam import ScoreCam
-from captum_fam.similarity_decomposition import SimilarityDecomposition
 
 Method: TypeAlias = str | type[Attribution] | Attribution | Callable[[Tensor, Any], Any]
 
@@ -92,7 +92,7 @@ def compare_attributions(
                     Default: FeatureActivationMap, SimilarityDecomposition,
                     LabelFreeActivationMap, LayerGradCam, RelevanceCam and Relax (whose 1,000
                     passes take the most time); without SimilarityDecomposition where the score
-                    is neither cosine nor dot product
+                    is of another similarity than its three
         additional_forward_args (Any, optional): As for other Captum methods; not given to
                     functions.
                     Default: None
@@ -149,7 +149,7 @@ def compare_attributions(
 
 
 def _is_decomposable(score: Callable[..., Any]) -> bool:
-    return not isinstance(score, SimilarityScore) or canonical(score.similarity) in ("cosine", "dot")
+    return not isinstance(score, SimilarityScore) or canonical(score.similarity) in ("cosine", "dot", "euclidean")
 
 
 @contextmanager

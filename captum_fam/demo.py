@@ -14,8 +14,8 @@ from torch import Tensor
 
 from captum_fam import visualization
 from captum_fam.bundled import BundledEncoder, bundled_encoder
-from captum_fam.feature_activation_map import FeatureActivationMap
 from captum_fam.images import to_tensor
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
 
 UNTRAINED = 3  # encoders with random weights that the figures of the untrained encoder are a mean of
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
 
 from captum_fam._checks import check_callable, check_labels, check_positive, check_rows, describe, warn_once
-from captum_fam._recording import buffers_restored, doubts_of_training
+from captum_fam.engine.untouched import buffers_restored, warnings_of_training
 from captum_fam.score import select_embedding
 from captum_fam.similarity import Similarity, channel_contributions, check_similarity, widen
 
@@ -302,7 +302,7 @@ def removal_effects(
         ]
         return widen(torch.cat(parts))
 
-    warn_once(doubts_of_training(encoder))
+    warn_once(warnings_of_training(encoder))
     with torch.no_grad(), buffers_restored(encoder):
         s = embed(scenes.references)
         images = (scenes.images, *(scenes.without(j + 1) for j in range(scenes.labels.shape[1])))

@@ -180,6 +180,11 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def exact(x: Tensor) -> torch.autocast:
+    """Without the half precision that autocast would choose for products of matrices."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def unit(x: Tensor) -> Tensor:
     """x divided by its norm over the last dimension; zeros stay zeros."""
     # Scaled by the largest entry first, so that no square over- or underflows.

@@ -27,7 +27,8 @@ from captum_fam.images import read_image, to_tensor
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
-from captum_fam import _parts, batch  # noqa: E402  # after the skip
+from captum_fam import batch  # noqa: E402  # after the skip
+from captum_fam.batch import _part  # noqa: E402
 
 NAMES = ["astronaut.jpg", "cat.jpg", "coffee.jpg", "rocket.jpg", "sub/motorcycle.png"]
 PAIRS = [(query, reference) for query in NAMES for reference in NAMES]
@@ -171,7 +172,7 @@ def test_relative_paths_start_at_the_root_and_absolute_ones_do_not(photos, tmp_p
 
 def test_an_image_is_read_once_in_neighbouring_batches(photos, tmp_path, in_process, monkeypatch):
     paths = []
-    monkeypatch.setattr(_parts, "read_image", lambda path: paths.append(path) or read_image(path))
+    monkeypatch.setattr(_part, "read_image", lambda path: paths.append(path) or read_image(path))
     pairs = write(tmp_path / "pairs.csv", [(NAMES[0], name) for name in NAMES] * 2)
     batch.explain_pairs(pairs, tmp_path / "out", root=photos, batch_size=5)
     assert sorted(paths) == sorted(photos / name for name in NAMES)
@@ -189,7 +190,7 @@ def test_a_query_of_several_pairs_takes_one_pass(kind):
     expected = fam.attribute(queries[query_of], reference_of, reference_embedding=s)
     z = fam.embed(queries)
     encoder.calls = 0
-    scores, maps, places = _parts._explain(fam, queries, s, query_of, reference_of)
+    scores, maps, places = _part._explain(fam, queries, s, query_of, reference_of)
     assert encoder.calls == 1
     torch.testing.assert_close(maps.flatten(0, 1)[places], expected[:, 0])
     torch.testing.assert_close(scores, torch.cosine_similarity(z[query_of], s[reference_of]))
@@ -312,7 +313,7 @@ def test_maps_that_do_not_fit_float16_come_with_a_scale(photos, factories, in_pr
 @given(st.floats(-(2.0**127), 2.0**127, width=32), st.floats(0, 1, width=32))
 def test_float16_keeps_eleven_bits_of_the_largest_value(largest, share):
     values = np.array([[largest, largest * share, 0]], np.float32)
-    half, scale = _parts._half(values)
+    half, scale = _part._half(values)
     assert half.dtype == np.float16
     assert np.isfinite(half).all()
     assert np.log2(scale) % 1 == 0

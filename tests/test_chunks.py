@@ -27,9 +27,9 @@ from captum_fam import (
     ScoreCam,
     SimilarityDecomposition,
     SimilarityScore,
-    _method,
     channel_contributions,
 )
+from captum_fam.engine import question
 
 X = random(5, 3, 8, 8)
 REFERENCES = random(7, 6, seed=2)
@@ -337,7 +337,7 @@ def test_score_cam_masks_each_input_once_for_any_number_of_references(monkeypatc
     cam = ScoreCam(encoder, encoder.layer, perturbations_per_eval=6)
     cam.attribute_all(X[:1], reference_embedding=REFERENCES)
     passes = encoder.calls
-    monkeypatch.setattr(_method, "_AT_ONCE", 6)  # one reference at a time
+    monkeypatch.setattr(question, "_AT_ONCE", 6)  # one reference at a time
     cam.attribute_all(X[:1], reference_embedding=REFERENCES)
     assert encoder.calls == 2 * passes
 
@@ -351,7 +351,7 @@ def test_score_cam_compares_with_the_rest_once(monkeypatch):
 
     encoder = seeded(PooledEncoder)
     cam = ScoreCam(encoder, encoder.layer, similarity=similarity, perturbations_per_eval=6)
-    monkeypatch.setattr(_method, "_AT_ONCE", 6)  # one reference at a time
+    monkeypatch.setattr(question, "_AT_ONCE", 6)  # one reference at a time
     cam.attribute_all(X[:1], reference_embedding=random(20, 6), contrast="rest")
     few = sum(seen)
     cam.attribute_all(X[:1], reference_embedding=random(40, 6), contrast="rest")
@@ -363,7 +363,7 @@ def test_more_references_than_dimensions_take_one_gradient_a_dimension_however_t
     encoder = seeded(lambda: HeadEncoder(embedding=4))
     explainer, grad, calls = method(encoder, encoder.layer), torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: calls.append(1) or grad(*args, **options))
-    monkeypatch.setattr(_method, "_AT_ONCE", 8)
+    monkeypatch.setattr(question, "_AT_ONCE", 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer.attribute_all(X[:1], reference_embedding=random(50, 4))
@@ -389,7 +389,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("contrast", [None, "rest"])
 @pytest.mark.parametrize("kind", ["aligned", "jacobian"])
 def test_nothing_that_is_made_grows_with_the_references_but_their_maps(kind, contrast, monkeypatch):
-    monkeypatch.setattr(_method, "_AT_ONCE", 4096)
+    monkeypatch.setattr(question, "_AT_ONCE", 4096)
     encoder = seeded({"aligned": lambda: PooledEncoder(channels=64), "jacobian": lambda: HeadEncoder(2, 6)}[kind])
     D, x = encoder(X[:1]).shape[1], X[:1]
     fam = FeatureActivationMap(encoder, encoder.layer)
@@ -409,6 +409,6 @@ def test_large_chunks_of_references_are_the_users_wish_and_no_default(monkeypatc
         return channel_contributions(z, s, "dot")
 
     encoder = seeded(PooledEncoder)
-    monkeypatch.setattr(_method, "_AT_ONCE", 3 * 6 * 5)
+    monkeypatch.setattr(question, "_AT_ONCE", 3 * 6 * 5)
     FeatureActivationMap(encoder, encoder.layer, similarity=similarity).attribute_all(X, reference_embedding=REFERENCES)
     assert seen == [3, 3, 1]

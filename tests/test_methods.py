@@ -43,7 +43,7 @@ from captum_fam import (
     SimilarityDecomposition,
     SimilarityScore,
 )
-from captum_fam.relax import masks_of
+from captum_fam.methods.relax import masks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
 X = random(3, 3, 8, 8)

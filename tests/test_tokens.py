@@ -25,7 +25,7 @@ from captum_fam import (
     compare_attributions,
     patch_tokens,
 )
-from captum_fam._layers import last_map
+from captum_fam.engine.layers import last_map
 from captum_fam.tokens import to_map
 
 SIZES = [(32, 32), (32, 48)]

@@ -9,8 +9,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from captum_fam._captum import TargetType, run_forward
 from captum_fam._checks import check_callable, check_positive, describe, reference_index, warn_once
-from captum_fam._recording import doubts_of_training
 from captum_fam.adapters import resize
+from captum_fam.engine.untouched import warnings_of_training
 from captum_fam.score import SimilarityScore
 
 Baselines: TypeAlias = str | float | Tensor
@@ -114,7 +114,7 @@ def scores_of(
     limit = max(len(inputs), 1) if max_examples_per_batch is None else max_examples_per_batch
     check_positive("max_examples_per_batch", limit)
     given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-    warn_once(doubts_of_training(forward_func))
+    warn_once(warnings_of_training(forward_func))
     if not len(inputs):
         return torch.zeros(len(targets), 0, n_steps, device=inputs.device)
     found = []

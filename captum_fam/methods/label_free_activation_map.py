@@ -1,10 +1,16 @@
 """LaFAM, the mean of a layer's activation maps, as a Captum layer attribution."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from captum_fam._attribution import ChannelAttribution, Pairs, References
 from captum_fam._captum import TargetType
+from captum_fam.engine.chunks import Tensors
+from captum_fam.engine.question import Pairs, Question, References
+from captum_fam.methods.channel_attribution import ChannelAttribution
+from captum_fam.methods.layer_attribution import Ask
+from captum_fam.methods.similarity_attribution import Inputs
 
 
 class LabelFreeActivationMap(ChannelAttribution):
@@ -43,23 +49,28 @@ class LabelFreeActivationMap(ChannelAttribution):
         torch.Size([2, 1, 14, 14])
     """
 
-    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        weight = 1.0 if pairs.question.other is None else 0.0
+    def alpha(self, pairs: Pairs) -> list[Tensor]:
+        weight = 1.0 if pairs.question.less is None else 0.0
         return [
-            [pairs.z.new_full((*pairs.c.shape[:2], A.shape[1]), weight / A.shape[1]) for A in layer]
-            for layer in pairs.recording.layers
+            pairs.z.new_full((*pairs.valid.shape, A.shape[1]), weight / A.shape[1]) for A in pairs.recording.activations
         ]
 
-    def _explains_classifiers(self) -> bool:
-        return True
+    def _ask(
+        self,
+        inputs: Tensors,
+        target: TargetType,
+        additional_forward_args: object | None,
+        reference: Inputs | None,
+        reference_embedding: Tensor | None,
+        *others: Any,
+        **options: Any,
+    ) -> Ask:
+        if reference is None and reference_embedding is None and self._score() is None:
+            return lambda z, rows: Question(z.new_zeros(1, z.shape[1]), torch.zeros(1, 1, dtype=torch.long))
+        return super()._ask(inputs, target, additional_forward_args, reference, reference_embedding, *others, **options)
 
     def _valid(self, pairs: Pairs) -> Tensor:
-        return torch.ones_like(pairs.c[..., 0], dtype=torch.bool)
-
-    def _classes(self, classes: int) -> Tensor:
-        return torch.zeros(1, classes)  # one for all: a matrix of all classes may be large
+        return torch.ones_like(pairs.valid)
 
     def _own(self, target: TargetType, references: References, inputs: int) -> Tensor:
-        if target is None or references.are_classes:
-            return torch.zeros(inputs, dtype=torch.long)
-        return super()._own(target, references, inputs)
+        return torch.zeros(inputs, dtype=torch.long) if target is None else super()._own(target, references, inputs)

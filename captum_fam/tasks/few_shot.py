@@ -7,14 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_fam import _recording
-from captum_fam._attribution import Inputs, Question
 from captum_fam._checks import check_labels, format_inputs, warn_once
-from captum_fam._easyfsl import Decision, decision_of, is_classifier
-from captum_fam._explanation import Explanation, explained
-from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.engine.chunks import cut, slices
+from captum_fam.engine.untouched import eagerly
+from captum_fam.methods.dimension_attribution import DimensionAttribution
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.similarity_attribution import Inputs
+from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import prototypes
 from captum_fam.similarity import Similarity
+from captum_fam.tasks._easyfsl import Decision, decision_of, is_classifier
+from captum_fam.tasks._explanation import Explanation, explained, method_of
 
 Labels = int | Sequence[int] | Tensor | None
 
@@ -30,9 +33,11 @@ class EpisodeExplanation(Explanation):
         scores (Tensor): Scores (B, K), those of the few-shot library where it decides.
         similarities (Tensor): What is explained: the sums of the contributions, (B, K). The scores
                     themselves, but where the library goes on from them (softmax).
-        maps (Tensor): FAM of each query for each class, (B, K, \*spatial).
-        signed_maps (Tensor): Maps with weights w = c, in at least single precision; their
-                    differences are the contrast maps.
+        constants (Tensor): The part of them that no place of a query has, (B, K): minus the squared
+                    length of the prototype, for SimilarityDecomposition of squared distances, else zero.
+        maps (Tensor): The map of each query for each class, (B, K, \*spatial).
+        signed_maps (Tensor): Maps of the terms themselves, signed, in at least single precision;
+                    their differences are the contrast maps.
         explainable (Tensor): Which pairs have embeddings that are finite and not zero, (B, K).
         route (str): ``"aligned"`` or ``"jacobian"``.
 
@@ -105,6 +110,23 @@ class EpisodeExplanation(Explanation):
         """
         return self._difference(self.similarities, *self._pair(label, other))
 
+    def constant(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
+        r"""
+        The part of :meth:`margin` that belongs to the prototypes alone. With
+        :class:`~captum_fam.SimilarityDecomposition`, the mean of :meth:`contrast` and this add up to the
+        margin, where the places add up to the embedding.
+
+        Args:
+            label, other: As in :meth:`contrast`.
+
+        Returns:
+            *Tensor*: (B,); zero but for squared distances.
+
+        Raises:
+            ValueError: As in :meth:`contrast`.
+        """
+        return self._difference(self.constants, *self._pair(label, other))
+
     def _pair(self, label: Labels, other: Labels | Literal["rest"]) -> tuple[Tensor, Tensor | Literal["rest"]]:
         if len(self.classes) < 2:
             raise ValueError("A contrast needs at least two classes, but the episode has one.")
@@ -133,7 +155,7 @@ class EpisodeExplanation(Explanation):
         return (wanted.to(device).expand(B)[:, None] == self.classes).int().argmax(1)
 
 
-@_recording.eagerly
+@eagerly
 def explain_episode(
     forward_func: Callable[..., Any],
     layer: nn.Module,
@@ -142,10 +164,12 @@ def explain_episode(
     support_labels: Tensor | Sequence[int] | None = None,
     *,
     similarity: Similarity | None = None,
+    method: type[DimensionAttribution] = FeatureActivationMap,
+    internal_batch_size: int | None = None,
     **options: Any,
 ) -> EpisodeExplanation:
     r"""
-    Explains the decisions of a few-shot episode with FAM, from one pass over the queries.
+    Explains the decisions of a few-shot episode, from one pass over the queries.
 
     With an encoder, the references are the prototypes of the support images (their mean
     embeddings, https://arxiv.org/abs/1703.05175). With a classifier of easyfsl, the decision is
@@ -185,7 +209,13 @@ def explain_episode(
         similarity (str or Callable, optional): Of an encoder, as in
                     :func:`~captum_fam.channel_contributions`; ``"euclidean"`` for a ProtoNet.
                     Default: None, ``"cosine"``
-        **options (Any): Further options of :class:`~captum_fam.FeatureActivationMap`.
+        method (type): :class:`~captum_fam.FeatureActivationMap` or
+                    :class:`~captum_fam.SimilarityDecomposition`, whose contrast adds up to the margin
+                    (of squared distances, with the difference of the ``constants``).
+                    Default: FeatureActivationMap
+        internal_batch_size (int, optional): At most so many queries go through the encoder at a time.
+                    Default: None, all at once
+        **options (Any): Further options of the method.
 
     Returns:
         *EpisodeExplanation*: classes, scores, the predicted class, and the maps of every class.
@@ -212,33 +242,34 @@ def explain_episode(
         if similarity is not None:
             raise ValueError(f"Expected no `similarity`, because {type(forward_func).__name__} has its own.")
         decision = decision_of(forward_func, support_images, support_labels)
-        fam = FeatureActivationMap(decision.encoder, layer, similarity=decision.similarity, **options)
+        decomposed = decision.decomposed is not None and method is SimilarityDecomposition
+        similarity = decision.decomposed if decomposed else decision.similarity
+        explainer = method_of(method, "explain_episode", decision.encoder, layer, similarity=similarity, **options)
     else:
-        fam = FeatureActivationMap(forward_func, layer, similarity=similarity, **options)
-        decision = _of_prototypes(fam, support_images, support_labels)
+        explainer = method_of(method, "explain_episode", forward_func, layer, similarity=similarity, **options)
+        decision = _of_prototypes(explainer, support_images, support_labels)
 
-    with fam._record(format_inputs("query_images", query_images), None) as recording:
-        z = recording.embedding
-        with torch.no_grad():
-            s = decision.references(z)  # (K, D) for all queries, or (B, K, D)
-            K = len(decision.classes)
-            own = torch.arange(s.shape[:-1].numel(), device=z.device).reshape(-1, K)
-            question = Question(s.flatten(0, -2), own, None, fam._similarity())
-            found = explained(fam, recording, question)
-            scores = decision.scores(z) if decision.scores is not None else found["similarities"].to(z.dtype)
-    warn_once(fam._doubts(recording))
+    queries = format_inputs("query_images", query_images)
+    references = decision.references
+    if decision.of_all_queries and internal_batch_size is not None:
+        parts = [explainer.embed(cut(queries, rows)) for rows in slices(len(queries[0]), internal_batch_size)]
+        s = references(torch.cat(parts))
+        references = lambda z: s  # noqa: E731
+    found, explanation = explained(explainer, queries, lambda z, rows: references(z), internal_batch_size)
+    with torch.no_grad():
+        z = explanation.embedding
+        scores = decision.scores(z) if decision.scores is not None else found["similarities"].to(z.dtype)
+    warn_once(explanation.report.texts())
     return EpisodeExplanation(**found, classes=decision.classes, scores=scores)
 
 
-def _of_prototypes(fam: FeatureActivationMap, images: Inputs | None, labels: Any) -> Decision:
+def _of_prototypes(method: DimensionAttribution, images: Inputs | None, labels: Any) -> Decision:
     if images is None:
         raise ValueError(
             "Expected `support_images` and `support_labels`, to make the prototypes of; a fitted"
             " classifier of easyfsl goes without."
         )
-    embeddings = _recording.embed(
-        fam._encoder(), "support_images", format_inputs("support_images", images), None, fam._selector()
-    )
+    embeddings = method.embed(format_inputs("support_images", images))
     labels = check_labels("support_labels", labels, len(embeddings), "`support_images`", embeddings.device)
     s = prototypes(embeddings, labels)
-    return Decision(fam._encoder(), fam._similarity(), labels.unique(sorted=True), lambda z: s)
+    return Decision(method.forward_func, "", labels.unique(sorted=True), lambda z: s)

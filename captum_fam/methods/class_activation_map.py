@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_fam._attribution import ChannelAttribution, Inputs, Maps, Pairs, References, uncompiled
+from captum_fam._captum import TargetType
 from captum_fam._checks import describe
-from captum_fam._method import aligned_scale
-from captum_fam._recording import Tensors, model_of
+from captum_fam.engine.chunks import Tensors
+from captum_fam.engine.formula import is_aligned, multiple_of_mean
+from captum_fam.engine.question import Pairs, References
+from captum_fam.engine.untouched import model_of
+from captum_fam.methods.channel_attribution import ChannelAttribution
+from captum_fam.methods.layer_attribution import Maps
+from captum_fam.methods.similarity_attribution import Inputs, uncompiled
 
 
 class ClassActivationMap(ChannelAttribution):
@@ -55,6 +60,8 @@ class ClassActivationMap(ChannelAttribution):
         torch.Size([2, 1, 14, 14])
     """
 
+    _of_terms = False
+
     def __init__(
         self,
         forward_func: Callable[..., Any],
@@ -82,41 +89,37 @@ class ClassActivationMap(ChannelAttribution):
         self.classifier = linear[-1] if classifier is None else classifier
         self._several = classifier is None and len(linear) > 1
 
-    def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
+    def attribute_pair(self, inputs: Inputs, reference: Inputs, **_: Any) -> tuple[Maps, Maps]:
         r"""This method is not implemented: a class has no other side."""
         raise NotImplementedError("ClassActivationMap explains classes; use SimilarityDecomposition for pairs.")
 
-    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        w, weights = pairs.contributions(_reference), []
-        for name, layer in zip(pairs.recording.names, pairs.recording.layers):
-            scales = [s for A in layer if (s := aligned_scale(pairs.recording.embedding, A)) is not None]
-            if len(scales) < len(layer):
+    def terms(self, z: Tensor, s: Tensor) -> Tensor:
+        return s.expand(torch.broadcast_shapes(z.shape, s.shape))
+
+    def alpha(self, pairs: Pairs) -> list[Tensor]:
+        recording, z = pairs.recording, pairs.recording.embedding
+        for name, A in zip(recording.names, recording.activations):
+            if not is_aligned(z, A):
                 raise ValueError(
                     f"The classifier's input is not the spatial mean of layer {name}; pass the last layer before the"
                     " global average pooling, or use LayerGradCam, which explains other classifiers too."
                 )
-            weights.append([w * scale[..., None] for scale in scales])
-        return weights
+        return [pairs.t * multiple_of_mean(z, A) for A in recording.activations]
 
     def _encoder(self) -> Callable[..., Any]:
         func = uncompiled(self.forward_func)
         model = func.module if isinstance(func, nn.DataParallel) else func
         return InputOf(self.classifier, model, self._several)
 
-    def _references(
-        self,
-        inputs: Tensors,
-        reference: Inputs | None,
-        reference_embedding: Tensor | None,
-        additional_forward_args: object | None,
-    ) -> References:
+    def _references(self, inputs: Tensors, reference: Inputs | None, reference_embedding: Tensor | None) -> References:
         if reference is not None or reference_embedding is not None:
             raise ValueError("ClassActivationMap takes no references; pass a class as `target`.")
-        return References((self.classifier.weight.detach(),), False, "dot", are_classes=True)
+        return References((self.classifier.weight.detach(),))
 
-
-def _reference(z: Tensor, s: Tensor) -> Tensor:
-    return s
+    def _own(self, target: TargetType, references: References, inputs: int) -> Tensor:
+        if target is None and len(references) > 1:
+            raise ValueError(f"`target` is needed: a class, 0 to {len(references) - 1}, or a list of {inputs}.")
+        return super()._own(target, references, inputs)
 
 
 class InputOf(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_fam._recording import embed
 from captum_fam.encoders import load_encoder, one_line
+from captum_fam.engine.untouched import embed
 from captum_fam.images import to_tensor
 
 

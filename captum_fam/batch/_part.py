@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_fam._attribution import Maps, Question, usable
 from captum_fam._checks import warn_once
-from captum_fam._ready import ReadyEncoder, planes, ready_encoder, running
 from captum_fam.encoders import find_layer, one_line
-from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.encoders._ready import ReadyEncoder, planes, ready_encoder, running
+from captum_fam.engine.question import Question, usable
 from captum_fam.images import read_image
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.similarity import channel_contributions, widen
 
 # Names that begin with _ are no data for those who read the folder as one table.
@@ -176,7 +176,7 @@ class PartExplainer:
 
 def _explain(
     fam: FeatureActivationMap, queries: Tensor, s: Tensor, query_of: Tensor, reference_of: Tensor
-) -> tuple[Tensor, Maps, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     Scores (N,) of the queries with these numbers (N,) and the references, embedded as s, with those: not finite where
     an embedding is zero or not finite. And maps (B, P, h, w) from one pass over the B queries, with the places (N,) of
@@ -188,14 +188,13 @@ def _explain(
         counts[query] += 1
     own = torch.zeros(len(queries), max(counts), dtype=torch.long)
     own[query_of, order] = reference_of
-    with fam._record((queries,), None) as recording, torch.no_grad():
-        z = widen(recording.embedding)
-        scores = channel_contributions(z[query_of], widen(s)[reference_of], fam._similarity()).sum(1)
-        valid = usable(z)[query_of] & usable(s)[reference_of]
-        maps = fam._maps(recording, Question(s, own, None, fam._similarity()))
-    recording.call.unusable.clear()  # those have an error each
-    warn_once(fam._doubts(recording))
-    return torch.where(valid, scores, torch.nan), fam._result(maps), query_of * max(counts) + torch.tensor(order)
+    found = fam.explain((queries,), lambda z, rows: Question(s, own))
+    z = widen(found.embedding)
+    scores = channel_contributions(z[query_of], widen(s)[reference_of], fam.similarity or "cosine").sum(1)
+    valid = usable(z)[query_of] & usable(s)[reference_of]
+    found.report.unusable.clear()  # those have an error each
+    warn_once(found.report.texts())
+    return torch.where(valid, scores, torch.nan), found.maps[0], query_of * max(counts) + torch.tensor(order)
 
 
 def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from captum_fam._checks import check_positive
-from captum_fam._parts import JOB, LOCK, PAIRS, PARTIAL, PartExplainer, part_file, whole
+from captum_fam.batch._part import JOB, LOCK, PAIRS, PARTIAL, PartExplainer, part_file, whole
 from captum_fam.encoders import one_line
 
 

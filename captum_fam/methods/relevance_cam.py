@@ -10,13 +10,16 @@ import torch
 from captum.attr import LRP
 from torch import Tensor, nn
 
-from captum_fam import _captum, _recording
-from captum_fam._attribution import ChannelAttribution, Pairs, Selector
+from captum_fam import _captum
 from captum_fam._checks import describe
-from captum_fam._method import exact, unit_vectors
-from captum_fam._recording import Recording, model_of
+from captum_fam.engine.formula import unit_vectors
+from captum_fam.engine.question import Pairs
+from captum_fam.engine.recording import Recording
+from captum_fam.engine.untouched import embed, model_of
+from captum_fam.methods.channel_attribution import ChannelAttribution
+from captum_fam.methods.similarity_attribution import Selector
 from captum_fam.score import select_embedding
-from captum_fam.similarity import widen
+from captum_fam.similarity import exact, widen
 
 # Modules that Captum's LRP has no rule for, with rules of its own that are right for them.
 _RULES: dict[type[nn.Module], Callable[[], Any]] = {
@@ -96,7 +99,7 @@ class RelevanceCam(ChannelAttribution):
         encoder = super()._encoder()
         return encoder.module if isinstance(encoder, nn.DataParallel) else encoder
 
-    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+    def alpha(self, pairs: Pairs) -> list[Tensor]:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "LRP needs a gradient, which torch.inference_mode() rules out; use torch.no_grad() instead."
@@ -104,12 +107,13 @@ class RelevanceCam(ChannelAttribution):
         if not all(t.is_floating_point() for t in pairs.recording.inputs):
             raise TypeError("RelevanceCam needs floating-point inputs, as LRP takes gradients; pass inputs.float().")
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        recording, encoder, weights = pairs.recording, self._encoder(), []
+        recording, encoder, found = pairs.recording, self._encoder(), []
         if not len(pairs.c):  # LRP cannot run on nothing
-            return [[A.new_zeros(*valid.shape, A.shape[1]) for A in tensors] for tensors in recording.layers]
-        for layer, tensors, name in zip(layers, recording.layers, recording.names):
-            if len(tensors) > 1:
-                raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {len(tensors)}.")
+            return [A.new_zeros(*pairs.valid.shape, A.shape[1]) for A in recording.activations]
+        for name, size in zip(recording.names, recording.sizes):
+            if size > 1:
+                raise ValueError(f"RelevanceCam needs a layer with one tensor, but {name} has {size}.")
+        for layer, name in zip(layers, recording.names):
             after = recording.once(
                 (_called_after, layer), partial(_called_after, layer, name, encoder, self._selector(), recording)
             )
@@ -119,7 +123,7 @@ class RelevanceCam(ChannelAttribution):
                 relevances = [model.relevance(layer, name, start, recording) for start in starts.unbind(1)]
                 return torch.stack([widen(recording.reshape(R)).flatten(2).sum(2) for R in relevances], 1)
 
-            if pairs.references <= pairs.c.shape[2]:
+            if pairs.n_references <= pairs.c.shape[2]:
                 alpha = of(pairs.c)
             else:
                 # Relevance is linear in what it starts with: for more references than dimensions, unit vectors do.
@@ -127,12 +131,12 @@ class RelevanceCam(ChannelAttribution):
                 with exact(each):
                     alpha = pairs.c @ each
             finite = alpha.isfinite().all(2, keepdim=True)
-            if not (finite[..., 0] | ~valid).all():
-                recording.doubts.append(
+            if not (finite[..., 0] | ~pairs.valid).all():
+                recording.report.warnings.append(
                     f"Relevances of layer {name} are not finite: the maps that depend on them are zero."
                 )
-            weights.append([torch.where(finite, alpha, torch.zeros_like(alpha))])
-        return weights
+            found.append(torch.where(finite, alpha, torch.zeros_like(alpha)))
+        return found
 
 
 class _Scored(nn.Module):
@@ -227,7 +231,7 @@ def _called_after(
         for module in model.modules() if model is not None else ():
             if not any(module.children()) and not isinstance(module, _RESHAPING):
                 stack.callback(module.register_forward_pre_hook(lambda m, _: called.update([m])).remove)
-        _recording.embed(encoder, "inputs", recording.inputs, recording.additional_forward_args, selector)
+        embed(encoder, "inputs", recording.inputs, recording.additional_forward_args, selector)
     for module, calls in called.items():
         if calls > 1 and type(module) not in _captum.SUPPORTED_NON_LINEAR_LAYERS:
             raise ValueError(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_fam._layers import last_map
 from captum_fam.bundled import BundledEncoder, bundled_encoder
+from captum_fam.engine.layers import last_map
 
 IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

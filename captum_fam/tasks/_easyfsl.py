@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_fam._checks import check_labels, format_inputs
 from captum_fam._distances import lp_contributions
-from captum_fam._recording import buffers_restored
+from captum_fam.engine.untouched import buffers_restored
 from captum_fam.similarity import Similarity
 
 
@@ -28,6 +28,8 @@ class Decision:
         classes: labels of the K classes.
         references: z to references, (K, D) for all queries or (B, K, D) for each.
         scores: z to the scores (B, K), asked for after the references; None for the similarities themselves.
+        decomposed: a similarity that orders references alike and has a SimilarityDecomposition, where the other has not.
+        of_all_queries: whether the references of a query depend on the other queries.
     """
 
     encoder: Callable[..., Any]
@@ -35,6 +37,8 @@ class Decision:
     classes: Tensor
     references: Callable[[Tensor], Tensor]
     scores: Callable[[Tensor], Tensor] | None = None
+    decomposed: Similarity | None = None
+    of_all_queries: bool = False
 
 
 def is_classifier(value: object) -> bool:
@@ -129,7 +133,8 @@ def _prototypical_networks(classifier: Any) -> Decision:
     def scores(z: Tensor) -> Tensor:
         return classifier.softmax_if_specified(classifier.l2_distance_to_prototypes(z))  # type: ignore[no-any-return]
 
-    return _by_prototypes(classifier, partial(lp_contributions, p=2, power=1), scores)
+    decision = _by_prototypes(classifier, partial(lp_contributions, p=2, power=1), scores)
+    return replace(decision, decomposed="euclidean")
 
 
 def _simple_shot(classifier: Any) -> Decision:
@@ -149,7 +154,7 @@ def _bd_cspn(classifier: Any) -> Decision:
         classifier.rectify_prototypes(query_features=z)
         return classifier.prototypes  # type: ignore[no-any-return]
 
-    return replace(decision, references=rectified)
+    return replace(decision, references=rectified, of_all_queries=True)
 
 
 def _laplacian_shot(classifier: Any) -> Decision:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_fam._attribution import ChannelAttribution, Pairs, Selector
 from captum_fam._checks import check_positive
-from captum_fam._recording import Recording
 from captum_fam.adapters import resize
+from captum_fam.engine.question import Pairs
+from captum_fam.engine.recording import Recording
+from captum_fam.methods.channel_attribution import ChannelAttribution
+from captum_fam.methods.similarity_attribution import Selector
 from captum_fam.similarity import Similarity, nonzero, widen
 
 
@@ -30,11 +32,11 @@ class ScoreCam(ChannelAttribution):
 
     It needs no gradient. Each input takes C + 2 forward passes (one records the layer, one is the
     baseline); all references share them.
-    Also explains classifiers: without references, ``target`` is a class.
+    To explain a classifier, pass ``SimilarityScore(model, torch.eye(n), "dot")``.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
-                    (B, D), a :class:`~captum_fam.SimilarityScore`, or a classifier.
+                    (B, D), or a :class:`~captum_fam.SimilarityScore`.
         layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
                     (B, C, \*spatial) make the map, with as many spatial dimensions as the
                     input; or a list of layers.
@@ -61,6 +63,8 @@ class ScoreCam(ChannelAttribution):
         torch.Size([2, 1, 14, 14])
     """
 
+    _of_terms = False
+
     def __init__(
         self,
         forward_func: Callable[..., Any],
@@ -85,7 +89,7 @@ class ScoreCam(ChannelAttribution):
         self.perturbations_per_eval = perturbations_per_eval
         self.show_progress = show_progress
 
-    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
+    def alpha(self, pairs: Pairs) -> list[Tensor]:
         recording, B = pairs.recording, len(pairs.z)
         unmasked, masked = recording.once(ScoreCam, lambda: self._embeddings(recording))
 
@@ -93,7 +97,7 @@ class ScoreCam(ChannelAttribution):
             def once(what: object, compute: Callable[[], Tensor]) -> Tensor:
                 return recording.once((what, name), compute)
 
-            return self._scores(z, rows, pairs.question, recording.doubts, once)
+            return self._scores(z, rows, pairs.question, recording.report.warnings, once)
 
         def weights(name: object, z: Tensor, C: int) -> Tensor:
             n = self.perturbations_per_eval
@@ -104,16 +108,16 @@ class ScoreCam(ChannelAttribution):
 
         baseline = scores("unmasked", unmasked, torch.arange(B, device=unmasked.device))
         return [
-            [weights((i, j), z, A.shape[1]) - baseline[..., None] for j, (z, A) in enumerate(zip(*layer))]
-            for i, layer in enumerate(zip(masked, recording.layers))
+            weights(i, z, A.shape[1]) - baseline[..., None]
+            for i, (z, A) in enumerate(zip(masked, recording.activations))
         ]
 
-    def _embeddings(self, recording: Recording) -> tuple[Tensor, list[list[Tensor]]]:
+    def _embeddings(self, recording: Recording) -> tuple[Tensor, list[Tensor]]:
         """
-        Embeddings (B, D) of inputs of zeros, and for each tensor of each layer those (B C, D) of the inputs seen
-        through its channels.
+        Embeddings (B, D) of inputs of zeros, and for each of the activations those (B C, D) of the inputs seen through
+        its channels.
         """
-        tensors = [A for layer in recording.layers for A in layer]
+        tensors = recording.activations
         x = self._image(recording.inputs, tensors)
         B, rows, args = len(x), torch.arange(len(x), device=x.device), recording.additional_forward_args
         unmasked = self._embed_changed(torch.zeros_like(x), rows, B, args)
@@ -133,7 +137,7 @@ class ScoreCam(ChannelAttribution):
                     progress.update(len(index))
                 return torch.cat(found)
 
-            return unmasked, [[masked(A) for A in layer] for layer in recording.layers]
+            return unmasked, [masked(A) for A in tensors]
 
     def _image(self, inputs: tuple[Tensor, ...], maps: list[Tensor]) -> Tensor:
         shapes = [tuple(A.shape) for A in maps if A.ndim != inputs[0].ndim]

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_fam._attribution import Question
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
 from captum_fam._distances import canonical
-from captum_fam._explanation import Explanation, explained
-from captum_fam._recording import eagerly
-from captum_fam.feature_activation_map import FeatureActivationMap
+from captum_fam.engine.question import Question
+from captum_fam.engine.untouched import eagerly
+from captum_fam.methods.dimension_attribution import DimensionAttribution
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.similarity import Similarity, unit, widen
+from captum_fam.tasks._explanation import Explanation, explained, method_of
 
 _INNER_PRODUCT, _L2 = 0, 1  # faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2
 _CLOSE = 1e-3  # how far lengths and scores may be from what they should be
@@ -41,11 +42,13 @@ class RetrievalExplanation(Explanation):
         scores (Tensor): What the index returned, (B, k): inner products, or squared distances.
         similarities (Tensor): What is explained: the sums of the contributions, (B, k). The scores,
                     a distance with a minus; -inf where nothing was found.
-        maps (Tensor): FAM of each query for each of its hits, (B, k, \*spatial).
-        signed_maps (Tensor): Maps with weights w = c, in at least single precision; their
-                    differences are the contrast maps.
+        constants (Tensor): The part of them that no place of a query has, (B, k): minus the squared
+                    length of the hit, for SimilarityDecomposition of squared distances, else zero.
+        maps (Tensor): The map of each query for each of its hits, (B, k, \*spatial).
+        signed_maps (Tensor): Maps of the terms themselves, signed, in at least single precision;
+                    their differences are the contrast maps.
         explainable (Tensor): Which hits have embeddings that are finite and not zero, (B, k).
-        hit_maps (Tensor or None): FAM of each hit for its query, (B, k, \*spatial), if there was a
+        hit_maps (Tensor or None): The map of each hit for its query, (B, k, \*spatial), if there was a
                     gallery.
         route (str): ``"aligned"`` or ``"jacobian"``.
 
@@ -106,10 +109,12 @@ def explain_retrieval(
     k: int = 5,
     *,
     similarity: Similarity | None = None,
+    method: type[DimensionAttribution] = FeatureActivationMap,
+    internal_batch_size: int | None = None,
     **options: Any,
 ) -> RetrievalExplanation:
     r"""
-    Searches a faiss index and explains its hits with FAM, from one pass over the query.
+    Searches a faiss index and explains its hits, from one pass over the query.
 
     The references are the embeddings that the index holds; the gallery's images are embedded
     only for the maps of the hits themselves.
@@ -131,7 +136,13 @@ def explain_retrieval(
                     vectors: the query's embedding is normalised, too. (For L2 distances between
                     normalised vectors, the encoder must return them so.)
                     Default: None, ``"dot"`` for inner products and ``"euclidean"`` for L2
-        **options (Any): Further options of :class:`~captum_fam.FeatureActivationMap`.
+        method (type): :class:`~captum_fam.FeatureActivationMap` or
+                    :class:`~captum_fam.SimilarityDecomposition`.
+                    Default: FeatureActivationMap
+        internal_batch_size (int, optional): At most so many queries, and hits, go through the encoder at
+                    a time.
+                    Default: None, all at once
+        **options (Any): Further options of the method.
 
     Returns:
         *RetrievalExplanation*: hits, faiss's scores, the maps of the query and of the hits.
@@ -154,40 +165,26 @@ def explain_retrieval(
         (tensor([0, 1]), torch.Size([2, 3, 14, 14]))
     """
     check_positive("k", k)
-    fam = FeatureActivationMap(forward_func, layer, similarity=_similarity(index, similarity), **options)
+    similarity = _similarity(index, similarity)
+    explainer = method_of(method, "explain_retrieval", forward_func, layer, similarity=similarity, **options)
     (query,) = format_inputs("query", query)
     if query.ndim != 4:
         raise ValueError(
             f"Expected `query` to be images (B, C, H, W), but got {describe(query)}; give a single image a batch"
             " dimension, query[None]."
         )
-    with fam._record((query,), None) as recording:
-        z = widen(recording.embedding)
-        if z.shape[1] != index.d:
-            raise ValueError(
-                f"The index holds vectors of {index.d} dimensions, but the embeddings of `query` have {z.shape[1]};"
-                " embed both with the same encoder."
-            )
-        searched = unit(z) if fam.similarity == "cosine" else z
-        scores, indices = _search(index, searched, k)
-        s = _vectors(index, indices)
-        off = (s.norm(dim=2) - 1).abs()[indices >= 0]
-        if (
-            fam.similarity == "cosine"
-            and len(off)
-            and (off.median() > _LOSSY if _is_lossy(index) else off.max() > _CLOSE)
-        ):
-            raise ValueError(
-                'similarity="cosine" needs an index of normalised vectors: call faiss.normalize_L2(vectors) before'
-                " index.add(vectors), or leave out `similarity`."
-            )
-        there = indices >= 0
-        recording.doubts.extend(_doubts_of_lengths(s[there], z, fam.similarity))
-        own = torch.arange(indices.numel()).reshape(indices.shape)
-        found = explained(fam, recording, Question(s.flatten(0, 1), own, None, fam._similarity()))
-        similarity_scores = -scores if fam.similarity == "euclidean" else scores
-        doubts = _doubts_of_scores(similarity_scores, found["similarities"], there, searched, s)
-    doubts = fam._doubts(recording) + doubts
+    hits: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def search(z: Tensor, rows: slice) -> Tensor:
+        hits[rows.start] = _search(index, _searched(z, similarity), k, similarity)
+        return hits[rows.start][2]
+
+    found, explanation = explained(explainer, (query,), search, internal_batch_size)
+    scores, indices, s = map(torch.cat, zip(*hits.values()))
+    z, there = widen(explanation.embedding), indices >= 0
+    similarity_scores = -scores if similarity == "euclidean" else scores
+    warned = explanation.report.texts() + _warnings_of_lengths(s[there], z, similarity)
+    warned += _warnings_of_scores(similarity_scores, found["similarities"], there, _searched(z, similarity), s)
     there = there.to(z.device)
     shown = there.reshape(*there.shape, *[1] * (found["maps"].ndim - 2))
     for name in ("maps", "signed_maps"):
@@ -197,13 +194,20 @@ def explain_retrieval(
     hit_maps = None
     if gallery is not None:
         far = torch.zeros(indices.shape)
-        rows = [_hit_maps(fam, query, gallery, *row, doubts) for row in zip(z, indices, s, far)]
+        rows = [
+            _hit_maps(explainer, query, gallery, *row, warned, internal_batch_size) for row in zip(z, indices, s, far)
+        ]
         empty = next((torch.zeros_like(r) for r in rows if r is not None), torch.zeros_like(found["maps"][:1].sum(0)))
         hit_maps = torch.stack([empty if r is None else r for r in rows]) if rows else found["maps"]
-        doubts += _doubts_of_gallery(indices[far > _SAME])
-    warn_once(doubts)
+        warned += _warnings_of_gallery(indices[far > _SAME])
+    warn_once(warned)
     to = query.device
     return RetrievalExplanation(**found, indices=indices.to(to), scores=scores.to(to), hit_maps=hit_maps)
+
+
+def _searched(z: Tensor, similarity: str) -> Tensor:
+    """What an index is searched with."""
+    return unit(widen(z)) if similarity == "cosine" else widen(z)
 
 
 def _is_lossy(index: Any) -> bool:
@@ -232,11 +236,24 @@ def _similarity(index: Any, similarity: Similarity | None) -> str:
     return str(similarity)
 
 
-def _search(index: Any, z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _search(index: Any, z: Tensor, k: int, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (B, k), numbers (B, k) and vectors (B, k, D) of the hits."""
+    if z.shape[1] != index.d:
+        raise ValueError(
+            f"The index holds vectors of {index.d} dimensions, but the embeddings of `query` have {z.shape[1]};"
+            " embed both with the same encoder."
+        )
     if not index.ntotal:
         raise ValueError("Expected `index` to hold vectors, but it is empty; call index.add(embeddings) first.")
-    scores, indices = index.search(_array(z), k)
-    return torch.from_numpy(scores), torch.from_numpy(indices)
+    scores, indices = map(torch.from_numpy, index.search(_array(z), k))
+    s = _vectors(index, indices)
+    off = (s.norm(dim=2) - 1).abs()[indices >= 0]
+    if similarity == "cosine" and len(off) and (off.median() > _LOSSY if _is_lossy(index) else off.max() > _CLOSE):
+        raise ValueError(
+            'similarity="cosine" needs an index of normalised vectors: call faiss.normalize_L2(vectors) before'
+            " index.add(vectors), or leave out `similarity`."
+        )
+    return scores, indices, s
 
 
 def _vectors(index: Any, indices: Tensor) -> Tensor:
@@ -255,14 +272,15 @@ def _vectors(index: Any, indices: Tensor) -> Tensor:
 
 
 def _hit_maps(
-    fam: FeatureActivationMap,
+    method: DimensionAttribution,
     query: Tensor,
     gallery: Any,
     z: Tensor,
     indices: Tensor,
     s: Tensor,
     far: Tensor,
-    doubts: list[str],
+    warned: list[str],
+    internal_batch_size: int | None,
 ) -> Tensor | None:
     """
     The hits' own maps for the embedding z (D,) of one query, (k, *spatial), or None without hits. Notes how far
@@ -278,13 +296,16 @@ def _hit_maps(
             f"Expected images of one shape in `gallery`, but got {sorted({tuple(i.shape) for i in images})};"
             " resize them as for the encoder."
         )
-    with fam._record((torch.stack(images).to(query),), None) as recording:
-        question = Question(z[None], torch.zeros(len(images), 1, dtype=torch.long), None, fam._similarity())
-        ((maps,),) = fam._maps(recording, question, ("hits", "queries"))
-        embedded = widen(recording.embedding)
-        embedded = (unit(embedded) if fam.similarity == "cosine" else embedded).cpu().float()
-        far[there] = (embedded - s[there]).norm(dim=1) / s[there].norm(dim=1)
-    doubts += fam._doubts(recording)
+    found = method.explain(
+        (torch.stack(images).to(query),),
+        lambda _, rows: Question(z[None], torch.zeros(1, 1, dtype=torch.long)),
+        internal_batch_size=internal_batch_size,
+        sides=("hits", "queries"),
+    )
+    (maps,) = found.maps
+    embedded = _searched(found.embedding, str(method.similarity)).cpu().float()
+    far[there] = (embedded - s[there]).norm(dim=1) / s[there].norm(dim=1)
+    warned += found.report.texts()
     shown = torch.zeros(len(indices), *maps.shape[2:], dtype=maps.dtype, device=maps.device)
     shown[there.to(maps.device)] = maps[:, 0]
     return shown
@@ -307,7 +328,7 @@ def _image(gallery: Any, number: int) -> Tensor:
     return image
 
 
-def _doubts_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: Tensor, s: Tensor) -> list[str]:
+def _warnings_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: Tensor, s: Tensor) -> list[str]:
     """Of hits whose similarity is not the score of the index."""
     similar = similarities.cpu().float()
     lengths = z.cpu().float().norm(dim=1)[:, None] ** 2 + s.norm(dim=2) ** 2
@@ -321,7 +342,7 @@ def _doubts_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: Te
     ]
 
 
-def _doubts_of_lengths(s: Tensor, z: Tensor, similarity: Similarity | None) -> list[str]:
+def _warnings_of_lengths(s: Tensor, z: Tensor, similarity: Similarity | None) -> list[str]:
     """Of an index of normalised vectors that is searched with another embedding."""
     lengths = z.norm(dim=1)
     if similarity == "cosine" or not len(s) or ((s.norm(dim=1) - 1).abs() > _CLOSE).any():
@@ -335,7 +356,7 @@ def _doubts_of_lengths(s: Tensor, z: Tensor, similarity: Similarity | None) -> l
     ]
 
 
-def _doubts_of_gallery(strange: Tensor) -> list[str]:
+def _warnings_of_gallery(strange: Tensor) -> list[str]:
     """Of images whose embeddings are not those in the index."""
     if not len(strange):
         return []

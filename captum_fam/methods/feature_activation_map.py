@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from captum_fam._attribution import ChannelAttribution, Inputs, Pairs
-from captum_fam._checks import format_inputs
-from captum_fam._method import is_aligned, jacobian_weights
-from captum_fam._recording import Recording, eagerly
-from captum_fam.similarity import Normalize, Similarity, check_normalize, contribution_weights
+from captum_fam.engine.formula import Multiples
+from captum_fam.engine.recording import Recording
+from captum_fam.methods.dimension_attribution import DimensionAttribution
+from captum_fam.methods.similarity_attribution import Selector
+from captum_fam.similarity import Normalize, Similarity, channel_contributions, check_normalize, contribution_weights
 
 
-class FeatureActivationMap(ChannelAttribution):
+class FeatureActivationMap(DimensionAttribution):
     r"""
     Feature Activation Map (FAM): which parts of an input make its embedding similar to a
     reference's, for models that have no classifier (few-shot, contrastive, retrieval).
@@ -95,85 +95,30 @@ class FeatureActivationMap(ChannelAttribution):
         similarity: Similarity | None = None,
         normalize: Normalize = "minmax",
         channel_weights: Literal["auto", "aligned", "jacobian"] | str = "auto",
-        output_selector: Callable[[Any], Tensor] | None = None,
+        output_selector: Selector = None,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_normalize(normalize)
-        if channel_weights not in ("auto", "aligned", "jacobian"):
-            raise ValueError(
-                f'Expected `channel_weights` to be "auto", "aligned" or "jacobian", but got {channel_weights!r}.'
-            )
         super().__init__(
             forward_func,
             layer,
             device_ids,
             similarity=similarity,
+            channel_weights=channel_weights,
             output_selector=output_selector,
             reshape_transform=reshape_transform,
         )
         self.normalize = normalize
-        self.channel_weights = channel_weights
 
-    @eagerly
-    def route(self, inputs: Inputs, additional_forward_args: object | None = None) -> str | list[str]:
-        r"""
-        The way that the weights take to the layer's channels for these inputs, from one forward
-        pass.
+    def terms(self, z: Tensor, s: Tensor) -> Tensor:
+        return channel_contributions(z, s, self._similarity())
 
-        Args:
-            inputs (Tensor or tuple[Tensor, ...]): Inputs of the encoder, batch first.
-            additional_forward_args (Any, optional): As in :meth:`attribute`.
-                        Default: None
+    def contributions(self, z: Tensor, t: Tensor) -> Tensor:
+        return t
 
-        Returns:
-            *str* or *list*: ``"aligned"`` or ``"jacobian"``; a list for a list of layers.
+    def weights(self, z: Tensor, t: Tensor, plain: bool) -> Tensor:
+        w = contribution_weights(t, self.normalize) if plain else t
+        return w * z.sign()
 
-        Raises:
-            TypeError, ValueError: As in :meth:`attribute`.
-
-        Examples::
-
-            >>> features, head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
-            >>> encoder = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-            >>> images = torch.rand(2, 3, 16, 16)
-            >>> FeatureActivationMap(encoder[:3], features).route(images)
-            'aligned'
-            >>> FeatureActivationMap(encoder, features).route(images)
-            'jacobian'
-        """
-        with self._record(format_inputs("inputs", inputs), additional_forward_args) as recording:
-            routes = self._routes(recording)
-        return routes if isinstance(self.layer, list) else routes[0]
-
-    def _explains_classifiers(self) -> bool:
-        return False
-
-    def _needs_graph(self) -> bool:
-        return self.channel_weights != "aligned"
-
-    def _channel_weights(self, pairs: Pairs, valid: Tensor) -> list[list[Tensor]]:
-        w = contribution_weights(pairs.c, self.normalize) if pairs.question.other is None else pairs.c
-        aligned = self._aligned(pairs.recording)
-        if all(map(all, aligned)):
-            return [[w] * len(layer) for layer in aligned]
-        jacobian = jacobian_weights(pairs.recording, w, pairs.references)
-        pairs.recording.note(w, valid, jacobian)
-        return [[w if flag else alpha for flag, alpha in zip(*layer)] for layer in zip(aligned, jacobian)]
-
-    def _aligned(self, recording: Recording) -> list[list[bool]]:
-        """Of each tensor of each layer."""
-        found = recording.once(
-            "aligned", lambda: [[self._is_aligned(recording.embedding, A) for A in layer] for layer in recording.layers]
-        )
-        return recording.call.agree(found)
-
-    def _routes(self, recording: Recording) -> list[str]:
-        return ["aligned" if all(layer) else "jacobian" for layer in self._aligned(recording)]
-
-    def _is_aligned(self, z: Tensor, A: Tensor) -> bool:
-        if self.channel_weights == "aligned" and A.shape[1] != z.shape[1]:
-            raise ValueError(
-                'channel_weights="aligned" needs a channel for each embedding dimension, but the layer has'
-                f' {A.shape[1]} and the embedding {z.shape[1]}; pass channel_weights="auto" or "jacobian".'
-            )
-        return self.channel_weights == "aligned" or (self.channel_weights == "auto" and is_aligned(z, A))
+    def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
+        return [1.0 if a else None for a in aligned]  # as the paper has it

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam import _captum
-from captum_fam._recording import Tensors, _eager, buffers_restored, model_of
+from captum_fam.engine.chunks import Tensors, cut_arguments
+from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, model_of
 from captum_fam.score import select_embedding
 from captum_fam.tokens import images_of, may_be_map, to_map
 
@@ -46,9 +47,9 @@ def last_map(
     hooks = [m.register_forward_hook(lambda *call, n=n: note(n, call[-1])) for n, m in modules.items()]
     with buffers_restored(forward_func), torch.enable_grad():  # backward before that: it may need the buffers
         try:
-            with _eager():
+            with compiled_parts_off():
                 output = _captum.run_forward(
-                    forward_func, images, None, _first(additional_forward_args, len(inputs[0]))
+                    forward_func, images, None, cut_arguments(additional_forward_args, slice(0, 1), len(inputs[0]))
                 )
         finally:
             for hook in hooks:
@@ -84,11 +85,3 @@ def _in_attention(model: nn.Module, name: str) -> bool:
     # A ResidualAttentionBlock is more than its attention.
     words = [*parts, *(c for c in classes if not c.endswith(("Block", "Layer")))]
     return any(word in written.lower() for word in ("attn", "attention") for written in words)
-
-
-def _first(additional_forward_args: Any, rows: int) -> Any:
-    """The arguments for the first example alone."""
-    if additional_forward_args is None:
-        return None
-    given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-    return tuple(a[:1] if isinstance(a, Tensor) and a.ndim and len(a) == rows else a for a in given)

@@ -11,11 +11,13 @@ from captum.log import log_usage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_fam._attribution import Inputs, Selector, SimilarityAttribution, unexplained, usable
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
-from captum_fam._recording import doubts_of_training
 from captum_fam.adapters import resize
+from captum_fam.engine.question import usable
+from captum_fam.engine.report import of_unusable
+from captum_fam.engine.untouched import warnings_of_training
+from captum_fam.methods.similarity_attribution import Inputs, Selector, SimilarityAttribution
 from captum_fam.similarity import Similarity, nonzero
 
 
@@ -38,12 +40,12 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
 
     It knows nothing of the encoder but its outputs, so it is a reference for methods that look
     inside; it needs ``n_samples`` forward passes of each input. The same ``seed`` gives the same masks, whatever
-    the batch and the device. Also explains classifiers: without references, ``target`` is a
-    class.
+    the batch and the device. To explain a classifier, pass
+    ``SimilarityScore(model, torch.eye(n), "dot")``.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
-                    (B, D), a :class:`~captum_fam.SimilarityScore`, or a classifier.
+                    (B, D), or a :class:`~captum_fam.SimilarityScore`.
         similarity, output_selector (optional): As in
                     :class:`~captum_fam.FeatureActivationMap`.
                     Default: None
@@ -70,6 +72,8 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         >>> Relax(score, n_samples=100).attribute(torch.rand(2, 3, 16, 16), target=3).shape
         torch.Size([2, 1, 16, 16])
     """
+
+    _of_terms = False
 
     def __init__(
         self,
@@ -143,11 +147,11 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         B, size = len(x), x.shape[2:]
         if not B:
             return x.new_empty(0, 1, *size)
-        doubts = doubts_of_training(self._encoder())
+        warned = warnings_of_training(self._encoder())
         bad = ~usable(question.s)
         zero = bad[question.own[:, 0].to(bad.device)].to(x.device)
         if zero.any():
-            doubts.append(unexplained({"references": set(bad.nonzero().flatten().tolist())}))
+            warned.append(of_unusable({"references": set(bad.nonzero().flatten().tolist())}))
             question = replace(question, s=torch.where(bad[:, None], 0, question.s))
         generator = torch.Generator().manual_seed(self.seed)
         cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
@@ -165,13 +169,13 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
                 masks = masks_of(cells[mask], shifts[mask], size).to(shown)
                 changed = (x[rows] * masks[:, None]).to(x.dtype)
                 z = self._embed_changed(changed, rows, B, additional_forward_args)
-                scores = self._scores(z, rows, question, doubts)
+                scores = self._scores(z, rows, question, warned)
                 scores = scores.to(masks)[:, 0]
                 total.index_add_(0, rows, scores)
                 scored.index_add_(0, rows, masks * scores.reshape(-1, *[1] * len(size)))
                 shown.index_add_(0, rows, masks)
                 progress.update(len(index))
-        warn_once(doubts)
+        warn_once(warned)
         mean = (total / self.n_samples).reshape(-1, *[1] * len(size))
         shown[zero] = 0
         importance = torch.where(shown > 0, scored / nonzero(shown) - mean, torch.zeros_like(shown))

@@ -1,0 +1,47 @@
+"""Inputs and references a few at a time, and their maps put together."""
+
+from typing import Any
+
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+def slices(length: int, most: int | None) -> list[slice]:
+    """Of at most so many, one after another; one empty slice of nothing."""
+    step = most or max(1, length)
+    return [slice(i, min(i + step, length)) for i in range(0, max(1, length), step)]
+
+
+def cut(inputs: Tensors, rows: slice) -> Tensors:
+    """Some rows of tensors; one that has not as many as the first is shared by all."""
+    return tuple(t[rows] if len(t) == len(inputs[0]) else t for t in inputs)
+
+
+def cut_arguments(additional_forward_args: Any, rows: Tensor | slice, inputs: int) -> Any:
+    """Those of some inputs: tensors with a row for each of them are cut, as Captum does."""
+    if additional_forward_args is None:
+        return None
+    given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    return tuple(a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == inputs else a for a in given)
+
+
+class Assembled:
+    """Tensors of B rows, put together from those of some rows and, of P columns, some columns."""
+
+    def __init__(self, rows: int) -> None:
+        self.tensors: list[Tensor] = []
+        self._rows = rows
+
+    def put(self, rows: slice, columns: slice | None, parts: list[Tensor], n_columns: int = 0) -> None:
+        """``columns``, of so many, or None for parts that have all of them."""
+        whole = columns is None or columns.stop - columns.start == n_columns
+        if whole and rows.stop - rows.start == self._rows:
+            self.tensors = parts
+            return
+        if not self.tensors:
+            self.tensors = [
+                p.new_empty(self._rows, *(p.shape[1:] if whole else (n_columns, *p.shape[2:]))) for p in parts
+            ]
+        for tensor, part in zip(self.tensors, parts):
+            tensor[rows, slice(None) if columns is None else columns] = part

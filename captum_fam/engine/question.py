@@ -1,0 +1,205 @@
+"""Which similarities a call explains, and the terms that they are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from captum_fam._checks import check_dimensions, describe, reference_index
+from captum_fam.engine.chunks import Tensors
+from captum_fam.engine.recording import Recording
+from captum_fam.engine.report import SIDES
+from captum_fam.similarity import Similarity, exact, largest, widen
+
+# What is taken away from a score: that to another reference (B, 1), the mean of those to the rest, the share that the
+# input has with itself, a threshold, or nothing.
+Less: TypeAlias = Tensor | Literal["rest", "self"] | float | None
+Once: TypeAlias = Callable[[object, Callable[[], Tensor]], Tensor]
+
+# Terms made at once: on a CPU as many as fit its cache, where they are made several times faster.
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**24
+
+
+class Terms(Protocol):
+    """What a method makes of a pair of embeddings, and what that contributes to their score."""
+
+    def terms(self, z: Tensor, s: Tensor) -> Tensor: ...
+    def contributions(self, z: Tensor, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class References:
+    """K references, as embeddings (K, D) or as inputs of the encoder."""
+
+    tensors: Tensors
+    are_inputs: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    Which similarities are explained.
+
+    Attributes:
+        s: embeddings (K, D) of the references.
+        own: the numbers (B, P), or (1, P) for all inputs, of the references that each input is compared with.
+        less: what is taken away from these similarities.
+    """
+
+    s: Tensor
+    own: Tensor
+    less: Less = None
+
+    def of(self, rows: Tensor | slice) -> "Question":
+        """The question about the inputs of these rows."""
+        rows = rows.to(self.own.device) if isinstance(rows, Tensor) else rows
+        own = self.own if len(self.own) == 1 else self.own[rows]
+        return replace(self, own=own, less=self.less[rows] if isinstance(self.less, Tensor) else self.less)
+
+    def terms(self, z: Tensor, method: Terms, once: Once = lambda _, compute: compute()) -> Tensor:
+        """
+        The method's t (B, P, D) for embeddings z (B, D), less those of what is taken away; ``once`` keeps what all
+        parts of a question share.
+        """
+        check_dimensions(z, self.s)
+        with exact(z):
+            return self._terms(z, method, once)
+
+    def _terms(self, z: Tensor, method: Terms, once: Once) -> Tensor:
+        t = method.terms(z[:, None], self.s[self.own].to(z))
+        if self.less is None:
+            return t
+        if isinstance(self.less, Tensor):
+            return t - method.terms(z[:, None], self.s[self.less].to(z))
+        if self.less == "rest":
+            total = once("total", lambda: self._total(z, method))
+            return t - (total - t) / (len(self.s) - 1)
+        own = once("own", lambda: self._own(z, method))
+        if isinstance(self.less, float):
+            return t - self.less * own
+        return t - method.contributions(z[:, None], t).sum(2, keepdim=True) * own
+
+    def scores(self, z: Tensor, method: Terms, once: Once = lambda _, compute: compute()) -> Tensor:
+        """What the terms contribute in all, (B, P)."""
+        return method.contributions(z[:, None], self.terms(z, method, once)).sum(2)
+
+    def _total(self, z: Tensor, method: Terms) -> Tensor:
+        """The sum (B, 1, D) of t over all references, made of a few at a time."""
+        total = torch.zeros_like(z)[:, None]
+        for part in self.s.split(at_once(z)):
+            total += method.terms(z[:, None], part.to(z)).sum(1, keepdim=True)
+        return total
+
+    def _own(self, z: Tensor, method: Terms) -> Tensor:
+        """t(z, z) / score(z, z) (B, 1, D), whose score is one."""
+        wide = z[:, None] if z.device.type == "mps" else z[:, None].double()  # for squares that underflow
+        t = method.terms(wide, wide)
+        score = method.contributions(wide, t).sum(2, keepdim=True)
+        if (usable(z) & (score[:, 0, 0] == 0)).any():
+            raise ValueError(
+                f"{'contrast=' + repr(self.less) if self.less == 'self' else '`threshold`'} needs a similarity by which"
+                " an embedding is similar to itself, but here that score is 0, as of a distance; pass"
+                ' similarity="cosine" or "dot", or contrast with another reference.'
+            )
+        return (t / torch.where(score == 0, torch.ones_like(score), score)).to(z.dtype)
+
+
+class Pairs:
+    """
+    A question about recorded inputs.
+
+    Attributes:
+        recording: of the inputs' forward pass.
+        question: about them.
+        n_references: how many each input has over all, where the question is a part of another.
+        z: embeddings (B, D) of the inputs.
+        t: the method's terms (B, P, D).
+        c: what they contribute to the score (B, P, D).
+        valid: which pairs (B, P) can be explained: all this is finite, and the embeddings are not zero.
+    """
+
+    def __init__(self, recording: Recording, question: Question, n_references: int, method: Terms) -> None:
+        self.recording = recording
+        self.question = question
+        self.n_references = n_references
+        self.z = widen(recording.embedding)
+        self.t = question.terms(self.z, method, recording.once)
+        self.c = method.contributions(self.z[:, None], self.t)
+        others = [question.less] if isinstance(question.less, Tensor) else []
+        self.valid = usable(self.z)[:, None] & largest(self.c)[..., 0].isfinite()
+        for index in (question.own, *others):
+            self.valid = self.valid & usable(question.s[index].to(self.z))
+
+
+def at_once(z: Tensor) -> int:
+    """How many references are compared with the embeddings z (B, D) at once."""
+    return max(1, (_AT_ONCE if z.device.type == "cpu" else _AT_ONCE_ELSEWHERE) // max(1, z.numel()))
+
+
+def usable(x: Tensor) -> Tensor:
+    """Which embeddings (..., D) are finite and not zero."""
+    size = largest(x)[..., 0]
+    return size.isfinite() & (size > 0)
+
+
+def note_unusable(
+    recording: Recording, question: Question, valid: Tensor, first: int = 0, sides: tuple[str, str] = SIDES
+) -> None:
+    """Reports why pairs (B, P) are not valid; the first of the inputs has this number in its call."""
+    if valid.all():
+        return
+    z = widen(recording.embedding)
+    references = ~usable(question.s.to(z.dtype))
+    if question.less is None:
+        compared = torch.zeros_like(references)
+        compared[question.own] = True
+        references &= compared
+    recording.report.note_unusable(sides[0], ~usable(z), first)
+    recording.report.note_unusable(sides[1], references)
+
+
+def pair_index(inputs: int, references: int) -> Tensor:
+    """The reference of each input (B, 1), where they are paired or share one."""
+    if references not in (1, inputs):
+        raise ValueError(
+            f"Expected `reference` to hold one reference or {inputs}, one for each input, but got {references}."
+        )
+    return reference_index("reference", None, references, inputs)[:, None]
+
+
+def less_of(contrast: Any, threshold: Any, similarity: Similarity | None, references: int, inputs: int) -> Less:
+    """What ``contrast`` or ``threshold`` takes away from the scores."""
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise TypeError(f"Expected `threshold` to be a number, a score, but got {describe(threshold)}.")
+        if threshold != threshold or threshold in (float("inf"), -float("inf")):
+            raise ValueError(f"Expected `threshold` to be a finite score, but got {threshold}.")
+        if contrast is not None:
+            raise ValueError("Expected `contrast` or `threshold`, but got both; a threshold is a contrast of its own.")
+    if contrast is None and threshold is None:
+        return None
+    if isinstance(contrast, str) and contrast not in ("rest", "self"):
+        raise ValueError(
+            f'Expected `contrast` to be the number of a reference, "rest" or "self", but got {contrast!r}.'
+        )
+    if threshold is not None or (isinstance(contrast, str) and contrast == "self"):
+        what = "`threshold`" if contrast is None else 'contrast="self"'
+        if similarity == "euclidean":
+            raise ValueError(
+                f'{what} needs a similarity by which an embedding is similar to itself; for "euclidean" that score is'
+                ' 0. Pass similarity="cosine" or "dot", or contrast with another reference.'
+            )
+        return "self" if contrast is not None else float(threshold)
+    if references < 2:
+        raise ValueError(
+            f"contrast={contrast!r} needs at least two references, but there is {references}; pass more of them, such"
+            ' as reference=torch.cat([match, other]), contrast="self" for one alone, or leave `contrast` out.'
+        )
+    if isinstance(contrast, str):
+        return "rest"
+    return reference_index("contrast", contrast, references, inputs)[:, None]

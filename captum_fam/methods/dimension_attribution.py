@@ -1,0 +1,113 @@
+"""The methods that weigh the dimensions of the embedding: a method is its terms."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from captum_fam._checks import format_inputs
+from captum_fam.engine.formula import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms
+from captum_fam.engine.question import Pairs
+from captum_fam.engine.recording import Recording
+from captum_fam.engine.report import Report
+from captum_fam.engine.untouched import eagerly
+from captum_fam.methods.layer_attribution import LayerSimilarityAttribution, masked
+from captum_fam.methods.similarity_attribution import Inputs
+
+
+class DimensionAttribution(LayerSimilarityAttribution):
+    r"""
+    A method that weighs the dimensions of the embedding, :math:`M_i = N f \cdot v_i` (see docs/method.md). A method is
+    its :meth:`terms`, f(z, s).
+    """
+
+    def __init__(
+        self, *args: Any, channel_weights: Literal["auto", "aligned", "jacobian"] | str = "auto", **options: Any
+    ) -> None:
+        if channel_weights not in ("auto", "aligned", "jacobian"):
+            raise ValueError(
+                f'Expected `channel_weights` to be "auto", "aligned" or "jacobian", but got {channel_weights!r}.'
+            )
+        super().__init__(*args, **options)
+        self.channel_weights = channel_weights
+
+    def terms(self, z: Tensor, s: Tensor) -> Tensor:
+        """f(z, s) (..., D), for embeddings z and references s that broadcast; that of a contrast is a difference."""
+        raise NotImplementedError
+
+    def contributions(self, z: Tensor, t: Tensor) -> Tensor:
+        return t * z
+
+    def constant(self, s: Tensor) -> Tensor:
+        """The part (K,) of the scores of references s (K, D) that no place of an input has."""
+        return s.new_zeros(len(s))
+
+    def weights(self, z: Tensor, t: Tensor, plain: bool) -> Tensor:
+        """f (B, P, D) of terms t (B, P, D) and z (B, 1, D); not ``plain``, the terms are differences."""
+        return t
+
+    @eagerly
+    def route(self, inputs: Inputs, additional_forward_args: object | None = None) -> str | list[str]:
+        r"""
+        The way that the weights take to the layer's channels for these inputs, from one forward
+        pass.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): Inputs of the encoder, batch first.
+            additional_forward_args (Any, optional): As in :meth:`attribute`.
+                        Default: None
+
+        Returns:
+            *str* or *list*: ``"aligned"`` or ``"jacobian"``; a list for a list of layers.
+
+        Raises:
+            TypeError, ValueError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> features, head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            >>> encoder = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+            >>> images = torch.rand(2, 3, 16, 16)
+            >>> FeatureActivationMap(encoder[:3], features).route(images)
+            'aligned'
+            >>> FeatureActivationMap(encoder, features).route(images)
+            'jacobian'
+        """
+        with self._record(format_inputs("inputs", inputs), additional_forward_args, Report()) as recording:
+            return self.routes(self._aligned(recording), recording.sizes)  # type: ignore[no-any-return]
+
+    def routes(self, aligned: list[bool], sizes: list[int]) -> Any:
+        """Of each layer, from what holds for the tensors that it gave."""
+        layers = self._result(aligned, sizes)
+        routes = [
+            "aligned" if all(layer if isinstance(layer, tuple) else [layer]) else "jacobian"
+            for layer in (layers if isinstance(self.layer, list) else [layers])
+        ]
+        return routes if isinstance(self.layer, list) else routes[0]
+
+    def _maps(self, pairs: Pairs, aligned: list[bool], plain: bool, summed: bool) -> list[Tensor]:
+        recording = pairs.recording
+        f = self.weights(pairs.z[:, None], pairs.t, plain and pairs.question.less is None)
+        if not all(aligned):
+            f = masked(f, pairs.valid)  # a row that is not finite is no question to the encoder
+        multiples = recording.once("multiples", lambda: self._multiples(recording, aligned))
+        if not summed:
+            return next(place_terms(recording, f, multiples))
+        return place_maps(recording, f, multiples, pairs.n_references)
+
+    def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
+        z = recording.embedding
+        return [multiple_of_mean(z, A) if a else None for a, A in zip(aligned, recording.activations)]
+
+    def _aligned(self, recording: Recording) -> list[bool]:
+        return [self._is_aligned(recording.embedding, A) for A in recording.activations]
+
+    def _is_aligned(self, z: Tensor, A: Tensor) -> bool:
+        if self.channel_weights == "aligned" and A.shape[1] != z.shape[1]:
+            raise ValueError(
+                'channel_weights="aligned" needs a channel for each embedding dimension, but the layer has'
+                f' {A.shape[1]} and the embedding {z.shape[1]}; pass channel_weights="auto" or "jacobian".'
+            )
+        return self.channel_weights == "aligned" or (self.channel_weights == "auto" and is_aligned(z, A))
+
+    def _needs_graph(self) -> bool:
+        return self.channel_weights != "aligned"

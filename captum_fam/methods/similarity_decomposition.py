@@ -1,0 +1,235 @@
+"""The decomposition of a similarity into places, as a Captum layer attribution."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_fam._checks import check_callable, check_same_form, describe, format_inputs, warn_once
+from captum_fam.engine.formula import place_embeddings
+from captum_fam.engine.question import Pairs, Question, note_unusable, pair_index
+from captum_fam.engine.recording import Recording
+from captum_fam.engine.report import Report
+from captum_fam.engine.untouched import eagerly
+from captum_fam.methods.dimension_attribution import DimensionAttribution
+from captum_fam.methods.layer_attribution import Maps, masked, with_constants
+from captum_fam.methods.similarity_attribution import Inputs, Selector
+from captum_fam.similarity import Similarity, exact, nonzero, norm, unit, widen
+
+# How far the places may be from the similarity, in units of what its dimensions contribute, before a reader should know.
+_TOLERANCE = 0.05
+# How far the length of embeddings may be from one that were normalised.
+_UNIT = 1e-3
+# f(z, s), whose f.z is the similarity, for the distance but for -|s|^2, which is at no place.
+_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda z, s: unit(s) / nonzero(norm(z)),
+    "dot": lambda z, s: s.expand(torch.broadcast_shapes(z.shape, s.shape)),
+    "euclidean": lambda z, s: 2 * s - z,
+}
+
+
+class SimilarityDecomposition(DimensionAttribution):
+    r"""
+    Decomposition of a similarity (Stylianou, Souvenir, Pless,
+    https://arxiv.org/abs/1901.00536; Zhu, Yang, Chen, https://arxiv.org/abs/1909.12977):
+    what each location contributes to it. The mean of the map is the similarity itself.
+
+    Where the embedding z is the spatial mean of the activations A, the cosine to a reference
+    s is a mean over locations of
+
+    .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = \frac{\hat s_k}{\|z\|}, \quad \hat s = s / \|s\|
+
+    and :math:`\alpha = s` for the dot product. Where z is a positive multiple of that mean,
+    :math:`\|z\|` is the norm of the mean. For every other encoder and layer (flattening,
+    projection heads, GeM), the factor differs between locations: it is the gradient of the
+    score, with :math:`\|z\|` held constant, times the number of locations. Where all that
+    lies between is homogeneous of degree one (linear layers without bias, ReLU, mean, maximum
+    and generalised mean), the mean of the map is still the similarity; with biases or a
+    normalisation it is not, and a warning gives both numbers.
+
+    With ``contrast``, the map is the difference of two, and its mean the margin.
+    :meth:`attribute_matrix` decomposes the similarity on both sides at once.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
+                    (B, D), or a :class:`~captum_fam.SimilarityScore`.
+        layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
+                    (B, C, \*spatial) make the map, or a list of layers.
+        device_ids (list[int]): Device ID list, necessary only if forward_func applies a
+                    DataParallel model, as for other Captum layer methods.
+                    Default: None
+        similarity (str, optional): ``"cosine"`` or ``"dot"``; others have no such
+                    decomposition.
+                    Default: None, that of the SimilarityScore, else ``"cosine"``
+        output_selector, reshape_transform (Callable, optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> decomposition = SimilarityDecomposition(encoder, encoder[1])
+        >>> queries, reference = torch.rand(2, 3, 16, 16), torch.rand(1, 3, 16, 16)
+        >>> map = decomposition.attribute(queries, reference=reference)
+        >>> torch.allclose(map.mean((1, 2, 3)), torch.cosine_similarity(encoder(queries), encoder(reference)))
+        True
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        *,
+        similarity: Similarity | None = None,
+        dimension_weights: Callable[[Tensor, Tensor], Tensor] | None = None,
+        channel_weights: Literal["auto", "aligned", "jacobian"] | str = "auto",
+        output_selector: Selector = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if dimension_weights is not None:
+            check_callable("dimension_weights", dimension_weights)
+        super().__init__(
+            forward_func,
+            layer,
+            device_ids,
+            similarity=similarity,
+            channel_weights=channel_weights,
+            output_selector=output_selector,
+            reshape_transform=reshape_transform,
+        )
+        if dimension_weights is not None and similarity is not None:
+            raise ValueError(
+                "Expected `similarity` or `dimension_weights`, but got both; a similarity has its own weights."
+            )
+        self.dimension_weights = dimension_weights
+
+    def terms(self, z: Tensor, s: Tensor) -> Tensor:
+        if self.dimension_weights is not None:
+            shape = torch.broadcast_shapes(z.shape, s.shape)
+            f = self.dimension_weights(z.expand(shape), s.expand(shape))
+            if not isinstance(f, Tensor) or f.shape != shape:
+                raise ValueError(
+                    f"Expected `dimension_weights` to return weights of shape {tuple(shape)}, one for each embedding"
+                    f" dimension, but got {describe(f)}."
+                )
+            return f
+        similarity = self._similarity()
+        if not isinstance(similarity, str):
+            raise ValueError(
+                f"Expected `similarity` to be one of {sorted(_WEIGHTS)}, but got {describe(similarity)}, which has no"
+                ' such decomposition; pass similarity="cosine", or weights f(z, s) of your own as `dimension_weights`.'
+            )
+        return _WEIGHTS[similarity](z, s)
+
+    def constant(self, s: Tensor) -> Tensor:
+        euclidean = self.dimension_weights is None and self._similarity() == "euclidean"
+        return -s.square().sum(1) if euclidean else super().constant(s)
+
+    def _maps(self, pairs: Pairs, aligned: list[bool], plain: bool, summed: bool) -> list[Tensor]:
+        maps = super()._maps(pairs, aligned, plain, summed)
+        if not all(aligned):
+            means = iter([M.mean(2) if summed else M.sum(1).mean(1, keepdim=True) for M in maps])
+            for size, name in zip(pairs.recording.sizes, dict.fromkeys(pairs.recording.names)):
+                _check_sum(torch.stack([next(means) for _ in range(size)]).sum(0), pairs, name)
+        return maps
+
+    @eagerly
+    def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Maps:
+        r"""
+        What each location of the inputs, with each location of the reference, contributes to
+        their similarity (Zhu, Yang, Chen): with location embeddings v(i) and v'(j), which add
+        up to z and s,
+
+        .. math:: P_{ij} = \frac{v(i) \cdot v'(j)}{\|z\| \|s\|}
+
+        (without the norms for ``"dot"``). Where the locations add up to the similarity (else a
+        warning says so), all entries add up to the score, and the sum of a row, times the number
+        of rows, is the value of :meth:`attribute` at that location. Row i is the map over the
+        reference of what matches location i. Encoders other than a spatial mean need one
+        gradient for each embedding dimension.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): B inputs.
+            reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
+                        paired with the inputs, or one that they share.
+
+        Returns:
+            *Tensor* or *list*: (B, h·w, h'·w'), locations in row-major
+            order: ``matrix.reshape(B, h, w, h', w')``. In the dtype of the activations; a list
+            for a list of layers.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> decomposition = SimilarityDecomposition(encoder, encoder[1])
+            >>> decomposition.attribute_matrix(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 24)).shape
+            torch.Size([2, 196, 484])
+        """
+        inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
+        check_same_form(reference, inputs)
+        own, similarity = pair_index(len(inputs[0]), len(reference[0])), self._similarity()
+        if self.dimension_weights is not None or similarity not in ("cosine", "dot"):
+            raise ValueError(
+                'attribute_matrix needs a similarity that is a sum over pairs of places, "cosine" or "dot", but got'
+                f" {'`dimension_weights`' if self.dimension_weights is not None else describe(similarity)}."
+            )
+
+        def matrices(constants: bool) -> Maps:
+            report = Report()
+            with (
+                self._record(inputs, None, report, constants=constants) as one,
+                self._record(reference, None, report, constants=constants) as two,
+                torch.no_grad(),
+            ):
+                question = Question(two.embedding, own)
+                pairs = Pairs(one, question, 1, self)
+                note_unusable(one, question, pairs.valid)
+                for name, size in zip(one.names, one.sizes):
+                    if size > 1:
+                        raise ValueError(f"attribute_matrix needs a layer with one tensor, but {name} has {size}.")
+                found = []
+                for name, A, v, v_reference in zip(
+                    one.names, one.activations, *map(self._place_embeddings, (one, two))
+                ):
+                    with exact(v):
+                        matrix = masked(v.mT @ v_reference.expand(len(v), -1, -1), pairs.valid)
+                    _check_sum(matrix.sum((1, 2))[:, None], pairs, name)
+                    found.append(matrix.to(A.dtype))
+            warn_once(report.texts())
+            return self._result(found, one.sizes)  # type: ignore[no-any-return]
+
+        return with_constants(matrices)
+
+    def _place_embeddings(self, recording: Recording) -> list[Tensor]:
+        """v (B, D, N), which add up to the embedding; for the cosine, to its unit vector."""
+        length = nonzero(norm(widen(recording.embedding)))[..., None] if self._similarity() == "cosine" else 1
+        return [v / length for v in place_embeddings(recording, self._multiples(recording, self._aligned(recording)))]
+
+
+def _check_sum(found: Tensor, pairs: Pairs, layer: str) -> None:
+    """Reports, of a layer's maps, if their totals (B, P) are far from what they should add up to."""
+    off = (found - pairs.c.sum(2)).abs() > _TOLERANCE * pairs.c.abs().sum(2)
+    if not (off & pairs.valid).any():
+        return
+    i = pairs.recording.names.index(layer)
+    if ((norm(pairs.z) - 1).abs() < _UNIT).all():
+        reason = "the encoder ends in a normalisation. Leave it out: the cosine is the same without it."
+    elif pairs.recording.partial[i]:
+        reason = (
+            "part of the embedding reaches the class token past the patches, by the residual path. The map shows what"
+            " goes through the patches of this layer: choose an earlier layer to see more."
+        )
+    else:
+        reason = (
+            "the rest comes from biases, a LayerNorm or another such step between the layer and the embedding, and no"
+            " place has it. Read the map as a pattern; its mean is not the score."
+        )
+    pairs.recording.report.warnings.append(f"The places of layer {layer} do not add up to the similarity: {reason}")
