@@ -1,19 +1,19 @@
 """Feature Activation Map and its companions: explanations of similarity scores, for Captum users."""
 
 from captum_fam.adapters import explanation_func, to_input_space
-from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.comparison import compare_attributions
-from captum_fam.tasks.contrastive import NearestReferences, nearest_references
+from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.tasks.few_shot import EpisodeExplanation, explain_episode
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.relax import Relax
 from captum_fam.methods.relevance_cam import RelevanceCam
-from captum_fam.tasks.retrieval import RetrievalExplanation, explain_retrieval
-from captum_fam.score import SimilarityScore, prototypes
 from captum_fam.methods.score_cam import ScoreCam
-from captum_fam.similarity import channel_contributions, contribution_weights
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
+from captum_fam.score import SimilarityScore, prototypes
+from captum_fam.similarity import channel_contributions, contribution_weights
+from captum_fam.tasks.contrastive import NearestReferences, nearest_references
+from captum_fam.tasks.few_shot import EpisodeExplanation, explain_episode
+from captum_fam.tasks.retrieval import RetrievalExplanation, explain_retrieval
 from captum_fam.tokens import channels_last, patch_tokens
 from captum_fam.visualization import visualize_comparison, visualize_pair
 

@@ -1,114 +1,54 @@
 """
-The formula, in the letters of docs/method.md.
+The formula, in the letters of docs/method.md, for embeddings z and references s (..., D).
 
-B inputs with embeddings z (B, D), P references s (B, P, D) of each, activations A (B, C, N) with C channels and N places.
-Place i gives the embedding v_i, its part to first order. The weights f of the dimensions make the map, and are the method:
+An embedding comes from places: with activations A (C, N) of a layer, place i gives it v_i (D,), its part to first order.
+A method is the weights f (D,) of the dimensions, held constant, and the map is
 
-    v_i = sum_k A_ki dz/dA_ki        M_i = N f.v_i        f(z, s) (B, P, D), held constant
+    M_i = N f.v_i        v_i = sum_k A_ki dz/dA_ki        (found in places.py)
 
-FAM has f = w * sign(z), SimilarityDecomposition the f whose f.z is the similarity. Where dimension k of z is channel k
-of A, z is the mean of a A with a number a, and M_i = a sum_k f_k A_ki: aligned.
+FAM has f = w * sign(z) with the weights w of the contributions c (similarity.py), SimilarityDecomposition the f whose
+f.z is the similarity. A contrast takes terms away: those of FAM are c, signed, those of the decomposition are f.
 """
 
-import math
-from collections.abc import Iterator
-from itertools import repeat
-from typing import TypeAlias
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from captum_fam.engine.recording import Recording
-from captum_fam.similarity import exact, nonzero, norm, unit, widen
-
-# The a (B, 1, 1) of each of the activations, or None where z is no multiple of its mean.
-Multiples: TypeAlias = list[Tensor | float | None]
-
-# How far unit vectors may differ that are equal but for the rounding of a mean in their dtype.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-# How much of that may be put down to values that cancel in the mean, at most.
-_CANCELLED = 1e-3
+from captum_fam.similarity import Normalize, contribution_weights, nonzero, norm, unit
 
 
-def place_maps(recording: Recording, f: Tensor, multiples: Multiples, n_references: int) -> list[Tensor]:
+def fam(z: Tensor, c: Tensor, normalize: Normalize) -> Tensor:
+    """f = w * sign(z): c_k says how much dimension k contributes, sign(z_k) which way it must go for it."""
+    return contribution_weights(c, normalize) * z.sign()
+
+
+# f of SimilarityDecomposition; the squared distance is f.z - |s|^2, and no place of the input has |s|^2.
+DECOMPOSITION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda z, s: unit(s) / nonzero(norm(z)),
+    "dot": lambda z, s: s.expand(torch.broadcast_shapes(z.shape, s.shape)),
+    "euclidean": lambda z, s: 2 * s - z,
+}
+
+
+def less_reference(t: Tensor, other: Tensor) -> Tensor:
+    """t(z, a) - t(z, b): score(a) - score(b)"""
+    return t - other
+
+
+def less_rest(t: Tensor, total: Tensor, K: int) -> Tensor:
+    """t(z, a) - the mean of the others', where all K add up to ``total``"""
+    return t - (total - t) / (K - 1)
+
+
+def less_own(t: Tensor, own: Tensor, share: Tensor | float) -> Tensor:
     """
-    M (B, P, N) of each of the activations, for the f of P of that many references.
-
-    f.v is found in the cheapest of three ways: without a gradient where z is aligned, by a gradient for each of a few
-    references, and by the v_i themselves for many.
+    t(z, s) - share t(z, z) / score(z, z): a share of score(z, s) leaves what this match has beyond what the input has
+    with itself, which adds up to 0; a threshold, what lies above it
     """
-    if _aligned(multiples):
-        return [_of_channels(f, A).mul_(a) for a, A in zip(multiples, recording.activations) if a is not None]
-    N = [math.prod(A.shape[2:]) for A in recording.activations]
-    if 0 < n_references <= min(f.shape[2], max(N)):
-        rows = [[term.sum(1) for term in terms] for terms in place_terms(recording, f, multiples)]
-        return [torch.stack(maps, 1) for maps in zip(*rows)]
-    v = recording.once("v", lambda: place_embeddings(recording, multiples))
-    return [_of_channels(f, v_of_one).mul_(n) for v_of_one, n in zip(v, N)]
+    return t - share * own
 
 
-def place_terms(recording: Recording, f: Tensor, multiples: Multiples) -> Iterator[list[Tensor]]:
-    """For each of P references N f.dz/dA_ki A_ki (B, C, N) of each of the activations, which add up to M_i over k."""
-    gradients = repeat(recording.activations) if _aligned(multiples) else recording.gradients(f)
-    for f_of_one, g in zip(f.unbind(1), gradients):
-        yield [
-            by_place(A) * (by_place(g_k) * math.prod(A.shape[2:]) if a is None else f_of_one[..., None] * a)
-            for A, g_k, a in zip(recording.activations, g, multiples)
-        ]
-
-
-def place_embeddings(recording: Recording, multiples: Multiples) -> list[Tensor]:
-    """v (B, D, N) of each of the activations: by N forward-mode or D vector-Jacobian products, whichever are fewer."""
-    z = widen(recording.embedding)
-    N = [math.prod(A.shape[2:]) for A in recording.activations]
-    if _aligned(multiples):
-        return [by_place(A) * (a / n) for A, a, n in zip(recording.activations, multiples, N) if a is not None]
-    if max(N) < z.shape[1] and z.dtype == recording.embedding.dtype and not any(a is not None for a in multiples):
-        found = recording.place_products()
-        if found is not None:
-            return found
-    rows = [[term.sum(1) for term in terms] for terms in place_terms(recording, unit_vectors(z), multiples)]
-    return [torch.stack(v, 1) / n for v, n in zip(zip(*rows), N)]
-
-
-def channel_maps(recording: Recording, alpha: list[Tensor]) -> list[Tensor]:
-    """sum over k of alpha_k A_k (B, P, N), for the methods that weigh channels: alpha (B, P, C)."""
-    return [_of_channels(alpha_k, A) for alpha_k, A in zip(alpha, recording.activations)]
-
-
-def _aligned(multiples: Multiples) -> bool:
-    return all(a is not None for a in multiples)
-
-
-def _of_channels(weights: Tensor, values: Tensor) -> Tensor:
-    with exact(weights):
-        return weights @ by_place(values)
-
-
-def unit_vectors(z: Tensor) -> Tensor:
-    """One for each dimension of the embeddings z (B, D), for all of them: (B, D, D)."""
-    return torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
-
-
-def is_aligned(z: Tensor, A: Tensor) -> bool:
-    """Dimension k of z is channel k of A: z is a positive multiple of A's spatial mean, for every z but zeros."""
-    if z.shape[1] != A.shape[1]:
-        return False
-    flat = by_place(A)
-    mean, magnitude = flat.mean(2), flat.abs().mean(2).norm(dim=1)
-    rounding = max(_ROUNDING.get(z.dtype, 0), _ROUNDING.get(A.dtype, 0))
-    # Where positive and negative values cancel in the mean, its relative error is larger.
-    cancellation = magnitude / mean.norm(dim=1).clamp(min=torch.finfo(mean.dtype).tiny)
-    close = (unit(widen(z)) - unit(mean)).norm(dim=1) <= (rounding * cancellation).clamp(max=max(rounding, _CANCELLED))
-    aside = ~z.isfinite().all(1) | (z == 0).all(1)
-    return bool((close | aside).all())
-
-
-def multiple_of_mean(z: Tensor, A: Tensor) -> Tensor:
-    """The a (B, 1, 1) of aligned z = a mean(A)."""
-    return (norm(widen(z)) / nonzero(norm(by_place(A).mean(2))))[..., None]
-
-
-def by_place(A: Tensor) -> Tensor:
-    """A (B, C, *spatial) as (B, C, N), in at least single precision."""
-    return widen(A).reshape(*A.shape[:2], math.prod(A.shape[2:]))
+def place_map(f: Tensor, v: Tensor) -> Tensor:
+    """M (B, P, N) = N f.v for f (B, P, D) and v (B, D, N)"""
+    return (f @ v) * v.shape[2]

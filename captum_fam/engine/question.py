@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_fam._checks import check_dimensions, describe, reference_index
+from captum_fam.engine import formula
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import SIDES
@@ -75,14 +76,12 @@ class Question:
         if self.less is None:
             return t
         if isinstance(self.less, Tensor):
-            return t - method.terms(z[:, None], self.s[self.less].to(z))
+            return formula.less_reference(t, method.terms(z[:, None], self.s[self.less].to(z)))
         if self.less == "rest":
-            total = once("total", lambda: self._total(z, method))
-            return t - (total - t) / (len(self.s) - 1)
+            return formula.less_rest(t, once("total", lambda: self._total(z, method)), len(self.s))
         own = once("own", lambda: self._own(z, method))
-        if isinstance(self.less, float):
-            return t - self.less * own
-        return t - method.contributions(z[:, None], t).sum(2, keepdim=True) * own
+        score = method.contributions(z[:, None], t).sum(2, keepdim=True)
+        return formula.less_own(t, own, self.less if isinstance(self.less, float) else score)
 
     def scores(self, z: Tensor, method: Terms, once: Once = lambda _, compute: compute()) -> Tensor:
         """What the terms contribute in all, (B, P)."""

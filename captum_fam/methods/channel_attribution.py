@@ -4,7 +4,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from captum_fam.engine.formula import by_place, channel_maps
+from captum_fam.engine.places import by_place, channel_maps
 from captum_fam.engine.question import Pairs
 from captum_fam.methods.layer_attribution import LayerSimilarityAttribution
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_fam._captum import TargetType
 from captum_fam._checks import describe
 from captum_fam.engine.chunks import Tensors
-from captum_fam.engine.formula import is_aligned, multiple_of_mean
+from captum_fam.engine.places import is_aligned, multiple_of_mean
 from captum_fam.engine.question import Pairs, References
 from captum_fam.engine.untouched import model_of
 from captum_fam.methods.channel_attribution import ChannelAttribution

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from captum_fam._checks import format_inputs
-from captum_fam.engine.formula import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms
+from captum_fam.engine.places import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms
 from captum_fam.engine.question import Pairs
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report

@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from captum_fam.engine.formula import Multiples
+from captum_fam.engine import formula
+from captum_fam.engine.places import Multiples
 from captum_fam.engine.recording import Recording
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.similarity_attribution import Selector
-from captum_fam.similarity import Normalize, Similarity, channel_contributions, check_normalize, contribution_weights
+from captum_fam.similarity import Normalize, Similarity, channel_contributions, check_normalize
 
 
 class FeatureActivationMap(DimensionAttribution):
@@ -117,8 +118,7 @@ class FeatureActivationMap(DimensionAttribution):
         return t
 
     def weights(self, z: Tensor, t: Tensor, plain: bool) -> Tensor:
-        w = contribution_weights(t, self.normalize) if plain else t
-        return w * z.sign()
+        return formula.fam(z, t, self.normalize if plain else None)
 
     def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
         return [1.0 if a else None for a in aligned]  # as the paper has it

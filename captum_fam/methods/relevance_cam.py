@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_fam import _captum
 from captum_fam._checks import describe
-from captum_fam.engine.formula import unit_vectors
+from captum_fam.engine.places import unit_vectors
 from captum_fam.engine.question import Pairs
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.untouched import embed, model_of

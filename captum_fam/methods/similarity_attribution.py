@@ -13,7 +13,6 @@ from captum_fam._checks import (
     check_reference_embedding,
     check_rows_fit,
     check_same_form,
-    describe,
     format_inputs,
     reference_index,
 )

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam._checks import check_callable, check_same_form, describe, format_inputs, warn_once
-from captum_fam.engine.formula import place_embeddings
+from captum_fam.engine.formula import DECOMPOSITION
+from captum_fam.engine.places import place_embeddings
 from captum_fam.engine.question import Pairs, Question, note_unusable, pair_index
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
@@ -15,18 +16,12 @@ from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.layer_attribution import Maps, masked, with_constants
 from captum_fam.methods.similarity_attribution import Inputs, Selector
-from captum_fam.similarity import Similarity, exact, nonzero, norm, unit, widen
+from captum_fam.similarity import Similarity, exact, nonzero, norm, widen
 
 # How far the places may be from the similarity, in units of what its dimensions contribute, before a reader should know.
 _TOLERANCE = 0.05
 # How far the length of embeddings may be from one that were normalised.
 _UNIT = 1e-3
-# f(z, s), whose f.z is the similarity, for the distance but for -|s|^2, which is at no place.
-_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": lambda z, s: unit(s) / nonzero(norm(z)),
-    "dot": lambda z, s: s.expand(torch.broadcast_shapes(z.shape, s.shape)),
-    "euclidean": lambda z, s: 2 * s - z,
-}
 
 
 class SimilarityDecomposition(DimensionAttribution):
@@ -121,10 +116,10 @@ class SimilarityDecomposition(DimensionAttribution):
         similarity = self._similarity()
         if not isinstance(similarity, str):
             raise ValueError(
-                f"Expected `similarity` to be one of {sorted(_WEIGHTS)}, but got {describe(similarity)}, which has no"
+                f"Expected `similarity` to be one of {sorted(DECOMPOSITION)}, but got {describe(similarity)}, which has no"
                 ' such decomposition; pass similarity="cosine", or weights f(z, s) of your own as `dimension_weights`.'
             )
-        return _WEIGHTS[similarity](z, s)
+        return DECOMPOSITION[similarity](z, s)
 
     def constant(self, s: Tensor) -> Tensor:
         euclidean = self.dimension_weights is None and self._similarity() == "euclidean"
