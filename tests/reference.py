@@ -53,23 +53,62 @@ def contrasted(z, references, own, other, similarity):
     return contributions(z, references[own], similarity) - mean
 
 
-def pair_weights(z, references, own, similarity, normalize="minmax", contrast=None):
-    """The weights (D,) that explain one embedding's similarity to the reference ``own`` among (K, D)."""
+def own(z, similarity):
+    """t(z, z) / score(z, z): what one unit of the score of z with itself is made of."""
+    c = contributions(z, z, similarity)
+    return c / c.sum()
+
+
+def pair_weights(z, references, own_number, similarity, normalize="minmax", contrast=None, threshold=None):
+    """FAM's f (D,) for one embedding and the reference of that number among (K, D)."""
+    z = np.asarray(z, dtype=np.float64)
+    c = contributions(z, references[own_number], similarity)
+    if threshold is not None:
+        t = c - threshold * own(z, similarity)
+    elif contrast == "self":
+        t = c - c.sum() * own(z, similarity)
+    elif contrast is not None:
+        t = contrasted(z, references, own_number, contrast, similarity)
+    else:
+        t = weights(c, normalize)
+    return t * np.sign(z)
+
+
+FACTORS = {
+    "cosine": lambda z, s: s / norm(s) / norm(z),
+    "dot": lambda z, s: s,
+    "euclidean": lambda z, s: 2 * s - z,
+}
+
+
+def decomposition_weights(z, references, own_number, similarity, contrast=None, threshold=None):
+    """SimilarityDecomposition's f (D,) for one embedding and the reference of that number among (K, D)."""
+    f_of = FACTORS[similarity]
+    z, references = np.asarray(z, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    f = f_of(z, references[own_number])
+    if threshold is not None or contrast == "self":
+        itself = f_of(z, z)
+        return f - (threshold if threshold is not None else f @ z) * itself / (itself @ z)
     if contrast is None:
-        return weights(contributions(z, references[own], similarity), normalize)
-    return contrasted(z, references, own, contrast, similarity)
+        return f
+    others = [k for k in range(len(references)) if k != own_number] if contrast == "rest" else [contrast]
+    return f - sum(f_of(z, references[k]) for k in others) / len(others)
 
 
-def aligned_map(w, activation):
-    """sum_k w_k A_k, over the channels of one example's activations (C, *spatial)."""
-    return sum(w_k * A_k for w_k, A_k in zip(w, activation, strict=True))
+def aligned_map(f, activation):
+    """sum_k f_k A_k, over the channels of one example's activations (C, *spatial)."""
+    return sum(f_k * A_k for f_k, A_k in zip(f, activation, strict=True))
 
 
-def jacobian_map(w, jacobian, activation):
-    """sum_k alpha_k A_k with alpha_k = sum over locations of d(w.z)/dA_k, for a jacobian dz/dA (D, C, *spatial)."""
-    D, C = jacobian.shape[:2]
-    alpha = [sum(w[d] * jacobian[d, k].sum() for d in range(D)) for k in range(C)]
-    return aligned_map(alpha, activation)
+def place_embeddings(jacobian, activation):
+    """v (D, *spatial), what each place gives the embedding: sum_k A_ki dz/dA_ki, for dz/dA (D, C, *spatial)."""
+    return sum(A_k * dz_dA_k for A_k, dz_dA_k in zip(activation, jacobian.swapaxes(0, 1), strict=True))
+
+
+def jacobian_map(f, jacobian, activation):
+    """N f.v_i, for a jacobian dz/dA (D, C, *spatial) and one example's activations (C, *spatial)."""
+    v = place_embeddings(jacobian, activation)
+    return v[0].size * sum(f_k * v_k for f_k, v_k in zip(f, v, strict=True))
 
 
 def numeric_jacobian(function, activation, step=1e-5):
