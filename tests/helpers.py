@@ -21,9 +21,9 @@ def close(actual, expected, rtol=1e-9, atol=1e-12, **options):
 
 @contextlib.contextmanager
 def silent():
-    """Without the warnings of what is called."""
+    """A warning is an error here."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error")
         yield
 
 
