@@ -3,6 +3,8 @@
 import operator
 import sys
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -14,6 +16,12 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{value!r}" if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """The end of a message about a value that is none of the names."""
+    near = get_close_matches(value, list(names), 3, 0.5) if isinstance(value, str) else []
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def warn(message: str) -> None:

@@ -3,19 +3,16 @@
 import json
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -23,11 +20,15 @@ from captum_fam import __version__
 from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import planes, ready_encoder, running
-from captum_fam.images import read_image
+from captum_fam.images import check_png, read_image, write_png
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import SimilarityScore
 from captum_fam.similarity import channel_contributions, widen
 from captum_fam.visualization import explanation_figure, visualize_comparison
+
+# The rows of a figure.
+_COMMON, _OWN = "in common: FAM", 'particular to this match: "self"'
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,9 +43,9 @@ def demo(output: Path) -> None:
     """Explain a collage of photographs with the bundled encoder; needs no network."""
     from captum_fam.demo import demo_figure
 
-    _check_output(output)
+    check_png(output)
     figure, table = demo_figure()
-    _write(figure, output)
+    write_png(figure, output)
     click.echo("\n".join(table))
     click.echo(f"\nwrote {output}")
 
@@ -132,12 +133,12 @@ def explain(
     """
     Explain the similarity of the image QUERY to each REFERENCE.
 
-    Writes one figure: the query's map for each reference, each reference's own map, and the
-    scores.
+    Writes one figure with the scores: what the query has in common with each reference (FAM),
+    what is particular to this match ("self", not for euclidean), and both on the references.
     """
     images = [read_image(path) for path in (query, *references)]
     output = output or query.with_name(f"{query.stem}_fam.png")
-    _check_output(output, (query, *references))
+    check_png(output, (query, *references))
     other = _contrast(contrast, len(references))
 
     with _loaded(images, encoder, layer=layer, **loading) as loaded:
@@ -150,26 +151,26 @@ def explain(
             maps = fam.attribute(queries, list(range(len(s))), reference_embedding=s, contrast=other)
         else:
             maps = fam.attribute_all(tensors[:1], reference_embedding=s, contrast=other)
-        maps = planes(maps, layer_name)
+        first = (
+            _COMMON if other is None else f"contrast to {'the rest' if other == 'rest' else f'reference {other + 1}'}"
+        )
+        rows = {first: planes(maps, layer_name)}
+        reference_rows = {_COMMON: planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)}
+        if similarity != "euclidean":  # by which nothing is particular to a match
+            match = SimilarityDecomposition(loaded.model, loaded.layer, similarity=similarity)
+            maps = match.attribute_all(tensors[:1], reference_embedding=s, contrast="self")
+            rows[_OWN] = planes(maps, layer_name)
+            maps = match.attribute(tensors[1:], reference_embedding=z, contrast="self")
+            reference_rows[_OWN] = planes(maps, layer_name)
         route = fam.route(tensors[:1])
-        reference_maps = planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)
 
     margins = _margins(scores, other)
-    _write(
-        explanation_figure(
-            images[0],
-            images[1:],
-            maps,
-            reference_maps,
-            [
-                f"for {i + 1}: {similarity} {score:.3f}" + (f", margin {margins[i]:+.3f}" if margins else "")
-                for i, score in enumerate(scores)
-            ],
-            [f"{i + 1}: {_short(path.name)}" for i, path in enumerate(references)],
-            "FAM" if other is None else f"contrast to {'the rest' if other == 'rest' else f'reference {other + 1}'}",
-        ),
-        output,
-    )
+    captions = [
+        f"for {i + 1}: {similarity} {score:.3f}" + (f", margin {margins[i]:+.3f}" if margins else "")
+        for i, score in enumerate(scores)
+    ]
+    named = [f"{i + 1}: {_short(path.name)}" for i, path in enumerate(references)]
+    write_png(explanation_figure(images[0], images[1:], rows, reference_rows, captions, named), output)
     if as_json:
         report = {
             "figure": str(output),
@@ -186,8 +187,9 @@ def explain(
                     "path": str(path),
                     "score": _number(scores[i]),
                     "margin": _number(margins[i]) if margins else None,
-                    "map": _statistics(maps[i]),
-                    "reference_map": _statistics(reference_maps[i]),
+                    "map": _statistics(rows[first][i]),
+                    "self": _statistics(rows[_OWN][i]) if _OWN in rows else None,
+                    "reference_map": _statistics(reference_rows[_COMMON][i]),
                 }
                 for i, path in enumerate(references)
             ],
@@ -231,7 +233,7 @@ def compare(
     """
     images = [read_image(path) for path in (query, reference)]
     output = output or query.with_name(f"{query.stem}_compare.png")
-    _check_output(output, (query, reference))
+    check_png(output, (query, reference))
     with _loaded(images, encoder, layer=layer, **loading) as loaded:
         score = SimilarityScore(loaded.model, loaded.embeddings, similarity)
         value = score(loaded.tensors[:1])[0, 1].item()
@@ -240,7 +242,7 @@ def compare(
         )
     titles = [f"query: {_short(query.name)}\n{similarity} {value:.3f}", f"reference: {_short(reference.name)}"]
     figure, _ = visualize_comparison(images, maps, titles=titles, use_pyplot=False)
-    _write(figure, output)
+    write_png(figure, output)
     found = "" if layer else ", the last with a map"
     click.echo(f"encoder {encoder}, layer {loaded.layer_name} ({type(loaded.layer).__name__}){found}")
     click.echo(f"{similarity} {value: .4f}  {', '.join(maps)}")
@@ -351,39 +353,3 @@ def _statistics(values: Tensor) -> dict[str, Any]:
         "max": _number(values.max().item()),
         "mean": _number(values.mean().item()),
     }
-
-
-def _check_output(output: Path, inputs: Sequence[Path] = ()) -> None:
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"cannot write {output}: name a file that ends in .png with -o")
-    if any(output.resolve() == path.resolve() for path in inputs):
-        raise ValueError(f"cannot write {output}: it is one of the images; name another file with -o")
-    try:
-        partial = _partial(output)
-        partial.touch()
-        partial.unlink()
-        writable = not output.is_dir()
-    except OSError:
-        writable = False
-    if not writable:
-        raise ValueError(f"cannot write {output}: name a file in a folder that can be written to with -o")
-
-
-def _partial(output: Path) -> Path:
-    return output.with_name(f".{output.name}.{os.getpid()}")
-
-
-def _write(figure: Figure, output: Path) -> None:
-    """Writes the whole file or none."""
-    content = BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a file's name, that the font lacks
-        figure.savefig(content, format="png", dpi=110)
-    output = output.resolve()
-    partial = _partial(output)
-    try:
-        partial.write_bytes(content.getvalue())
-        partial.replace(output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {output}: {error.strerror}") from error

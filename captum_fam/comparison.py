@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 import captum.attr
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_fam._captum import TargetType
-from captum_fam._checks import check_callable, describe, reference_index, warn
+from captum_fam._checks import check_callable, describe, did_you_mean, reference_index, warn
 from captum_fam._distances import canonical
 from captum_fam.adapters import resize
 from captum_fam.engine.untouched import attributes_restored, buffers_restored
@@ -186,8 +185,7 @@ def _lookup(method: Method) -> Method:
     known = {n: m for n, m in vars(captum.attr).items() if isinstance(m, type) and issubclass(m, Attribution)}
     known |= {ours.__name__: ours for ours in _OURS}
     if method not in known:
-        near = get_close_matches(method, known, 3, 0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(method, known)
         raise ValueError(f"Neither captum_fam nor captum.attr has a method {method!r}.{hint}")
     return known[method]
 

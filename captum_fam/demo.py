@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from matplotlib.cbook import get_sample_data
@@ -14,15 +15,19 @@ from torch import Tensor
 
 from captum_fam import visualization
 from captum_fam.bundled import BundledEncoder, bundled_encoder
+from captum_fam.engine.untouched import embed
 from captum_fam.images import to_tensor
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
+# What both images have in common, and what is particular to the match.
+_ROWS: tuple[tuple[Any, str | None], ...] = ((FeatureActivationMap, None), (SimilarityDecomposition, "self"))
 UNTRAINED = 3  # encoders with random weights that the figures of the untrained encoder are a mean of
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Share of the positive map inside the reference's part of the collage, for each case."""
+    """Share of the positive map inside the reference's part of the collage, for each case: FAM, contrast="self"."""
 
     fam: Tensor
     contrast: Tensor
@@ -91,33 +96,36 @@ def shares(maps: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def explain(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int) -> tuple[Tensor, Tensor]:
-    """FAM and its contrast to the rest for a collage and another view of each of its parts, each (N, h, w)."""
-    fam = FeatureActivationMap(encoder, encoder.features)
+    """What a collage has in common with another view of each of its parts, and what is particular to the match."""
     squares = _tensors(encoder, parts)
     rows = [torch.cat(list(squares[i : i + columns]), 2) for i in range(0, len(parts), columns)]
-    query = torch.cat(rows, 1)[None]
-    s = fam.embed(_tensors(encoder, [another_view(p) for p in parts]))
-    plain, contrast = (fam.attribute_all(query, reference_embedding=s, contrast=c) for c in (None, "rest"))
-    assert isinstance(plain, Tensor)
-    assert isinstance(contrast, Tensor)
-    return plain[0], contrast[0]
+    query, s = torch.cat(rows, 1)[None], _views(encoder, parts)
+    maps = [
+        method(encoder, encoder.features).attribute_all(query, reference_embedding=s, contrast=contrast)[0]
+        for method, contrast in _ROWS
+    ]
+    return maps[0], maps[1]
 
 
 def all_pairs(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Shares:
     """Shares over the collages of all ordered pairs of photos, each with both its references."""
-    fam = FeatureActivationMap(encoder, encoder.features)
-    squares = _tensors(encoder, photos)
-    s = fam.embed(_tensors(encoder, [another_view(p) for p in photos]))
+    squares, s = _tensors(encoder, photos), _views(encoder, photos)
     left, right = (list(side) for side in zip(*permutations(range(len(photos)), 2)))
     queries = torch.cat([squares[left], squares[right]], 3)
     found = []
-    for contrasts in ((None, None), (right, left)):
+    for method, contrast in _ROWS:
+        explainer = method(encoder, encoder.features)
         halves = [
-            shares(fam.attribute(queries, target, reference_embedding=s, contrast=contrast)[:, 0], 1, 2)[:, half]
-            for half, (target, contrast) in enumerate(zip((left, right), contrasts))
+            shares(explainer.attribute(queries, target, reference_embedding=s, contrast=contrast)[:, 0], 1, 2)[:, half]
+            for half, target in enumerate((left, right))
         ]
         found.append(torch.cat(halves))
     return Shares(*found)
+
+
+def _views(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Tensor:
+    """Embeddings of another view of each photo."""
+    return embed(encoder, "photos", (_tensors(encoder, [another_view(p) for p in photos]),), None, None)
 
 
 def _tensors(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Tensor:
@@ -136,8 +144,8 @@ def demo_figure() -> tuple[Figure, list[str]]:
     names = list(photos)[:4]
     parts = [photos[name] for name in names]
     encoder = bundled_encoder()
-    plain, contrast = explain(encoder, parts, 2)
-    inside = Shares(*(shares(maps, 2, 2).diagonal() for maps in (plain, contrast)))
+    plain, own = explain(encoder, parts, 2)
+    inside = Shares(*(shares(maps, 2, 2).diagonal() for maps in (plain, own)))
 
     query = collage(parts, 2)
     columns = len(names) + 1
@@ -149,8 +157,8 @@ def demo_figure() -> tuple[Figure, list[str]]:
     for axis, name in zip(axes[0, 1:], names):
         visualization.show(axis, another_view(photos[name]), f"reference: {name}")
     for row, maps, share, label in (
-        (1, plain, inside.fam, "FAM"),
-        (2, contrast, inside.contrast, "contrast to the rest"),
+        (1, plain, inside.fam, "in common: FAM"),
+        (2, own, inside.contrast, 'particular to this match: "self"'),
     ):
         captions = [f"{s:.0%} inside (chance 25%)" for s in share.tolist()]
         visualization.draw_maps(figure, axes[row, 1:], [query] * len(names), list(maps), captions, label)
@@ -162,13 +170,13 @@ def demo_figure() -> tuple[Figure, list[str]]:
     return figure, [
         "Share of the positive map inside the reference's part of the collage",
         "",
-        f"{'the figure':<34}{'FAM':>8}{'contrast':>10}{'chance':>8}",
+        f"{'the figure':<34}{'FAM':>8}{'self':>10}{'chance':>8}",
         *(
             f"{name:<34}{f:>8.2f}{c:>10.2f}{0.25:>8.2f}"
             for name, f, c in zip(names, inside.fam.tolist(), inside.contrast.tolist())
         ),
         "",
-        f"{f'{len(ours.fam)} cases: all ordered pairs of {len(every)}':<34}{'FAM':>8}{'contrast':>10}{'chance':>8}",
+        f"{f'{len(ours.fam)} cases: all ordered pairs of {len(every)}':<34}{'FAM':>8}{'self':>10}{'chance':>8}",
         *(
             f"{name:<34}{s.fam.mean():>8.2f}{s.contrast.mean():>10.2f}{0.5:>8.2f}"
             for name, s in (("bundled encoder, mean", ours), (f"untrained, mean of {UNTRAINED} seeds", untrained))

@@ -1,13 +1,12 @@
 """Channel contributions to a similarity score, and the weights that FAM makes of them."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from captum_fam._checks import describe
+from captum_fam._checks import describe, did_you_mean
 from captum_fam._distances import of_distance
 
 Similarity: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
@@ -153,11 +152,9 @@ def check_similarity(similarity: Similarity) -> Callable[[Tensor, Tensor], Tenso
     if isinstance(similarity, str):
         if similarity in _SIMILARITIES:
             return _SIMILARITIES[similarity]
-        near = get_close_matches(similarity, _SIMILARITIES, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"Expected `similarity` to be one of {sorted(_SIMILARITIES)} or a function (z, s) -> contributions,"
-            f" but got {similarity!r}.{hint}"
+            f" but got {similarity!r}.{did_you_mean(similarity, _SIMILARITIES)}"
         )
     distance = of_distance(similarity)
     if distance is not None:

@@ -226,22 +226,25 @@ def show(axis: Axes, image: Image.Image, caption: str) -> tuple[int, int]:
 def explanation_figure(
     query: Image.Image,
     references: Sequence[Image.Image],
-    maps: Tensor,
-    reference_maps: Tensor,
+    maps: Mapping[str, Tensor],
+    reference_maps: Mapping[str, Tensor],
     captions: Sequence[str],
     reference_captions: Sequence[str],
-    label: str,
 ) -> Figure:
     """
-    The query, its maps (K, h, w) for K references, and below each the reference with its own map.
+    The query, its maps (K, h, w) for K references in rows by their labels, and below these the references with their
+    own.
     """
-    columns = len(references) + 1
-    figure = _figure(columns, 2, use_pyplot=False)
-    axes = figure.subplots(2, columns, squeeze=False)
+    columns, rows = len(references) + 1, len(maps) + len(reference_maps)
+    figure = _figure(columns, rows, use_pyplot=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
     show(axes[0, 0], query, "query")
-    axes[1, 0].axis("off")
-    draw_maps(figure, axes[0, 1:], [query] * len(references), list(maps), captions, label)
-    draw_maps(figure, axes[1, 1:], references, list(reference_maps), reference_captions, "FAM")
+    for axis in axes[1:, 0]:
+        axis.axis("off")
+    for row, (label, values) in enumerate(maps.items()):
+        draw_maps(figure, axes[row, 1:], [query] * len(references), list(values), captions, label)
+    for row, (label, values) in enumerate(reference_maps.items(), len(maps)):
+        draw_maps(figure, axes[row, 1:], references, list(values), reference_captions, label)
     return figure
 
 

@@ -1,7 +1,7 @@
 """
 The formula, in the letters of docs/method.md, for embeddings z and references s (..., D).
 
-An embedding comes from places: with activations A (C, N) of a layer, place i gives it v_i (D,), its part to first order.
+An embedding comes from places: of a layer's activations A (C, N), place i gives it v_i (D,), its part to first order.
 A method is the weights f (D,) of the dimensions, held constant, and the map is
 
     M_i = N f.v_i        v_i = sum_k A_ki dz/dA_ki        (found in places.py)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from captum_fam import _captum
 from captum_fam._checks import check_rows, describe
 from captum_fam.engine.chunks import Tensors
+from captum_fam.engine.constants import ConstantWeights
 from captum_fam.engine.layers import last_map
 from captum_fam.engine.report import Dependence, Report
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, name_of, warnings_of_training
@@ -267,7 +266,7 @@ def record(
     thread, lock = threading.get_ident(), threading.Lock()
     found: dict[nn.Module, dict[torch.device, Tensors]] = defaultdict(dict)
     repeated: set[nn.Module] = set()
-    weights: list[_Constants] = []
+    weights: list[ConstantWeights] = []
 
     def keep(activation: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -288,7 +287,7 @@ def record(
         if graph:
             torch.set_grad_enabled(True)
             if constants and not weights and not in_threads:  # other threads would not see the constants
-                weights.append(stack.enter_context(_Constants()))
+                weights.append(stack.enter_context(ConstantWeights()))
         value = args if layer_input else output
         items = list(value) if isinstance(value, (tuple, list)) else [value]
         kept = {i: keep(a) for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim}
@@ -353,53 +352,3 @@ def record(
 
 def _gradients_off(*_: Any) -> None:
     torch.set_grad_enabled(False)
-
-
-class WeightsNeededError(Exception):
-    """An encoder takes gradients in its own forward pass, which may be those of its weights."""
-
-
-class _Constants(TorchFunctionMode):
-    """
-    Weights as constants where an activation goes through linear layers, convolutions and norms: what only their
-    gradients would need is not kept for backward. Batch norm in evaluation, whose input torch keeps all the same, is
-    the affine map that it is.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _BACKWARD:
-            raise WeightsNeededError
-        if func not in _WEIGHED or not args or not args[0].requires_grad or isinstance(args[0], nn.Parameter):
-            return func(*args, **kwargs)
-        args = tuple(a.detach() if isinstance(a, nn.Parameter) else a for a in args)
-        kwargs = {name: a.detach() if isinstance(a, nn.Parameter) else a for name, a in kwargs.items()}
-        return _batch_norm(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
-
-
-_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-_WEIGHED = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.group_norm, F.batch_norm}
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """torch.nn.functional.batch_norm; in evaluation, without its input for backward."""
-    given = [v for v in (running_mean, running_var, weight, bias) if v is not None]
-    usual = x.dtype in (torch.float32, torch.float64) and all(v.shape == x.shape[1:2] for v in given)
-    mixed = any(v.dtype != x.dtype for v in given)
-    if training or running_mean is None or running_var is None or not usual or mixed:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
-    shift = (0 if bias is None else bias) - running_mean * scale
-    channels = (-1, *[1] * (x.ndim - 2))
-    return (x * scale.reshape(channels)).add_(shift.reshape(channels))

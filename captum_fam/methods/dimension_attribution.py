@@ -10,7 +10,8 @@ from captum_fam.engine.question import Pairs
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import eagerly
-from captum_fam.methods.layer_attribution import LayerSimilarityAttribution, masked
+from captum_fam.methods.layer_attribution import LayerSimilarityAttribution
+from captum_fam.methods.layer_explanation import masked
 from captum_fam.methods.similarity_attribution import Inputs
 
 

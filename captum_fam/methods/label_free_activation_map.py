@@ -9,7 +9,7 @@ from captum_fam._captum import TargetType
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.question import Pairs, Question, References
 from captum_fam.methods.channel_attribution import ChannelAttribution
-from captum_fam.methods.layer_attribution import Ask
+from captum_fam.methods.layer_explanation import Ask
 from captum_fam.methods.similarity_attribution import Inputs
 
 

@@ -14,11 +14,12 @@ from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.dimension_attribution import DimensionAttribution
-from captum_fam.methods.layer_attribution import Maps, masked, with_constants
+from captum_fam.methods.layer_attribution import Maps
+from captum_fam.methods.layer_explanation import masked, with_constants
 from captum_fam.methods.similarity_attribution import Inputs, Selector
 from captum_fam.similarity import Similarity, exact, nonzero, norm, widen
 
-# How far the places may be from the similarity, in units of what its dimensions contribute, before a reader should know.
+# How far the places may miss the similarity, as a share of what its dimensions contribute, before a reader must know.
 _TOLERANCE = 0.05
 # How far the length of embeddings may be from one that were normalised.
 _UNIT = 1e-3
@@ -116,8 +117,8 @@ class SimilarityDecomposition(DimensionAttribution):
         similarity = self._similarity()
         if not isinstance(similarity, str):
             raise ValueError(
-                f"Expected `similarity` to be one of {sorted(DECOMPOSITION)}, but got {describe(similarity)}, which has no"
-                ' such decomposition; pass similarity="cosine", or weights f(z, s) of your own as `dimension_weights`.'
+                f"Expected `similarity` to be one of {sorted(DECOMPOSITION)}, but got {describe(similarity)}, which has"
+                ' no such decomposition; pass similarity="cosine", or a function f(z, s) as `dimension_weights`.'
             )
         return DECOMPOSITION[similarity](z, s)
 

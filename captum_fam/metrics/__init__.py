@@ -2,12 +2,10 @@
 
 from captum_fam.metrics._faithfulness import (
     PerturbationCurve,
-    Road,
     average_drop,
     average_increase,
     deletion,
     insertion,
-    road,
 )
 from captum_fam.metrics._localisation import (
     box_masks,
@@ -16,6 +14,7 @@ from captum_fam.metrics._localisation import (
     pointing_game,
     relevance_rank_accuracy,
 )
+from captum_fam.metrics._road import Road, road
 from captum_fam.metrics._sanity import (
     Randomization,
     ReferenceDependence,

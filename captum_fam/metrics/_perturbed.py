@@ -10,6 +10,7 @@ from torchvision.transforms.functional import gaussian_blur
 from captum_fam._captum import TargetType, run_forward
 from captum_fam._checks import check_callable, check_positive, describe, reference_index, warn_once
 from captum_fam.adapters import resize
+from captum_fam.engine.chunks import cut_arguments
 from captum_fam.engine.untouched import warnings_of_training
 from captum_fam.score import SimilarityScore
 
@@ -113,7 +114,6 @@ def scores_of(
     check_callable("forward_func", forward_func)
     limit = max(len(inputs), 1) if max_examples_per_batch is None else max_examples_per_batch
     check_positive("max_examples_per_batch", limit)
-    given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
     warn_once(warnings_of_training(forward_func))
     if not len(inputs):
         return torch.zeros(len(targets), 0, n_steps, device=inputs.device)
@@ -121,9 +121,9 @@ def scores_of(
     with torch.no_grad():
         for index in torch.arange(len(inputs) * n_steps, device=inputs.device).split(limit):
             step, row = index // len(inputs), index % len(inputs)
-            args = tuple(a[row] if isinstance(a, Tensor) and a.ndim and len(a) == len(inputs) else a for a in given)
+            args = cut_arguments(additional_forward_args, row, len(inputs))
             changed = perturb(row, step).to(inputs.dtype)
-            output = run_forward(forward_func, changed, None, None if additional_forward_args is None else args)
+            output = run_forward(forward_func, changed, None, args)
             found.append(torch.stack([_select(forward_func, output, *t, row, len(inputs)) for t in targets.items()]))
     scores: Tensor = torch.cat(found, 1).unflatten(1, (n_steps, len(inputs))).mT
     return scores
@@ -142,3 +142,8 @@ def _select(forward_func: object, output: Any, name: str, target: TargetType, ro
     index = reference_index(name, target, scores.shape[1], inputs).to(rows.device)[rows]
     chosen = scores.gather(1, index[:, None].to(scores.device))[:, 0]
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+
+
+def column(values: Tensor, maps: Tensor) -> Tensor:
+    """Values (n,) against maps (n, *spatial)."""
+    return values.reshape(-1, *[1] * (maps.ndim - 1))

@@ -28,7 +28,7 @@ class Decision:
         classes: labels of the K classes.
         references: z to references, (K, D) for all queries or (B, K, D) for each.
         scores: z to the scores (B, K), asked for after the references; None for the similarities themselves.
-        decomposed: a similarity that orders references alike and has a SimilarityDecomposition, where the other has not.
+        decomposed: a similarity of the same order that SimilarityDecomposition explains, if it is another.
         of_all_queries: whether the references of a query depend on the other queries.
     """
 

@@ -11,7 +11,7 @@ from captum_fam._checks import check_internal_batch_size, describe
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.question import Question
 from captum_fam.methods.dimension_attribution import DimensionAttribution
-from captum_fam.methods.layer_attribution import Explained
+from captum_fam.methods.layer_explanation import Explained
 from captum_fam.similarity import widen
 
 

@@ -1,0 +1,58 @@
+"""Weights as constants, so that nothing is kept for gradients that nobody asks for."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class WeightsNeededError(Exception):
+    """An encoder takes gradients in its own forward pass, which may be those of its weights."""
+
+
+class ConstantWeights(TorchFunctionMode):
+    """
+    Weights as constants where an activation goes through linear layers, convolutions and norms: what only their
+    gradients would need is not kept for backward. Batch norm in evaluation, whose input torch keeps all the same, is
+    the affine map that it is.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            raise WeightsNeededError
+        if func not in _WEIGHED or not args or not args[0].requires_grad or isinstance(args[0], nn.Parameter):
+            return func(*args, **kwargs)
+        args = tuple(a.detach() if isinstance(a, nn.Parameter) else a for a in args)
+        kwargs = {name: a.detach() if isinstance(a, nn.Parameter) else a for name, a in kwargs.items()}
+        return _batch_norm(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
+
+
+_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+_WEIGHED = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.group_norm, F.batch_norm}
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional.batch_norm; in evaluation, without its input for backward."""
+    given = [v for v in (running_mean, running_var, weight, bias) if v is not None]
+    usual = x.dtype in (torch.float32, torch.float64) and all(v.shape == x.shape[1:2] for v in given)
+    mixed = any(v.dtype != x.dtype for v in given)
+    if training or running_mean is None or running_var is None or not usual or mixed:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - running_mean * scale
+    channels = (-1, *[1] * (x.ndim - 2))
+    return (x * scale.reshape(channels)).add_(shift.reshape(channels))
