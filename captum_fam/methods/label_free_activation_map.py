@@ -10,7 +10,6 @@ from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.question import Pairs, Question, References
 from captum_fam.methods.channel_attribution import ChannelAttribution
 from captum_fam.methods.layer_explanation import Ask
-from captum_fam.methods.similarity_attribution import Inputs
 
 
 class LabelFreeActivationMap(ChannelAttribution):
@@ -55,19 +54,10 @@ class LabelFreeActivationMap(ChannelAttribution):
             pairs.z.new_full((*pairs.valid.shape, A.shape[1]), weight / A.shape[1]) for A in pairs.recording.activations
         ]
 
-    def _ask(
-        self,
-        inputs: Tensors,
-        target: TargetType,
-        additional_forward_args: object | None,
-        reference: Inputs | None,
-        reference_embedding: Tensor | None,
-        *others: Any,
-        **options: Any,
-    ) -> Ask:
-        if reference is None and reference_embedding is None and self._score() is None:
+    def _ask(self, inputs: Tensors, additional_forward_args: object | None, most: int | None, **asked: Any) -> Ask:
+        if self._score() is None and asked["reference"] is None and asked["reference_embedding"] is None:
             return lambda z, rows: Question(z.new_zeros(1, z.shape[1]), torch.zeros(1, 1, dtype=torch.long))
-        return super()._ask(inputs, target, additional_forward_args, reference, reference_embedding, *others, **options)
+        return super()._ask(inputs, additional_forward_args, most, **asked)
 
     def _valid(self, pairs: Pairs) -> Tensor:
         return torch.ones_like(pairs.valid)

@@ -13,7 +13,7 @@ from captum_fam.engine.chunks import Assembled, Tensors
 from captum_fam.engine.question import Question, pair_index
 from captum_fam.engine.report import SIDES, Report
 from captum_fam.engine.untouched import eagerly
-from captum_fam.methods.layer_explanation import Ask, LayerExplanation, with_constants
+from captum_fam.methods.layer_explanation import Ask, Explained, LayerExplanation, with_constants
 from captum_fam.methods.similarity_attribution import Inputs
 
 Maps: TypeAlias = Tensor | Tensors | list[Tensor | Tensors]
@@ -106,13 +106,13 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         check_internal_batch_size(internal_batch_size)
         ask = self._ask(
             inputs,
-            target,
             additional_forward_args,
-            reference,
-            reference_embedding,
-            contrast,
-            threshold,
             internal_batch_size,
+            target=target,
+            reference=reference,
+            reference_embedding=reference_embedding,
+            contrast=contrast,
+            threshold=threshold,
         )
         found = self.explain(
             inputs,
@@ -123,8 +123,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             relu=relu_attributions,
             summed=attr_dim_summation,
         )
-        warn_once(found.report.texts())
-        return self._result(found.maps, found.sizes)  # type: ignore[no-any-return]
+        return self._told(found)  # type: ignore[no-any-return]
 
     def attribute_all(
         self,
@@ -175,24 +174,18 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             )
         ask = self._ask(
             inputs,
-            None,
             additional_forward_args,
-            reference,
-            reference_embedding,
-            contrast,
-            threshold,
             internal_batch_size,
+            reference=reference,
+            reference_embedding=reference_embedding,
+            contrast=contrast,
+            threshold=threshold,
             every=True,
         )
         found = self.explain(
-            inputs,
-            ask,
-            additional_forward_args,
-            internal_batch_size=internal_batch_size,
-            relu=relu_attributions,
+            inputs, ask, additional_forward_args, internal_batch_size=internal_batch_size, relu=relu_attributions
         )
-        warn_once(found.report.texts())
-        return self._result(found.maps, found.sizes)  # type: ignore[no-any-return]
+        return self._told(found)  # type: ignore[no-any-return]
 
     @eagerly
     def attribute_pair(
@@ -255,20 +248,12 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
 
         return with_constants(both_sides)
 
-    def _ask(
-        self,
-        inputs: Tensors,
-        target: TargetType,
-        additional_forward_args: object | None,
-        reference: Inputs | None,
-        reference_embedding: Tensor | None,
-        contrast: Any,
-        threshold: float | None,
-        most: int | None,
-        every: bool = False,
-    ) -> Ask:
+    def _ask(self, inputs: Tensors, additional_forward_args: object | None, most: int | None, **asked: Any) -> Ask:
         """The question about one reference for each input, or about every reference."""
-        question = self._question(
-            inputs, target, additional_forward_args, reference, reference_embedding, contrast, threshold, most, every
-        )
+        question = self._question(inputs, additional_forward_args, most, **asked)
         return lambda z, rows: question.of(rows)
+
+    def _told(self, found: Explained) -> Any:
+        """The maps in Captum's form, and what is to be said of them."""
+        warn_once(found.report.texts())
+        return self._result(found.maps, found.sizes)

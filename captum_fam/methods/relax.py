@@ -143,7 +143,14 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
                 "Relax masks one input (B, C, *spatial), but got inputs of shapes"
                 f" {[tuple(t.shape) for t in tensors]}; bind other inputs in the encoder."
             )
-        question = self._question(tensors, target, additional_forward_args, reference, reference_embedding, contrast)
+        question = self._question(
+            tensors,
+            additional_forward_args,
+            target=target,
+            reference=reference,
+            reference_embedding=reference_embedding,
+            contrast=contrast,
+        )
         B, size = len(x), x.shape[2:]
         if not B:
             return x.new_empty(0, 1, *size)

@@ -127,13 +127,14 @@ class SimilarityAttribution(Attribution):
     def _question(
         self,
         inputs: Tensors,
-        target: TargetType,
         additional_forward_args: object | None,
-        reference: Inputs | None,
-        reference_embedding: Tensor | None,
-        contrast: TargetType | str,
-        threshold: float | None = None,
         most: int | None = None,
+        *,
+        target: TargetType = None,
+        reference: Inputs | None = None,
+        reference_embedding: Tensor | None = None,
+        contrast: TargetType | str = None,
+        threshold: float | None = None,
         every: bool = False,
     ) -> Question:
         """The question about one reference for each input, or about every reference."""
