@@ -2,12 +2,14 @@
 
 import ast
 import importlib
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference as oracle
 import torch
-from captum.attr import LayerAttribution, LayerGradCam, NoiseTunnel
+from captum.attr import LayerAttribution, LayerGradCam, LayerGradientXActivation, NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
 from encoders import (
     CONV,
@@ -19,16 +21,13 @@ from encoders import (
     random,
     seeded,
 )
+from helpers import close, run
 from torch import nn
 
 import captum_fam
-from captum_fam import FeatureActivationMap, SimilarityScore, explanation_func, to_input_space
+from captum_fam import FeatureActivationMap, SimilarityDecomposition, SimilarityScore, explanation_func, to_input_space
 
 KINDS = [PooledEncoder, HeadEncoder]
-
-
-def close(actual, expected, rtol=1e-9):
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
 
 
 def scored(kind=HeadEncoder, K=3):
@@ -161,6 +160,39 @@ def test_a_layer_put_in_place_of_another_is_explained(kind):
     assert torch.equal(fam.attribute(x, 1), before)
 
 
+# The same by Captum's gradient times activation
+
+
+@pytest.mark.parametrize("kind", [*KINDS, FlatEncoder, PowerPooledEncoder])
+@pytest.mark.parametrize(
+    "question", [{}, {"contrast": 0}, {"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.2}], ids=str
+)
+def test_fam_is_gradient_times_activation_of_the_embedding_weighed_by_f(kind, question):
+    encoder, x = seeded(kind), random(2, 3, 6, 6)
+    z, A = run(encoder, x)
+    s = random(3, z.shape[1], seed=2)
+    f = np.stack([oracle.pair_weights(z_b, s.numpy(), k, "cosine", **question) for z_b, k in zip(z.numpy(), [2, 1])])
+    weighed = LayerGradientXActivation(lambda x: (torch.from_numpy(f) * encoder(x)).sum(1), encoder.layer)
+    terms = A.shape[2] * A.shape[3] * weighed.attribute(x).detach()
+    fam = FeatureActivationMap(encoder, encoder.layer)
+    options = {"target": [2, 1], "reference_embedding": s, **question}
+    close(fam.attribute(x, **options), terms.sum(1, keepdim=True))
+    close(fam.attribute(x, attr_dim_summation=False, **options), terms)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, FlatEncoder, PowerPooledEncoder])
+def test_the_decomposition_of_a_dot_product_is_gradient_times_activation_of_the_score(kind):
+    encoder, x = seeded(kind), random(2, 3, 6, 6)
+    z, A = run(encoder, x)
+    score = SimilarityScore(encoder, random(3, z.shape[1], seed=2), "dot")
+    terms = A.shape[2] * A.shape[3] * LayerGradientXActivation(score, encoder.layer).attribute(x, [2, 1]).detach()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The places of layer")  # a head has a bias
+        decomposition = SimilarityDecomposition(score, encoder.layer)
+        close(decomposition.attribute(x, [2, 1]), terms.sum(1, keepdim=True))
+        close(decomposition.attribute(x, [2, 1], attr_dim_summation=False), terms)
+
+
 # Noise tunnels
 
 
@@ -190,11 +222,12 @@ def test_a_noise_tunnel_is_the_mean_of_the_maps_of_noisy_inputs_with_each_exampl
         close(result[b], fam.attribute(samples, target=target).mean(0))
 
 
-def test_a_noise_tunnel_repeats_a_contrast_with_one_number():
+@pytest.mark.parametrize("question", [{"contrast": 2}, {"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.1}])
+def test_a_noise_tunnel_repeats_a_contrast_and_a_threshold(question):
     _, fam = scored()
     x = random(2, 3, 6, 6)
-    result = NoiseTunnel(fam).attribute(x, nt_samples=3, stdevs=0.0, target=[0, 1], contrast=2)
-    close(result, fam.attribute(x, [0, 1], contrast=2))
+    result = NoiseTunnel(fam).attribute(x, nt_samples=3, stdevs=0.0, target=[0, 1], **question)
+    close(result, fam.attribute(x, [0, 1], **question))
 
 
 # Metrics

@@ -2,10 +2,10 @@
 
 import functools
 import threading
-import warnings
 
 import numpy as np
 import pytest
+import reference as oracle
 import torch
 import torch.nn.functional as F
 from captum.attr import (
@@ -19,6 +19,7 @@ from captum.attr import (
     Saliency,
 )
 from encoders import FlatEncoder, HeadEncoder, PooledEncoder, PowerPooledEncoder, TokenEncoder, random, seeded
+from helpers import close, silent
 from test_model_untouched import state, users_model
 from torch import nn
 
@@ -64,10 +65,6 @@ def at_input_size(attributions, inputs=X):
     return F.interpolate(summed, inputs.shape[2:], mode=MODES[inputs.ndim - 2], align_corners=False)
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-
-
 # Each map is that of the method
 
 
@@ -100,7 +97,7 @@ METHODS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU")
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU", "ignore:The places of layer")
 @pytest.mark.parametrize(("build", "by_hand"), METHODS.values(), ids=METHODS)
 def test_a_map_is_the_methods_own_summed_over_channels_at_the_size_of_the_inputs(request, build, by_hand):
     score, layer = scored()
@@ -124,6 +121,7 @@ def test_a_map_is_interpolated_after_its_channels_are_added_up():
     close(maps[1], F.interpolate(sums[None, None], (16, 16), mode="bilinear")[0])
 
 
+@pytest.mark.filterwarnings("ignore:The places of layer")
 def test_the_default_methods_are_those_of_the_documentation_in_its_order():
     score, layer = scored()
     maps = compare(score, layer, X, 2)
@@ -188,6 +186,26 @@ def test_a_classifier_is_a_score():
     close(maps["LayerGradCam"] * 64, maps["ClassActivationMap"])  # 8 x 8 locations
     close(maps["Saliency"], at_input_size(Saliency(classifier).attribute(X, [3, 0])))
     close(maps["LRP"], at_input_size(LRP(classifier).attribute(X, [3, 0])))
+
+
+@pytest.mark.filterwarnings("ignore:.*has no map", "ignore:The places of layer")
+def test_a_bare_classifier_has_no_references_and_with_those_of_the_advice_it_has():
+    classifier, names = (
+        seeded(HeadEncoder),
+        ["FeatureActivationMap", "SimilarityDecomposition", "ScoreCam", "RelevanceCam", "Relax"],
+    )
+    maps = compare(classifier, classifier.layer, X, 1, [*names, "LayerGradCam"])
+    assert list(maps) == ["LayerGradCam"]
+    assert list(maps.failures) == names
+    for reason in maps.failures.values():
+        assert "SimilarityScore(model, torch.eye(n), 'dot')" in reason
+    score = SimilarityScore(classifier, torch.eye(4).double(), "dot")
+    close(score(X).detach(), classifier(X).detach())
+    with_classes = compare(score, classifier.layer, X, 1, [*names, "LayerGradCam"])
+    assert list(with_classes) == [*names, "LayerGradCam"]
+    close(with_classes["LayerGradCam"], maps["LayerGradCam"])
+    # Of the class's own dimension there is the gradient alone: with a linear head, Grad-CAM by place.
+    close(with_classes["SimilarityDecomposition"], 64 * with_classes["LayerGradCam"])
 
 
 # Targets
@@ -578,6 +596,7 @@ def test_maps_are_in_the_dtype_of_the_inputs(dtype):
     assert len(maps) == 3
 
 
+@pytest.mark.filterwarnings("ignore:The places of layer")
 def test_one_comparison_after_another_gives_the_same():
     score, layer = scored()
     first, second = (compare(score, layer, X, 1) for _ in range(2))
@@ -605,15 +624,13 @@ def test_progress_is_shown_on_stderr_unless_declined(capsys, show):
 
 def test_a_comparison_without_doubts_warns_of_nothing():
     score, layer = scored(PooledEncoder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with silent():
         assert list(compare(score, layer, X, 1)) == DEFAULT
 
 
 def test_inputs_that_already_require_gradients_spare_captums_warning_that_they_do_not():
     score, layer = scored()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with silent():
         maps = compare(score, layer, X.clone().requires_grad_(), 1, ["Saliency", "InputXGradient"])
     assert len(maps) == 2
 
@@ -621,13 +638,26 @@ def test_inputs_that_already_require_gradients_spare_captums_warning_that_they_d
 # What one method does is not another's
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_the_decomposition_is_a_default_for_the_similarities_that_have_one(similarity):
+    encoder, x = seeded(PooledEncoder), random(1, 3, 8, 8)
+    score = SimilarityScore(encoder, random(1, 6, seed=2), similarity)
+    with silent():
+        maps = compare(score, encoder.layer, x)
+    assert list(maps) == DEFAULT
+    z, s = encoder(x)[0].detach().numpy(), score.reference_embedding.numpy()
+    f = oracle.decomposition_weights(z, s, 0, similarity)
+    own = oracle.aligned_map(f, encoder.features(x)[0].detach().numpy())
+    close(maps["SimilarityDecomposition"], at_input_size(torch.from_numpy(own)[None, None], x))
+
+
 def test_the_decomposition_is_no_default_where_the_score_has_none():
-    encoder = seeded(HeadEncoder)
-    score = SimilarityScore(encoder, random(1, 4, seed=2), "euclidean")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    encoder = seeded(PooledEncoder)
+    score = SimilarityScore(encoder, random(1, 6, seed=2), lambda z, s: -(z - s).abs())
+    with silent():
         maps = compare(score, encoder.layer, random(1, 3, 8, 8))
-    assert "SimilarityDecomposition" not in {*maps, *maps.failures}
+    assert list(maps) == [name for name in DEFAULT if name != "SimilarityDecomposition"]
+    assert maps.failures == {}
 
 
 def test_hooks_that_go_meanwhile_stay_away_and_those_of_a_failure_go():

@@ -27,6 +27,7 @@ from captum.attr import (
 from captum.concept import TCAV, Classifier, Concept
 from captum.robust import FGSM, AttackComparator, MinParamPerturbation
 from encoders import HeadEncoder, PooledEncoder, TwoInputEncoder, random, seeded
+from helpers import close
 from torch import nn
 
 from captum_fam import FeatureActivationMap, SimilarityScore
@@ -46,10 +47,6 @@ SIMILARITIES = ["cosine", "dot", "euclidean"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_similarity = pytest.mark.parametrize("similarity", SIMILARITIES)
-
-
-def close(actual, expected, rtol=1e-9, atol=1e-12):
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def scored(kind=HeadEncoder, K=3, similarity="cosine"):
@@ -84,17 +81,17 @@ def scores(z, s, similarity="cosine"):
     return np.array([[reference.contributions(z_b, s_k, similarity).sum() for s_k in s] for z_b in z])
 
 
-def terms(encoder, x, s, targets, at="layer", contrast=None):
-    """The terms alpha_k A_k of FAM by the cosine (B, C, h, w), for each input's own reference."""
+def terms(encoder, x, s, targets, at="layer", **question):
+    """The terms N f.dz/dA_ki A_ki of FAM by the cosine (B, C, h, w), for each input's own reference."""
     early, last = features(encoder, x)
     A = (early if at == "early" else last).detach().requires_grad_()
     z = embedding(encoder, torch.relu(encoder.conv2(A)) if at == "early" else A)
-    weights = [
-        reference.pair_weights(z_b, s.numpy(), target, "cosine", contrast=contrast)
+    f = [
+        reference.pair_weights(z_b, s.numpy(), target, "cosine", **question)
         for z_b, target in zip(z.detach().numpy(), targets, strict=True)
     ]
-    (gradient,) = torch.autograd.grad((torch.tensor(np.array(weights)) * z).sum(), A)
-    return (gradient.sum((2, 3), keepdim=True) * A).detach()
+    (gradient,) = torch.autograd.grad((torch.tensor(np.array(f)) * z).sum(), A)
+    return (A.shape[2] * A.shape[3] * gradient * A).detach()
 
 
 def fam_map(*args, **options):
@@ -107,13 +104,17 @@ def doubled(maps):
 
 
 @each_kind
-@pytest.mark.parametrize("contrast", [None, 2, "rest"])
-def test_the_written_out_maps_are_those_of_fam(kind, contrast):
+@pytest.mark.parametrize("at", ["layer", "early"])
+@pytest.mark.parametrize(
+    "question", [{}, {"contrast": 2}, {"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.3}], ids=str
+)
+def test_the_written_out_maps_are_those_of_fam(kind, at, question):
     encoder, score, fam = scored(kind)
     x, s = random(2, 3, 8, 8), score.reference_embedding
-    close(fam.attribute(x, [1, 0], contrast=contrast), fam_map(encoder, x, s, [1, 0], contrast=contrast))
-    fam.layer = encoder.early
-    close(fam.attribute(x, [1, 0]), fam_map(encoder, x, s, [1, 0], at="early"))
+    fam.layer = getattr(encoder, at)
+    close(fam.attribute(x, [1, 0], **question), fam_map(encoder, x, s, [1, 0], at, **question))
+    by_channel = fam.attribute(x, [1, 0], attr_dim_summation=False, **question)
+    close(by_channel, terms(encoder, x, s, [1, 0], at, **question))
 
 
 # Noise tunnels
@@ -354,7 +355,9 @@ def test_an_attack_comparator_compares_what_attacks_do_to_a_score(perturbations_
         }
         close(result["Original"], expected["Original"])
         close(result["FGSM"]["mean"], expected["FGSM"])
-        close(result["light"], expected["light"])
+        assert result["light"].keys() == expected["light"].keys()
+        for name, values in expected["light"].items():
+            close(result["light"][name], values)
         close(result["FAM"]["mean"], expected["FAM"])
         assert not torch.allclose(expected["FAM"], expected["Original"])
         wanted.append(expected)
@@ -421,7 +424,9 @@ def test_a_summarizer_collects_the_statistics_of_maps(kind):
         "min": maps.amin(0),
         "max": maps.amax(0),
     }
-    close(summarizer.summary, expected)
+    assert summarizer.summary.keys() == expected.keys()
+    for name, values in expected.items():
+        close(summarizer.summary[name], values)
 
 
 def test_a_summarizer_of_classes_collects_the_maps_of_each_reference():
@@ -628,6 +633,8 @@ def fams_config():
         ("list_of_layers", fam, net, ["relu1", "conv2"], {"target": each}),
         ("contrast", fam, net, "conv2", {"target": [0, 2, 2, 0], "contrast": 1}),
         ("contrast_rest", fam, net, "conv2", {"target": each, "contrast": "rest"}),
+        ("contrast_self", fam, net, "conv2", {"target": each, "contrast": "self"}),
+        ("threshold", fam, net, "conv2", {"target": each, "threshold": 0.2}),
     ]
     for dim in (1, 3):
         args = {"target": each, "inputs": random(4, 1, *[10] * dim)}

@@ -1,5 +1,6 @@
 """Contrastive encoders, with and without their projection heads, and the nearest-neighbour decision over a bank."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -7,6 +8,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import reference as oracle
@@ -20,7 +22,7 @@ from torch import nn
 from captum_fam import FeatureActivationMap, channel_contributions, contribution_weights, nearest_references
 
 DATA = os.environ.get("CAPTUM_FAM_DATA")
-close = torch.testing.assert_close
+close = functools.partial(helpers.close, rtol=None, atol=None)  # as their dtype has it
 few = settings(deadline=None, max_examples=40)
 HEADS = {
     "SimCLR": lambda heads: heads.SimCLRProjectionHead(6, 8, 4),
@@ -63,11 +65,26 @@ def test_two_views_with_and_without_the_projection_head(head):
             A = model.backbone.features(x).detach().requires_grad_()
             z = A.mean((2, 3)) if encoder is model.backbone else model.head(A.mean((2, 3)))
             s = encoder(other).detach().numpy()
-            w = np.stack([oracle.weights(oracle.cosine(*row)) for row in zip(z.detach().numpy(), s)])
-            (gradient,) = torch.autograd.grad((torch.from_numpy(w) * z).sum(), A)
-            want = (gradient.sum((2, 3), keepdim=True) * A).sum(1, keepdim=True).detach()
-            close(maps, want)
+            f = np.stack([oracle.pair_weights(*row, 0, "cosine") for row in zip(z.detach().numpy(), s[:, None])])
+            (gradient,) = torch.autograd.grad((torch.from_numpy(f) * z).sum(), A)
+            close(maps, A[0, 0].numel() * (gradient * A).sum(1, keepdim=True).detach())
             assert (maps.flatten(1).std(1) > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("question", [{}, {"contrast": 1}, {"contrast": "self"}, {"threshold": 0.5}], ids=str)
+def test_the_signs_of_a_heads_dimensions_do_not_matter(head, question):
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    model, x, others = seeded(lambda: Contrastive(head(heads))), random(3, 3, 8, 8), random(2, 3, 8, 8, seed=2)
+    D = model(x).shape[1]
+    signs = torch.tensor([1.0, -1.0, -1.0]).repeat(D)[:D]
+    maps, turned = (
+        FeatureActivationMap(encoder, model.backbone.layer).attribute(x, 0, reference=others, **question)
+        for encoder in (model, lambda x: model(x) * signs)
+    )
+    assert maps.any()
+    close(turned, maps)
 
 
 def votes(z, bank, labels, k, temperature):
@@ -151,9 +168,12 @@ def test_the_reference_makes_the_map_of_the_agreeing_neighbours(build):
     z = A.mean((2, 3)) if build is PooledEncoder else encoder.head(A.mean((2, 3)))
     neighbours = [bank[i[a]] for i, a in zip(found.indices, found.agrees)]
     assert max(map(len, neighbours)) > 1
-    w = [contribution_weights(channel_contributions(row, s).mean(0)) for row, s in zip(z.detach(), neighbours)]
-    (gradient,) = torch.autograd.grad((torch.stack(w) * z).sum(), A)
-    close(maps, (gradient.sum((2, 3), keepdim=True) * A).sum(1, keepdim=True).detach())
+    f = []
+    for row, shots in zip(z.detach().numpy(), neighbours):
+        c = np.mean([oracle.cosine(row, s) for s in shots.numpy()], 0)
+        f.append(oracle.weights(c) * np.sign(row))
+    (gradient,) = torch.autograd.grad((torch.from_numpy(np.stack(f)) * z).sum(), A)
+    close(maps, (16 * gradient * A).sum(1, keepdim=True).detach())  # 4 x 4 places
 
 
 def test_votes_by_hand():

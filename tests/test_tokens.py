@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from encoders import HeadEncoder, PooledEncoder, TokenEncoder, random, seeded
+from helpers import close, silent
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -31,10 +32,6 @@ from captum_fam.tokens import to_map
 SIZES = [(32, 32), (32, 48)]
 METHODS = [FeatureActivationMap, SimilarityDecomposition, LabelFreeActivationMap, ScoreCam]
 each_size = pytest.mark.parametrize("size", SIZES, ids=str)
-
-
-def close(actual, wanted):
-    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
 
 
 # Real models, from their configurations
@@ -152,8 +149,7 @@ def test_the_map_of_a_real_model_is_its_grid_of_patches(name, layer, size):
         )
         return fam.attribute(x, reference=x.flip(0), **options)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         found, terms = maps(), maps(attr_dim_summation=False)
     assert found.shape == (2, 1, *grid)
     assert terms.shape[2:] == grid
@@ -178,17 +174,22 @@ def test_a_mean_of_tokens_is_aligned_and_has_the_paper_s_map(name):
 
 
 @pytest.mark.parametrize("name", ["ViT", "DeiT distilled", "four registers"])
-def test_the_weights_of_a_class_token_model_are_gradients_summed_over_the_patches_alone(name):
+@pytest.mark.parametrize(
+    "question", [{}, {"contrast": 1}, {"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.2}], ids=str
+)
+def test_each_patch_of_a_class_token_model_is_weighed_by_its_own_gradient(name, question):
     model, x = real(name, (32, 48))
-    s, kept = random(1, 12), []
+    s, kept = random(3, 12), []
     with model.blocks[1].norm1.register_forward_hook(lambda *call: kept.append(call[2])):
         z = model(x)
-    w = torch.stack([torch.tensor(reference.pair_weights(v, s.numpy(), 0, "cosine")) for v in z.detach().numpy()])
-    (gradient,) = torch.autograd.grad((w * z).sum(), kept)
-    prefix = model.num_prefix_tokens
-    alpha = gradient[:, prefix:].sum(1)
-    expected = (kept[0][:, prefix:] * alpha[:, None]).sum(2).detach().reshape(2, 1, 4, 6)
-    close(FeatureActivationMap(model, model.blocks[1].norm1).attribute(x, reference_embedding=s), expected)
+    f = [reference.pair_weights(v, s.numpy(), 2, "cosine", **question) for v in z.detach().numpy()]
+    (gradient,) = torch.autograd.grad((torch.from_numpy(np.stack(f)) * z).sum(), kept)
+    terms = (24 * gradient * kept[0]).detach()[:, model.num_prefix_tokens :]  # 4 x 6 patches
+    fam = FeatureActivationMap(model, model.blocks[1].norm1)
+    options = {"target": 2, "reference_embedding": s, **question}
+    close(fam.attribute(x, **options), terms.sum(2).reshape(2, 1, 4, 6))
+    by_channel = fam.attribute(x, attr_dim_summation=False, **options)
+    close(by_channel, terms.mT.reshape(2, 12, 4, 6))
 
 
 # The same of small encoders
@@ -229,8 +230,7 @@ class ChannelsLast(nn.Module):
 @pytest.mark.parametrize("route", ["auto", "jacobian"])
 def test_the_layout_found_is_the_one_that_would_be_given(build, layer, size, transform, route):
     encoder, x = seeded(build), random(2, 3, *size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         found, wanted = (
             FeatureActivationMap(
                 encoder, encoder.get_submodule(layer), channel_weights=route, reshape_transform=given
@@ -497,8 +497,7 @@ def test_a_layer_after_the_last_attention_is_an_error_that_says_which_layer_to_t
     maps = FeatureActivationMap(model, model.get_submodule(advised), output_selector=pooled)
     assert maps.attribute(x, reference_embedding=s).shape == (2, 1, 4, 6)
     assert maps.attribute(x, reference_embedding=s).any()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         lafam = LabelFreeActivationMap(model, model.get_submodule(layer), output_selector=pooled)
         assert lafam.attribute(x).shape == (2, 1, 4, 6)
 
@@ -591,15 +590,15 @@ def test_a_sentence_is_a_reference_of_an_image():
     close(channel_contributions(fam.embed(x)[:, None], s).sum(2), scores)
 
 
-def test_the_contrast_of_two_sentences_carries_the_difference_of_their_contributions():
+def test_the_contrast_of_two_sentences_carries_the_difference_of_their_contributions_by_place():
     model, x, _, s = clip()
     layer = model.vision_model.encoder.layers[1].layer_norm1
     fam, kept = FeatureActivationMap(model.get_image_features, layer, output_selector=pooled), []
     with layer.register_forward_hook(lambda *call: kept.append(call[2])):
         z = model.get_image_features(x).pooler_output
-    c = channel_contributions(z.detach(), s[:1]) - channel_contributions(z.detach(), s[1:2])
-    (gradient,) = torch.autograd.grad((c * z).sum(), kept)
-    expected = (gradient[:, 1:].sum(1, keepdim=True) * kept[0][:, 1:]).sum(2).detach().reshape(2, 1, 4, 4)
+    f = [reference.pair_weights(z_b, s.numpy(), 0, "cosine", contrast=1) for z_b in z.detach().numpy()]
+    (gradient,) = torch.autograd.grad((torch.from_numpy(np.stack(f)) * z).sum(), kept)
+    expected = 16 * (gradient * kept[0])[:, 1:].sum(2).detach().reshape(2, 1, 4, 4)  # 4 x 4 patches
     close(fam.attribute(x, 0, reference_embedding=s, contrast=1), expected)
     close(-fam.attribute(x, 1, reference_embedding=s, contrast=0), expected)
 
