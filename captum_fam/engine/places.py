@@ -24,6 +24,8 @@ Multiples: TypeAlias = list[Tensor | float | None]
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # How much of that may be put down to values that cancel in the mean, at most.
 _CANCELLED = 1e-3
+# How far two ways to the same products may differ, as a share of their size.
+_AGREE = 1e-3
 
 
 def place_maps(recording: Recording, f: Tensor, multiples: Multiples, n_references: int) -> list[Tensor]:
@@ -61,10 +63,22 @@ def place_embeddings(recording: Recording, multiples: Multiples) -> list[Tensor]
         return [by_place(A) * (a / n) for A, a, n in zip(recording.activations, multiples, N) if a is not None]
     if max(N) < z.shape[1] and z.dtype == recording.embedding.dtype and not any(a is not None for a in multiples):
         found = recording.place_products()
-        if found is not None:
+        if found is not None and _is_right(recording, found, multiples):
             return found
     rows = [[term.sum(1) for term in terms] for terms in place_terms(recording, unit_vectors(z), multiples)]
     return [torch.stack(v, 1) / n for v, n in zip(zip(*rows), N)]
+
+
+def _is_right(recording: Recording, v: list[Tensor], multiples: Multiples) -> bool:
+    """
+    Whether forward-mode products agree with a gradient: they go through the second derivative, which an operation may
+    leave out without a word (once_differentiable).
+    """
+    z = widen(recording.embedding)
+    u = torch.linspace(1, 2, z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), 1, -1)
+    expected = [term.sum(1) for term in next(place_terms(recording, u, multiples))]
+    found = [place_map(u, v_of_one)[:, 0] for v_of_one in v]
+    return all(bool((a - b).norm() <= _AGREE * b.norm()) for a, b in zip(found, expected))
 
 
 def channel_maps(recording: Recording, alpha: list[Tensor]) -> list[Tensor]:

@@ -233,10 +233,10 @@ def _vector_jacobian_products(output: Tensor, by: list[Tensor], rows: Tensor) ->
 
 def _derivative(y: Tensor, u: Tensor) -> Tensor:
     """dy/du (B, D, N) for y (B, N), each row of which depends on its own row of u (B, D) alone."""
-    if not y.requires_grad:
-        return u.new_zeros(*u.shape, y.shape[1])
     rows = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None].expand(-1, len(y), -1)
     parts = [_vector_jacobian_products(y, [u], r)[0] for r in rows.split(max(1, _AT_ONCE // max(1, u.numel())))]
+    if not parts or any(p is None for p in parts):
+        raise RuntimeError("y does not depend on u")
     return torch.cat([p for p in parts if p is not None]).permute(1, 2, 0)
 
 
