@@ -6,7 +6,16 @@ import torch
 from encoders import HeadEncoder, Modified, PooledEncoder, random, seeded
 from torch import nn
 
-from captum_fam import FeatureActivationMap, SimilarityScore
+from captum_fam import (
+    ClassActivationMap,
+    FeatureActivationMap,
+    LabelFreeActivationMap,
+    Relax,
+    RelevanceCam,
+    ScoreCam,
+    SimilarityDecomposition,
+    SimilarityScore,
+)
 
 INPUTS = random(3, 3, 8, 8)
 REFERENCES = random(4, 6, seed=2)
@@ -63,6 +72,55 @@ each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_a_wrong_option_is_refused_when_the_explainer_is_made(options, error, match):
     with pytest.raises(error, match=match):
         explainer(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"similarity": "cosin"}, ValueError, r"`similarity`.*'cosin'.*Did you mean 'cosine'"),
+        ({"channel_weights": "gradient"}, ValueError, r'`channel_weights`.*"auto", "aligned".*"jacobian".*gradient'),
+        ({"dimension_weights": "ones"}, TypeError, r"`dimension_weights`.*function.*'ones'"),
+        (
+            {"dimension_weights": lambda z, s: s, "similarity": "dot"},
+            ValueError,
+            r"`similarity` or `dimension_weights`.*both",
+        ),
+        ({"normalize": None}, TypeError, "normalize"),
+    ],
+)
+def test_a_wrong_option_of_a_decomposition_is_refused_when_it_is_made(options, error, match):
+    with pytest.raises(error, match=match):
+        SimilarityDecomposition(ENCODER, ENCODER.layer, **options)
+
+
+@pytest.mark.parametrize("call", ["attribute", "attribute_all", "attribute_pair"])
+def test_a_decomposition_needs_a_similarity_that_has_one(call):
+    decomposition = SimilarityDecomposition(ENCODER, ENCODER.layer, similarity=lambda z, s: -(z - s).abs())
+    with pytest.raises(ValueError, match=r"`similarity`.*'cosine', 'dot', 'euclidean'.*function.*`dimension_weights`"):
+        CALLS[call](decomposition, INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("weights", "came"),
+    [
+        (lambda z, s: (z * s).sum(-1), r"\(3, [14]\)"),
+        (lambda z, s: s[..., :2], r"\(3, [14], 2\)"),
+        (lambda z, s: 1.0, "1.0"),
+    ],
+    ids=["summed", "too few", "float"],
+)
+@pytest.mark.parametrize("call", ["attribute", "attribute_all", "attribute_pair"])
+def test_dimension_weights_of_another_shape_are_an_error_that_names_them(call, weights, came):
+    decomposition = SimilarityDecomposition(ENCODER, ENCODER.layer, dimension_weights=weights)
+    with pytest.raises(ValueError, match=rf"`dimension_weights`.*\(3, [14], 6\).*dimension.*but got.*{came}"):
+        CALLS[call](decomposition, INPUTS)
+
+
+@pytest.mark.parametrize("similarity", ["euclidean", None], ids=["euclidean", "of one's own weights"])
+def test_a_matrix_of_pairs_of_places_needs_a_sum_over_them(similarity):
+    options = {"similarity": similarity} if similarity else {"dimension_weights": lambda z, s: s}
+    with pytest.raises(ValueError, match='attribute_matrix.*"cosine" or "dot".*but got'):
+        SimilarityDecomposition(ENCODER, ENCODER.layer, **options).attribute_matrix(INPUTS, INPUTS)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +382,20 @@ BEFORE = {
     "all: zero inputs as references": lambda fam: fam.attribute_all(INPUTS, reference=INPUTS[:0]),
     "all: contrast by number": lambda fam: fam.attribute_all(INPUTS, reference=INPUTS, contrast=1),
     "all: rest of one": lambda fam: fam.attribute_all(INPUTS, reference=INPUTS[:1], contrast="rest"),
+    "threshold as a word": lambda fam: fam.attribute(INPUTS, 0, reference=INPUTS, threshold="0.5"),
+    "threshold of yes or no": lambda fam: fam.attribute(INPUTS, 0, reference=INPUTS, threshold=True),
+    "threshold of no number": lambda fam: fam.attribute(INPUTS, 0, reference=INPUTS, threshold=float("nan")),
+    "infinite threshold": lambda fam: fam.attribute(INPUTS, 0, reference=INPUTS, threshold=float("inf")),
+    "threshold and contrast": lambda fam: fam.attribute(INPUTS, 0, reference=INPUTS, threshold=0.5, contrast=1),
+    "all: threshold as a word": lambda fam: fam.attribute_all(INPUTS, reference=INPUTS, threshold="0.5"),
+    "all: threshold and contrast": lambda fam: fam.attribute_all(
+        INPUTS, reference=INPUTS, threshold=0.5, contrast="rest"
+    ),
+    "all: contrast of another word": lambda fam: fam.attribute_all(INPUTS, reference=INPUTS, contrast="others"),
+    "pair: threshold as a word": lambda fam: fam.attribute_pair(INPUTS, INPUTS, threshold="0.5"),
+    "pair: threshold and contrast": lambda fam: fam.attribute_pair(INPUTS, INPUTS, threshold=0.5, contrast="self"),
+    "pair: contrast by number": lambda fam: fam.attribute_pair(INPUTS, INPUTS, contrast=1),
+    "pair: contrast with the rest": lambda fam: fam.attribute_pair(INPUTS, INPUTS, contrast="rest"),
     "pair: two for three": lambda fam: fam.attribute_pair(INPUTS, INPUTS[:2]),
     "pair: list as reference": lambda fam: fam.attribute_pair(INPUTS, [INPUTS]),
     "pair: reference of two tensors": lambda fam: fam.attribute_pair(INPUTS, (INPUTS, INPUTS)),
@@ -331,11 +403,84 @@ BEFORE = {
 
 
 @pytest.mark.parametrize("call", BEFORE.values(), ids=BEFORE.keys())
-def test_what_is_known_to_be_wrong_is_refused_before_the_model_runs(call):
-    counted, fam = counted_explainer()
+@pytest.mark.parametrize("method", [FeatureActivationMap, SimilarityDecomposition])
+def test_what_is_known_to_be_wrong_is_refused_before_the_model_runs(method, call):
+    counted = Counted()
     with pytest.raises((ValueError, TypeError)):
-        call(fam)
+        call(method(counted, counted.layer))
     assert counted.calls == 0
+
+
+# The questions that only some methods and similarities have
+
+OWN = [{"contrast": "self"}, {"threshold": 0.5}]
+each_own = pytest.mark.parametrize("question", OWN, ids=str)
+QUESTIONS = {
+    "attribute": lambda fam, **q: fam.attribute(INPUTS, 1, reference_embedding=REFERENCES, **q),
+    "attribute_all": lambda fam, **q: fam.attribute_all(INPUTS, reference_embedding=REFERENCES, **q),
+    "attribute_pair": lambda fam, **q: fam.attribute_pair(INPUTS, INPUTS.flip(0), **q),
+}
+each_question = pytest.mark.parametrize("ask", QUESTIONS.values(), ids=QUESTIONS)
+
+
+@each_own
+@each_question
+@pytest.mark.parametrize("method", [FeatureActivationMap, SimilarityDecomposition])
+def test_a_distance_has_no_contrast_with_itself_and_no_threshold(method, ask, question):
+    counted = Counted()
+    name = 'contrast="self"' if "contrast" in question else "`threshold`"
+    with pytest.raises(ValueError, match=rf'{name}.*"euclidean".*similarity="cosine" or "dot"'):
+        ask(method(counted, counted.layer, similarity="euclidean"), **question)
+    assert counted.calls == 0
+
+
+@each_own
+@each_question
+def test_a_distance_of_one_s_own_has_none_either(ask, question):
+    name = "contrast='self'" if "contrast" in question else "`threshold`"
+    with pytest.raises(ValueError, match=rf"{name}.*similar to itself.*0, as of a distance"):
+        ask(explainer(similarity=lambda z, s: -(z - s).abs()), **question)
+
+
+@each_own
+@each_question
+def test_score_cam_explains_differences_of_scores_so_it_has_none(ask, question):
+    counted = Counted()
+    name = "contrast='self'" if "contrast" in question else "threshold"
+    with pytest.raises(ValueError, match=f"ScoreCam.*{name}.*FeatureActivationMap and SimilarityDecomposition have"):
+        ask(ScoreCam(counted, counted.layer), **question)
+    assert counted.calls == 0
+
+
+def test_relax_has_no_contrast_with_itself():
+    counted = Counted()
+    with pytest.raises(
+        ValueError, match="Relax.*contrast='self'.*FeatureActivationMap and SimilarityDecomposition have"
+    ):
+        Relax(counted).attribute(INPUTS, 1, reference_embedding=REFERENCES, contrast="self")
+    assert counted.calls == 0
+
+
+@each_own
+def test_classes_have_no_contrast_with_themselves(question):
+    classifier = seeded(lambda: HeadEncoder(embedding=5))
+    with pytest.raises(ValueError, match="ClassActivationMap.*(contrast='self'|threshold).*SimilarityDecomposition"):
+        ClassActivationMap(classifier, classifier.layer).attribute(INPUTS, 1, **question)
+
+
+@pytest.mark.parametrize(
+    "method", [FeatureActivationMap, SimilarityDecomposition, ScoreCam, RelevanceCam, lambda encoder, _: Relax(encoder)]
+)
+@pytest.mark.parametrize("target", [None, 1, [0, 1, 2]])
+def test_no_reference_is_an_error_of_every_method_and_says_how_to_explain_a_classifier(method, target):
+    counted = Counted()
+    with pytest.raises(ValueError, match=r"`reference`, `reference_embedding`.*SimilarityScore\(model, torch.eye\(n\)"):
+        method(counted, counted.layer).attribute(INPUTS, target)
+    assert counted.calls == 0
+
+
+def test_a_label_free_map_needs_no_reference():
+    assert LabelFreeActivationMap(ENCODER, ENCODER.layer).attribute(INPUTS).shape == (3, 1, 4, 4)
 
 
 def test_the_model_runs_when_nothing_is_wrong():

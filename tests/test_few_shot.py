@@ -1,6 +1,7 @@
 """Few-shot episodes: the decision of the library, and maps of it that FAM gives by another way as well."""
 
 import copy
+import functools
 import importlib.util
 import io
 import os
@@ -10,6 +11,7 @@ import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import reference as oracle
@@ -22,14 +24,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from captum_fam import FeatureActivationMap, SimilarityScore, explain_episode, prototypes
+from captum_fam import (
+    FeatureActivationMap,
+    LabelFreeActivationMap,
+    RelevanceCam,
+    ScoreCam,
+    SimilarityDecomposition,
+    SimilarityScore,
+    explain_episode,
+    prototypes,
+)
 
 methods = pytest.importorskip("easyfsl.methods")
 modules = pytest.importorskip("easyfsl.modules")
 DATA = os.environ.get("CAPTUM_FAM_DATA")
 
 few = settings(deadline=None, max_examples=30)
-close = torch.testing.assert_close
+close = functools.partial(helpers.close, rtol=None, atol=None)  # as their dtype has it
 SUPPORTED = {
     "PrototypicalNetworks": lambda b, D: methods.PrototypicalNetworks(b),
     "FEAT": lambda b, D: methods.FEAT(b, attention_module=modules.MultiHeadAttention(1, D, D, D)),
@@ -245,12 +256,14 @@ def test_an_encoder_with_labels_of_any_values_compares_with_prototypes(similarit
         assert episode.scores[b].tolist() == pytest.approx([row.sum() for row in c])
         first, second, third = sorted(range(3), key=lambda k: -c[k].sum())
         assert episode.predicted[b] == classes[first]
-        close(episode.maps[b].numpy(), np.stack([oracle.aligned_map(oracle.weights(row), A[b]) for row in c]))
+        close(episode.maps[b], np.stack([oracle.aligned_map(oracle.weights(row) * np.sign(z[b]), A[b]) for row in c]))
         assert torch.equal(episode.map()[b, 0], episode.maps[b, first])
         for found, other in [(episode.contrast(), second), (episode.contrast(other=classes[third]), third)]:
-            close(found[b, 0].numpy(), oracle.aligned_map(c[first] - c[other], A[b]))
+            close(found[b, 0], oracle.aligned_map((c[first] - c[other]) * np.sign(z[b]), A[b]))
         assert episode.margin()[b].item() == pytest.approx((c[first] - c[second]).sum())
     close(episode.similarities, episode.scores)
+    assert episode.constants.shape == (5, 3)
+    assert not episode.constants.any()
 
 
 @few
@@ -322,6 +335,179 @@ def test_contrast_in_half_precision_is_that_of_fam(similarity, dtype):
     want = fam.attribute(queries, 0, contrast=1)
     assert episode.map().dtype == episode.contrast(0, 1).dtype == episode.scores.dtype == dtype
     close(episode.contrast(0, 1), want, rtol=0, atol=4 * torch.finfo(dtype).eps * float(want.abs().max()))
+
+
+# A few queries at a time
+
+
+PARTS = ("scores", "similarities", "constants", "maps", "signed_maps")
+
+
+def same(found, wanted):
+    assert found.route == wanted.route
+    assert torch.equal(found.explainable, wanted.explainable)
+    for name in PARTS:
+        values = getattr(wanted, name)
+        close(getattr(found, name), values, rtol=1e-5, atol=1e-6 * max(1, values.abs().max().item()))
+
+
+def seen_by(encoder):
+    """The sizes of the batches that the encoder is given from now on."""
+    sizes = []
+    encoder.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    return sizes
+
+
+@pytest.mark.filterwarnings("ignore:The places of layer")
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize(("encoder", "D"), [(PooledEncoder, 6), (FlatEncoder, 96)])
+@pytest.mark.parametrize("method", [FeatureActivationMap, SimilarityDecomposition])
+@each_supported
+def test_a_few_queries_at_a_time_have_the_maps_of_all_at_once(name, method, encoder, D, most):
+    fitted = classifier_of(name, 5, encoder, D, use_softmax=True)
+    layer = fitted.backbone.layer
+    whole = explain_episode(fitted, layer, QUERIES, method=method)
+    sizes = seen_by(fitted.backbone)
+    same(explain_episode(fitted, layer, QUERIES, method=method, internal_batch_size=most), whole)
+    assert max(sizes) <= most
+    # Prototypes that are rectified by all queries need all embeddings first.
+    assert sum(sizes) == (10 if isinstance(fitted, methods.BDCSPN) else 5)
+    new = classifier_of(name, None, encoder, D, use_softmax=True)
+    same(explain_episode(new, new.backbone.layer, QUERIES, *support(5), method=method, internal_batch_size=most), whole)
+
+
+@pytest.mark.filterwarnings("ignore:The places of layer")
+@pytest.mark.parametrize("encoder", [PooledEncoder, HeadEncoder, FlatEncoder])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("method", [FeatureActivationMap, SimilarityDecomposition])
+def test_a_few_queries_at_a_time_go_through_a_plain_encoder(method, similarity, encoder):
+    encoder = seeded(encoder).float()
+    options = {"similarity": similarity, "method": method}
+    whole = explain_episode(encoder, encoder.layer, QUERIES, *support(1), **options)
+    sizes = seen_by(encoder)
+    same(explain_episode(encoder, encoder.layer, QUERIES, *support(1), **options, internal_batch_size=2), whole)
+    assert sizes == [4, 2, 2, 1]  # the support images, and the queries
+
+
+def test_parts_that_would_take_another_route_take_that_of_all():
+    class Shifted(PooledEncoder):
+        """Aligned, but for inputs that are bright."""
+
+        def forward(self, x):
+            return super().forward(x) + (x.mean((1, 2, 3)) > 1)[:, None]
+
+    encoder, queries = seeded(Shifted).float(), QUERIES.clone()
+    queries[3] += 2
+    whole = explain_episode(encoder, encoder.layer, queries, *support(1))
+    assert whole.route == "jacobian"
+    same(explain_episode(encoder, encoder.layer, queries, *support(1), internal_batch_size=2), whole)
+    assert explain_episode(encoder, encoder.layer, queries[:3], *support(1)).route == "aligned"
+
+
+@each_supported
+def test_no_queries_at_a_few_at_a_time_have_no_maps(name):
+    fitted = classifier_of(name, 5)
+    episode = explain_episode(fitted, fitted.backbone.layer, QUERIES[:0], internal_batch_size=2)
+    assert episode.map().shape == (0, 1, 4, 4)
+    assert episode.constants.shape == (0, 4)
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.0, True, "2"])
+@each_supported
+def test_a_number_of_queries_that_cannot_be_is_named(name, most):
+    fitted = classifier_of(name, 5)
+    with pytest.raises((TypeError, ValueError), match="`internal_batch_size`"):
+        explain_episode(fitted, fitted.backbone.layer, QUERIES, internal_batch_size=most)
+
+
+# By SimilarityDecomposition, contrasts add up to margins
+
+
+class UnbiasedEncoder(FlatEncoder):
+    """Without biases after ``early``, so that its places add up too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv2.bias = None
+
+
+def totals(maps):
+    """What a map adds up to."""
+    return maps.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("layer", ["layer", "early"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@each_shot
+def test_contrasts_of_a_decomposition_add_up_to_margins_with_what_is_of_the_prototypes_alone(similarity, layer, shots):
+    encoder, (images, labels), queries = seeded(UnbiasedEncoder), support(shots), QUERIES.double()
+    with helpers.silent():
+        episode = explain_episode(
+            encoder,
+            encoder.get_submodule(layer),
+            queries,
+            images.double(),
+            labels,
+            similarity=similarity,
+            method=SimilarityDecomposition,
+        )
+    z, embedded = encoder(queries).detach().numpy(), encoder(images.double()).detach().numpy()
+    p = np.stack([embedded[labels == k].mean(0) for k in range(4)])
+    score = np.array([[oracle.contributions(z_b, p_k, similarity).sum() for p_k in p] for z_b in z])
+    alone = -np.square(p).sum(1) if similarity == "euclidean" else np.zeros(4)
+    close(episode.similarities, score)
+    close(episode.constants, np.tile(alone, (5, 1)))
+    close(totals(episode.maps.flatten(0, 1)).reshape(5, 4) + episode.constants, score)
+    for a in range(4):
+        rest = [k for k in range(4) if k != a]
+        best = [max(rest, key=lambda k: row[k]) for row in score]
+        for other, margin, constant in [
+            *[(b, score[:, a] - score[:, b], np.full(5, alone[a] - alone[b])) for b in rest],
+            ("rest", score[:, a] - score[:, rest].mean(1), np.full(5, alone[a] - alone[rest].mean())),
+            (None, score[:, a] - score[range(5), best], alone[a] - alone[best]),
+        ]:
+            close(episode.margin(a, other), margin)
+            close(episode.constant(a, other), constant)
+            close(totals(episode.contrast(a, other)) + episode.constant(a, other), margin)
+    close(episode.constant([0, 1, 2, 3, 0], [2, 3, 1, 1, 3]), alone[[0, 1, 2, 3, 0]] - alone[[2, 3, 1, 1, 3]])
+    assert episode.constant().any() == (similarity == "euclidean")
+
+
+def test_the_maps_of_a_decomposition_are_its_weights_times_what_each_place_gives():
+    encoder, (images, labels), queries = seeded(FlatEncoder), support(1), QUERIES.double()
+    options = {"similarity": "euclidean", "method": SimilarityDecomposition}
+    episode = explain_episode(encoder, encoder.layer, queries, images.double(), labels, **options)
+    A, p = encoder.features(queries).detach(), encoder(images.double()).detach()[labels.argsort()]
+    f = (2 * p - A.flatten(1)[:, None]).unflatten(2, A.shape[1:])  # each dimension is one channel at one place
+    close(episode.maps, 16 * (f * A[:, None]).sum(2))
+    close(episode.contrast(2, 1), 16 * (2 * (p[2] - p[1]).reshape(A.shape[1:]) * A).sum(1, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:The places of layer")  # of MatchingNetworks
+@each_shot
+@pytest.mark.parametrize(("encoder", "D"), [(PooledEncoder, 6), (FlatEncoder, 96)], ids=["pooled", "flat"])
+@each_supported
+def test_every_classifier_is_decomposed_into_what_it_compares(name, encoder, D, shots):
+    fitted = classifier_of(name, shots, encoder, D)
+    with helpers.silent() if name != "MatchingNetworks" else nullcontext():
+        episode = explain_episode(fitted, fitted.backbone.layer, QUERIES, method=SimilarityDecomposition)
+    scores = copy.deepcopy(fitted)(QUERIES).detach()
+    copied, embed, s, similarity = by_hand(fitted)
+    named = "euclidean" if similarity is distance else similarity
+    with torch.no_grad():
+        similarities = CONTRIBUTIONS[named](embed(QUERIES)[:, None], s).sum(2)
+    close(episode.scores, scores)
+    close(episode.similarities, similarities, rtol=1e-4, atol=1e-5)
+    if similarity is distance:
+        close(episode.similarities, -(scores**2), rtol=1e-4, atol=1e-5)
+    close(episode.constants, -s.square().sum(2) if named == "euclidean" else torch.zeros(5, 4), rtol=1e-4, atol=1e-5)
+    decomposition = SimilarityDecomposition(embed, copied.backbone.layer, similarity=named)
+    for k in range(4):
+        close(episode.map(k), decomposition.attribute(QUERIES, reference_embedding=s[:, k]), rtol=1e-4, atol=1e-5)
+    if name != "MatchingNetworks":  # between its layer and its embedding is an LSTM
+        found = totals(episode.maps.flatten(0, 1)).reshape(5, 4) + episode.constants
+        close(found, similarities, rtol=1e-4, atol=1e-5)
+        close(totals(episode.contrast()) + episode.constant(), episode.margin(), rtol=1e-4, atol=1e-5)
 
 
 def state(model):
@@ -467,6 +653,28 @@ def test_what_cannot_be_explained_is_refused(model, arguments, message):
         (ENCODER, [ENCODER.layer, ENCODER.early], {}, "`layer` to be one module that returns one tensor"),
         (ENCODER, "layer", {}, "`layer`"),
         (Halved(ENCODER), ENCODER.layer, {}, "Halved cannot be explained"),
+        *[
+            (
+                model,
+                ENCODER.layer,
+                {"method": method},
+                "`method` of explain_episode to be FeatureActivationMap or Simil",
+            )
+            for model in (ENCODER, classifier_of("PrototypicalNetworks", encoder=lambda: ENCODER))
+            for method in (ScoreCam, RelevanceCam, LabelFreeActivationMap, LayerGradCam, "FeatureActivationMap", None)
+        ],
+        (
+            ENCODER,
+            ENCODER.layer,
+            {"method": FeatureActivationMap(ENCODER, ENCODER.layer)},
+            "`method` of explain_episode",
+        ),
+        (
+            ENCODER,
+            ENCODER.layer,
+            {"method": SimilarityDecomposition, "similarity": lambda z, s: z * s},
+            "`similarity`.*has no such decomposition",
+        ),
     ],
 )
 def test_other_arguments_are_refused(model, layer, options, message):
@@ -485,6 +693,8 @@ def test_other_arguments_are_refused(model, layer, options, message):
         (lambda e: e.contrast(0, 9), "9"),
         (lambda e: e.contrast(0, "best"), '"rest".*best'),
         (lambda e: e.margin(0, "best"), '"rest".*best'),
+        (lambda e: e.constant(9), "9"),
+        (lambda e: e.constant(0, "best"), '"rest".*best'),
     ],
 )
 def test_classes_that_are_not_there_are_refused(ask, message):
@@ -495,7 +705,7 @@ def test_classes_that_are_not_there_are_refused(ask, message):
 def test_one_class_has_a_map_and_no_contrast():
     episode = explain_episode(PROTONET, PROTONET.backbone.layer, QUERIES, x1, [0] * 4)
     assert episode.map().shape == (5, 1, 4, 4)
-    for ask in (episode.contrast, episode.margin):
+    for ask in (episode.contrast, episode.margin, episode.constant):
         with pytest.raises(ValueError, match="two classes"):
             ask()
 
@@ -526,20 +736,32 @@ def drawn(photos, transform, seed, shots, queries=3):
     return *map(torch.stack, sides), *(torch.arange(5).repeat_interleave(n) for n in (shots, queries))
 
 
-@pytest.mark.skipif(DATA is None, reason="set CAPTUM_FAM_DATA to the folder of pretrained encoders")
-@pytest.mark.parametrize(
-    ("name", "photos", "layer"),
-    [
-        ("protonet_omniglot", "omniglot_small1.zip", "features.3.2"),
-        ("protonet_miniimagenet", "clothing.zip", "features.3"),
-        ("protonet_orobix", "clothing.zip", "features.3"),
-    ],
-)
+@functools.cache
+def pretrained(name):
+    spec = importlib.util.spec_from_file_location("pretrained_encoders", Path(DATA) / "encoders.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module.load(name)
+
+
+def each_real(test):
+    """For each of the pretrained ProtoNets, photographs, and its last map before it is flattened."""
+    needed = pytest.mark.skipif(DATA is None, reason="set CAPTUM_FAM_DATA to the folder of pretrained encoders")
+    return needed(
+        pytest.mark.parametrize(
+            ("name", "photos", "layer"),
+            [
+                ("protonet_omniglot", "omniglot_small1.zip", "features.3.2"),
+                ("protonet_miniimagenet", "clothing.zip", "features.3"),
+                ("protonet_orobix", "clothing.zip", "features.3"),
+            ],
+        )(test)
+    )
+
+
+@each_real
 @each_shot
 def test_real_prototypical_networks(name, photos, layer, shots):
-    spec = importlib.util.spec_from_file_location("pretrained_encoders", Path(DATA) / "encoders.py")
-    spec.loader.exec_module(pretrained := importlib.util.module_from_spec(spec))
-    encoder = pretrained.load(name)
+    encoder = pretrained(name)
     layer, library = encoder.net.get_submodule(layer), methods.PrototypicalNetworks(encoder.net).eval()
     right = []
     for seed in range(6 if name == "protonet_omniglot" else 1):
@@ -560,3 +782,29 @@ def test_real_prototypical_networks(name, photos, layer, shots):
         assert maps.isfinite().all()
         assert (maps.flatten(1).std(1) > 1e-3 * maps.abs().amax((1, 2, 3))).all()
     assert (episode.margin() > 0).all()
+
+
+@each_real
+@each_shot
+def test_contrasts_of_real_prototypical_networks_add_up_to_the_margin_and_have_its_sign(name, photos, layer, shots):
+    encoder = pretrained(name)
+    layer, library = encoder.net.get_submodule(layer), methods.PrototypicalNetworks(encoder.net).eval()
+    images, queries, labels, _ = drawn(photos, encoder.transform, 0, shots)
+    with torch.no_grad():
+        library.process_support_set(images, labels)
+        squared = library(queries).double() ** 2
+    options = {"method": SimilarityDecomposition, "internal_batch_size": 4}
+    with helpers.silent():  # the places add up
+        of_library = explain_episode(library, layer, queries, **options)
+        ours = explain_episode(encoder.net, layer, queries, images, labels, similarity="euclidean", **options)
+    rows = torch.arange(len(queries))
+    for episode in (ours, of_library):
+        for a in range(5):
+            for b in range(5):
+                found = (totals(episode.contrast(a, b)) + episode.constant(a, b)).double()
+                margin = squared[rows, b] - squared[rows, a]
+                close(found, episode.margin(a, b).double(), rtol=1e-4, atol=1e-4 * squared.max().item())
+                close(found, margin, rtol=1e-4, atol=1e-4 * squared.max().item())
+                assert a == b or torch.equal(found.sign(), margin.sign())
+        found = totals(episode.contrast()) + episode.constant()  # the predicted class and the runner-up
+        assert (found > 0).all()

@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import itertools
-import warnings
 from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -34,14 +34,12 @@ from captum_fam.metrics import (
     relevance_rank_accuracy,
     road,
 )
-from captum_fam.metrics._faithfulness import imputed
+from captum_fam.metrics._road import imputed
 
 many = settings(deadline=None, max_examples=60)
 
 
-def close(actual, expected, rtol=1e-9, atol=1e-12):
-    expected = torch.as_tensor(np.asarray(expected)) if not isinstance(expected, torch.Tensor) else expected
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
+close = partial(helpers.close, check_dtype=False)
 
 
 def row(*values):
@@ -277,8 +275,7 @@ def test_batch_norm_in_training_mode_is_warned_of(metric):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(60, 3)).double()
     with pytest.warns(UserWarning, match=r"training mode.*batch norm"):
         metric(model, X, MAPS, **of_two(metric))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with helpers.silent():
         metric(model.eval(), X, MAPS, **of_two(metric))
 
 

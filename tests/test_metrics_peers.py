@@ -1,5 +1,8 @@
 """Metrics against those of pytorch-grad-cam and Quantus, where both can say the same."""
 
+import functools
+
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -20,15 +23,12 @@ from captum_fam.metrics import (
     relevance_rank_accuracy,
     road,
 )
-from captum_fam.metrics._faithfulness import imputed
+from captum_fam.metrics._road import imputed
 
 many = settings(deadline=None, max_examples=40)
 
 
-def close(actual, expected, rtol=1e-5, atol=1e-6):
-    torch.testing.assert_close(
-        actual.double(), torch.as_tensor(np.asarray(expected, dtype=np.float64)), rtol=rtol, atol=atol
-    )
+close = functools.partial(helpers.close, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
 # pytorch-grad-cam

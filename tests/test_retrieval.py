@@ -1,5 +1,6 @@
 """Why a faiss index returned these hits."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -7,17 +8,28 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
+import reference as oracle
 import torch
 import torch.nn.functional as F
-from encoders import HeadEncoder, Modified, PooledEncoder, random, seeded
+from encoders import FlatEncoder, HeadEncoder, Modified, PooledEncoder, random, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from captum_fam import FeatureActivationMap, RetrievalExplanation, demo, explain_retrieval
+from captum_fam import (
+    FeatureActivationMap,
+    LabelFreeActivationMap,
+    RelevanceCam,
+    RetrievalExplanation,
+    ScoreCam,
+    SimilarityDecomposition,
+    demo,
+    explain_retrieval,
+)
 from captum_fam.bundled import bundled_encoder
 from captum_fam.images import to_tensor
 
@@ -90,10 +102,7 @@ def explain(index, query=QUERY, encoder=ENCODER, gallery=None, k=4, **options):
     return explain_retrieval(query, index, encoder, encoder.layer, gallery, k, **options)
 
 
-def close(actual, wanted, rtol=1e-4, atol=1e-5):
-    torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol)
-
-
+close = functools.partial(helpers.close, rtol=1e-4, atol=1e-5)
 VECTORS = embed(ENCODER, GALLERY)
 L2, IP = faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT
 INDICES = {
@@ -144,8 +153,7 @@ def test_hits_and_scores_are_those_of_faiss_and_maps_those_of_each_pair(build):
     index = build()
     inverse = np.argsort(IDS) if isinstance(index, faiss.IndexIDMap2) else np.arange(N)
     images = GALLERY[inverse.tolist()]  # by their number in the index
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with helpers.silent():
         found = explain(index, gallery=images)
     assert isinstance(found, RetrievalExplanation)
     assert found.route == "aligned"
@@ -185,8 +193,22 @@ def test_a_score_computed_by_hand():
     # Hit 2 is equal to the query in all dimensions, hit 0 in the first alone, hit 1 in the second alone.
     assert found.maps.tolist() == [[[[4, 2]], [[4, 0]], [[0, 2]]]]
     assert found.signed_maps.tolist() == [[[[0, 0]], [[0, -8]], [[-36, 0]]]]
+    assert found.constants.tolist() == [[0, 0, 0]]
     assert found.contrast(1, 2).tolist() == [[[[36, -8]]]]
     assert found.contrast(1).tolist() == [[[[18, -8]]]]
+
+
+def test_a_decomposition_computed_by_hand():
+    encoder = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    query = torch.tensor([[[[4.0, 0.0]], [[0.0, 2.0]]]])  # channel 0 on the left, 1 on the right; z = (2, 1)
+    index = flat(np.array([[2, 3], [5, 1], [2, 1]], np.float32))
+    found = explain_retrieval(query, index, encoder, encoder[0], k=3, method=SimilarityDecomposition)
+    assert found.indices.tolist() == [[2, 0, 1]]
+    # The weights 2s - z are (2, 1), (2, 5) and (8, 1).
+    assert found.maps.tolist() == found.signed_maps.tolist() == [[[[8, 2]], [[8, 10]], [[32, 2]]]]
+    assert found.constants.tolist() == [[-5, -13, -26]]
+    assert found.similarities.tolist() == [[0, -4, -9]]  # 5 - 5, 9 - 13, 17 - 26
+    assert found.contrast(1, 2).tolist() == [[[[-24, 8]]]]  # -8 on average; -4 + 9 is that and 26 - 13
 
 
 def test_more_hits_than_the_index_holds_are_what_faiss_returns():
@@ -202,8 +224,7 @@ def test_more_hits_than_the_index_holds_are_what_faiss_returns():
 
 @pytest.mark.parametrize("metric", [L2, IP])
 def test_what_was_not_found_is_no_cause_for_a_warning(metric):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with helpers.silent():
         explain(inverted_file(metric, probes=1), gallery=GALLERY, k=N)
 
 
@@ -286,14 +307,118 @@ def test_options_are_those_of_fam(options):
     assert found.route == options.get("channel_weights", "aligned")
 
 
+# A few images at a time
+
+
+PARTS = ("scores", "similarities", "constants", "maps", "signed_maps", "hit_maps")
+
+
+@pytest.mark.filterwarnings("ignore:The places of layer")
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+@pytest.mark.parametrize(("encoder", "route"), [(ENCODER, "aligned"), (GEM, "jacobian"), (HEAD, "jacobian")])
+@pytest.mark.parametrize(("metric", "similarity"), [(L2, None), (IP, None), (IP, "cosine")])
+@pytest.mark.parametrize("method", [FeatureActivationMap, SimilarityDecomposition])
+def test_a_few_images_at_a_time_have_the_maps_of_all_at_once(method, encoder, route, metric, similarity, most):
+    vectors = torch.from_numpy(embed(encoder, GALLERY))
+    index = flat((F.normalize(vectors) if similarity else vectors).numpy(), metric)
+    options = {"gallery": GALLERY, "similarity": similarity, "method": method}
+    whole, seen = explain(index, encoder=encoder, **options), Seen(encoder)
+    found = explain(index, encoder=seen, internal_batch_size=most, **options)
+    assert found.route == whole.route == route
+    assert torch.equal(found.indices, whole.indices)
+    assert torch.equal(found.explainable, whole.explainable)
+    for name in PARTS:
+        values = getattr(whole, name)
+        close(getattr(found, name), values, rtol=1e-5, atol=1e-6 * max(1, values.abs().max().item()))
+    assert max(map(len, seen.batches)) <= most
+    assert torch.equal(torch.cat(seen.batches)[:3], QUERY)
+    assert sum(map(len, seen.batches)) == 3 + 3 * 4  # each query, and each of its hits
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.0, True])
+def test_a_number_of_images_that_cannot_be_is_named(most):
+    with pytest.raises((TypeError, ValueError), match="`internal_batch_size`"):
+        explain(flat(VECTORS), internal_batch_size=most)
+
+
+# By SimilarityDecomposition, maps add up to what the index returned
+
+
+FLAT = seeded(FlatEncoder).float()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "route"), [(ENCODER, "aligned"), (NORMALISED, "aligned"), (GEM, "jacobian"), (FLAT, "jacobian")]
+)
+@pytest.mark.parametrize(("metric", "similarity"), [(L2, None), (IP, None), (IP, "cosine")])
+def test_maps_of_a_decomposition_add_up_to_the_score_of_the_index(encoder, route, metric, similarity):
+    vectors = embed(encoder, GALLERY)
+    index = flat(F.normalize(torch.from_numpy(vectors)).numpy() if similarity else vectors, metric)
+    with helpers.silent():
+        found = explain(index, encoder=encoder, gallery=GALLERY, similarity=similarity, method=SimilarityDecomposition)
+    z = embed(encoder, QUERY)
+    scores, indices = index.search(F.normalize(torch.from_numpy(z)).numpy() if similarity else z, 4)
+    scores = -scores if metric == L2 else scores
+    s = np.stack([[index.reconstruct(i) for i in row] for row in indices.tolist()])
+    of_hits = -np.square(s).sum(2) if metric == L2 else np.zeros_like(scores)
+    of_queries = -np.square(z).sum(1, keepdims=True) if metric == L2 else np.zeros_like(scores)
+    assert found.route == route
+    assert torch.equal(found.maps, found.signed_maps)
+    assert found.indices.tolist() == indices.tolist()
+    close(found.constants, of_hits)
+    close(found.similarities, scores)
+    close(found.maps.mean((2, 3)) + found.constants, scores)
+    close(found.hit_maps.mean((2, 3)) + torch.from_numpy(of_queries), scores)
+    for rank, other, rest in [(0, 1, [1]), (2, 0, [0]), (1, "rest", [0, 2, 3])]:
+        margin = (scores[:, rank] - scores[:, rest].mean(1)) - (of_hits[:, rank] - of_hits[:, rest].mean(1))
+        close(found.contrast(rank, other).mean((1, 2, 3)), margin)
+
+
+@pytest.mark.parametrize("metric", [L2, IP])
+def test_maps_of_a_decomposition_are_those_of_each_pair(metric):
+    index = flat(embed(FLAT, GALLERY), metric)
+    found = explain(index, encoder=FLAT, gallery=GALLERY, method=SimilarityDecomposition)
+    name = "dot" if metric == IP else "euclidean"
+    A, hits = (FLAT.features(x).detach() for x in (QUERY, GALLERY))  # each dimension is one channel at one place
+    for b, row in enumerate(found.indices.tolist()):
+        for rank, number in enumerate(row):
+            for own, other, map_ in [
+                (A[b], hits[number], found.maps[b, rank]),
+                (hits[number], A[b], found.hit_maps[b, rank]),
+            ]:
+                f = oracle.decomposition_weights(own.flatten().numpy(), other.flatten()[None].numpy(), 0, name)
+                close(map_.double(), own[0].numel() * (f.reshape(own.shape) * own.double().numpy()).sum(0))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ScoreCam,
+        RelevanceCam,
+        LabelFreeActivationMap,
+        "SimilarityDecomposition",
+        None,
+        FeatureActivationMap(ENCODER, ENCODER.layer),
+    ],
+    ids=lambda m: getattr(m, "__name__", type(m).__name__),
+)
+def test_another_method_is_refused(method):
+    encoder = Seen()
+    with pytest.raises(ValueError, match="`method` of explain_retrieval to be FeatureActivationMap or SimilarityDec"):
+        explain(flat(VECTORS), encoder=encoder, method=method)
+    assert not encoder.batches
+
+
+# Other precisions and modes
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("metric", [L2, IP])
 def test_encoders_of_other_precision_keep_it(dtype, metric):
     encoder = seeded(PooledEncoder).to(dtype)
     query, gallery = QUERY.to(dtype), GALLERY.to(dtype)
     index = flat(embed(encoder, gallery), metric)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with helpers.silent():
         found = explain(index, query, encoder, gallery)
     scores, indices = index.search(embed(encoder, query), 4)
     assert found.indices.tolist() == indices.tolist()
@@ -527,6 +652,5 @@ def test_an_index_of_unit_vectors_searched_with_others_is_doubted(kind, advice):
     index.add(vectors.numpy())
     with pytest.warns(UserWarning, match=f"unit length.*{advice}"):
         explain_retrieval(images[:2], index, encoder, encoder.layer, k=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with helpers.silent():
         explain_retrieval(images[:2], index, lambda x: F.normalize(encoder(x)), encoder.layer, k=2)
