@@ -14,6 +14,7 @@ from encoders import (
     random,
     seeded,
 )
+from helpers import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_errors import Counted
@@ -35,18 +36,9 @@ X = random(5, 3, 8, 8)
 REFERENCES = random(7, 6, seed=2)
 ENCODERS = {"aligned": PooledEncoder, "jacobian": lambda: HeadEncoder(embedding=6), "flat": FlatEncoder}
 METHODS = [FeatureActivationMap, SimilarityDecomposition, LabelFreeActivationMap, ScoreCam, RelevanceCam]
+SIMILARITIES = ["cosine", "dot", "euclidean"]
 SIZES = [1, 2, 3, 4, 5, 100]
 each_size = pytest.mark.parametrize("size", SIZES)
-
-
-def close(one, other, rtol=1e-9, atol=1e-11):
-    assert type(one) is type(other)
-    if isinstance(one, (tuple, list)):
-        assert len(one) == len(other)
-        for pair in zip(one, other):
-            close(*pair, rtol=rtol, atol=atol)
-    else:
-        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
 def said(call):
@@ -82,6 +74,8 @@ class Sizes(nn.Module):
         {"target": [0, 6, 2, 2, 5]},
         {"target": torch.tensor([1, 0, 3, 4, 6]), "contrast": [0, 1, 2, 3, 4]},
         {"target": 1, "contrast": "rest"},
+        {"target": [0, 6, 2, 2, 5], "contrast": "self"},
+        {"target": 3, "threshold": 0.2},
         {"target": 2, "attr_dim_summation": False},
         {"target": 2, "relu_attributions": True, "contrast": 0},
         {"target": 4, "attribute_to_layer_input": True},
@@ -90,19 +84,30 @@ class Sizes(nn.Module):
 )
 def test_the_maps_of_chunks_of_inputs_are_those_of_all_at_once(kind, size, options):
     encoder = seeded(ENCODERS[kind])
-    fam = FeatureActivationMap(encoder, encoder.layer, similarity="euclidean")
+    of_itself = options.get("contrast") == "self" or "threshold" in options  # which a distance has not
+    fam = FeatureActivationMap(encoder, encoder.layer, similarity="dot" if of_itself else "euclidean")
     options = {"reference_embedding": references_of(kind), **options}
     close(fam.attribute(X, internal_batch_size=size, **options), fam.attribute(X, **options))
 
 
 @each_size
 @pytest.mark.parametrize("kind", ENCODERS)
-@pytest.mark.parametrize("contrast", [None, "rest"])
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
-def test_all_maps_of_chunks_are_those_of_all_at_once(kind, size, similarity, contrast):
+@pytest.mark.parametrize(
+    ("similarity", "asked"),
+    [
+        *[(similarity, {"contrast": contrast}) for similarity in SIMILARITIES for contrast in (None, "rest")],
+        *[
+            (similarity, asked)
+            for similarity in ("cosine", "dot")
+            for asked in ({"contrast": "self"}, {"threshold": 0.2})
+        ],
+    ],
+    ids=str,
+)
+def test_all_maps_of_chunks_are_those_of_all_at_once(kind, size, similarity, asked):
     encoder = seeded(ENCODERS[kind])
     fam = FeatureActivationMap(encoder, encoder.layer, similarity=similarity)
-    options = {"reference_embedding": references_of(kind), "contrast": contrast}
+    options = {"reference_embedding": references_of(kind), **asked}
     close(fam.attribute_all(X, internal_batch_size=size, **options), fam.attribute_all(X, **options))
 
 
@@ -122,13 +127,13 @@ def test_every_method_works_in_chunks(method, contrast, K):
     K=st.integers(1, 12),
     size=st.integers(1, 7),
     kind=st.sampled_from(sorted(ENCODERS)),
-    contrast=st.sampled_from([None, "rest"]),
+    contrast=st.sampled_from([None, "rest", "self"]),
 )
 @settings(max_examples=60, deadline=None)
 def test_no_size_of_chunk_changes_the_maps(B, K, size, kind, contrast):
     encoder, x, s = seeded(ENCODERS[kind]), random(B, 3, 8, 8, seed=3), references_of(kind, K=K)
     fam = FeatureActivationMap(encoder, encoder.layer)
-    contrast = contrast if K > 1 else None
+    contrast = contrast if K > 1 or contrast == "self" else None
     each = [fam.attribute(x, k, reference_embedding=s, contrast=contrast, internal_batch_size=size) for k in range(K)]
     close(fam.attribute_all(x, reference_embedding=s, contrast=contrast, internal_batch_size=size), torch.cat(each, 1))
 
@@ -358,16 +363,35 @@ def test_score_cam_compares_with_the_rest_once(monkeypatch):
     assert sum(seen) - few == 2 * few
 
 
+class GradientRows:
+    """Notes how many rows each call of torch.autograd.grad asks for at once."""
+
+    def __init__(self, monkeypatch):
+        self.rows, self._grad = [], torch.autograd.grad
+        monkeypatch.setattr(torch.autograd, "grad", self)
+
+    def __call__(self, outputs, inputs, grad_outputs=None, *args, is_grads_batched=False, **options):
+        self.rows.append(len(grad_outputs) if is_grads_batched else 1)
+        return self._grad(outputs, inputs, grad_outputs, *args, is_grads_batched=is_grads_batched, **options)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "K", "rows"),
+    [
+        pytest.param(4, 3, [3], id="few references, a gradient for each"),
+        pytest.param(4, 50, [4], id="one for each of fewer dimensions"),
+        pytest.param(40, 50, [1, 16, 1], id="that of any, its derivative for each of fewer places, and a check"),
+    ],
+)
 @pytest.mark.parametrize("method", [FeatureActivationMap, SimilarityDecomposition])
-def test_more_references_than_dimensions_take_one_gradient_a_dimension_however_they_are_chunked(method, monkeypatch):
-    encoder = seeded(lambda: HeadEncoder(embedding=4))
-    explainer, grad, calls = method(encoder, encoder.layer), torch.autograd.grad, []
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: calls.append(1) or grad(*args, **options))
-    monkeypatch.setattr(question, "_AT_ONCE", 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        explainer.attribute_all(X[:1], reference_embedding=random(50, 4))
-    assert len(calls) == 4
+def test_more_references_take_no_more_gradients_however_they_are_chunked(method, embedding, K, rows, monkeypatch):
+    encoder = seeded(lambda: HeadEncoder(embedding=embedding))
+    torch.nn.init.zeros_(encoder.head.bias)
+    explainer, gradients = method(encoder, encoder.layer), GradientRows(monkeypatch)
+    if K > 3:
+        monkeypatch.setattr(question, "_AT_ONCE", 2 * embedding)
+    explainer.attribute_all(X[:1], reference_embedding=random(K, embedding))
+    assert gradients.rows == rows
 
 
 class Largest(TorchDispatchMode):
@@ -386,7 +410,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("contrast", [None, "rest"])
+@pytest.mark.parametrize("contrast", [None, "rest", "self"])
 @pytest.mark.parametrize("kind", ["aligned", "jacobian"])
 def test_nothing_that_is_made_grows_with_the_references_but_their_maps(kind, contrast, monkeypatch):
     monkeypatch.setattr(question, "_AT_ONCE", 4096)

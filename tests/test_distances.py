@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from functools import partial
 
+import helpers
 import pytest
 import torch
 from captum.attr import LayerGradCam
@@ -43,12 +45,14 @@ DISTANCES = {
     "L1": pml.LpDistance(p=1, normalize_embeddings=False),
     "L1 normalised": pml.LpDistance(p=1),
     "L2": pml.LpDistance(normalize_embeddings=False),
+    "L2 squared": pml.LpDistance(power=2, normalize_embeddings=False),
     "L2 normalised, squared": pml.LpDistance(power=2),
     "L3 squared": pml.LpDistance(p=3, power=2, normalize_embeddings=False),
     "L1.5": pml.LpDistance(p=1.5, normalize_embeddings=False),
     "max": pml.LpDistance(p=INF, normalize_embeddings=False),
 }
 each_distance = pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
+close = partial(helpers.close, atol=1e-11)
 few = settings(deadline=None, max_examples=40, derandomize=True)
 
 
@@ -63,10 +67,6 @@ def summed(z, s, distance):
 
 def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def close(actual, wanted, rtol=1e-9, atol=1e-11):
-    torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol)
 
 
 def by_hand(distance, z, s):
@@ -217,37 +217,80 @@ def test_a_score_is_the_librarys_matrix(distance):
     close(score(INPUTS), matrix(distance, ENCODER(INPUTS), REFERENCES))
 
 
+each_build = pytest.mark.parametrize("build", [PooledEncoder, FlatEncoder, HeadEncoder])
+
+
+def after_the_layer(encoder, A):
+    """The embedding that activations of the layer give."""
+    if isinstance(encoder, HeadEncoder):
+        return encoder.head(A.mean((2, 3)))
+    return A.mean((2, 3)) if isinstance(encoder, PooledEncoder) else A.flatten(1)
+
+
+def map_by_hand(encoder, image, weights_of):
+    """N f.v_i with f = terms * sign(z), for terms made of the numbers of z: places times activation times gradient."""
+    A = encoder.features(image[None]).detach().requires_grad_()
+    z = after_the_layer(encoder, A)
+    f = weights_of(z[0].tolist()) * z[0].detach().sign()
+    (gradient,) = torch.autograd.grad((f * z[0]).sum(), A)
+    return (A * gradient)[0].sum(0).detach() * A[0, 0].numel()
+
+
 @each_distance
-@pytest.mark.parametrize("build", [PooledEncoder, FlatEncoder, HeadEncoder])
-def test_a_map_weighs_channels_by_the_gradient_of_the_contributions_weighted_embedding(distance, build):
+@each_build
+def test_a_map_weighs_each_place_by_the_gradient_of_the_contributions_weighted_embedding(distance, build):
     encoder = seeded(build)
     s = encoder(random(4, 3, 8, 8, seed=5)).detach()
-    A = encoder.layer(encoder.conv2(encoder.early(encoder.conv1(INPUTS)))).detach().requires_grad_()
-    z = (
-        encoder.head(A.mean((2, 3)))
-        if build is HeadEncoder
-        else A.mean((2, 3))
-        if build is PooledEncoder
-        else A.flatten(1)
-    )
+    fam = FeatureActivationMap(encoder, encoder.layer, similarity=distance)
     for b, k in [(0, 0), (1, 3), (2, 1)]:
-        c = tensor(by_hand(distance, z[b].tolist(), s[k].tolist()))
-        w = (c - c.min()) / (c.max() - c.min())
-        (gradient,) = torch.autograd.grad((w * z[b]).sum(), A, retain_graph=True)
-        expected = (gradient[b].sum((1, 2))[:, None, None] * A[b]).sum(0)
-        fam = FeatureActivationMap(encoder, encoder.layer, similarity=distance)
-        close(fam.attribute(INPUTS[b : b + 1], k, reference_embedding=s)[0, 0], expected.detach())
+
+        def weights(z, k=k):
+            c = tensor(by_hand(distance, z, s[k].tolist()))
+            return (c - c.min()) / (c.max() - c.min())
+
+        expected = map_by_hand(encoder, INPUTS[b], weights)
+        close(fam.attribute(INPUTS[b : b + 1], k, reference_embedding=s)[0, 0], expected)
 
 
 @each_distance
-def test_contrast_weighs_channels_by_the_difference_of_contributions(distance):
-    fam = FeatureActivationMap(SimilarityScore(ENCODER, REFERENCES, distance), ENCODER.layer)
-    A, z = ENCODER.features(INPUTS).detach(), ENCODER(INPUTS).detach()
-    c = tensor([[by_hand(distance, a.tolist(), b.tolist()) for b in REFERENCES] for a in z])
-    expected = torch.einsum("bc,bchw->bhw", c[:, 2] - c[:, 0], A)[:, None]
-    close(fam.attribute(INPUTS, 2, contrast=0), expected)
-    rest = torch.einsum("bc,bchw->bhw", c[:, 2] - c[:, [0, 1, 3]].mean(1), A)[:, None]
-    close(fam.attribute(INPUTS, 2, contrast="rest"), rest)
+@each_build
+def test_contrast_weighs_each_place_by_the_difference_of_contributions(distance, build):
+    encoder = seeded(build)
+    s = encoder(random(4, 3, 8, 8, seed=5)).detach()
+    fam = FeatureActivationMap(SimilarityScore(encoder, s, distance), encoder.layer)
+
+    def contributions(z):
+        return tensor([by_hand(distance, z, row) for row in s.tolist()])
+
+    def another(z):
+        return contributions(z)[2] - contributions(z)[0]
+
+    def rest(z):
+        return contributions(z)[2] - contributions(z)[[0, 1, 3]].mean(0)
+
+    for contrast, weights in ((0, another), ("rest", rest)):
+        expected = torch.stack([map_by_hand(encoder, image, weights) for image in INPUTS])
+        close(fam.attribute(INPUTS, 2, contrast=contrast)[:, 0], expected)
+
+
+@each_distance
+@each_build
+def test_self_and_threshold_take_a_share_of_the_score_with_itself_which_a_distance_has_not(distance, build):
+    encoder = seeded(build)
+    s = encoder(random(4, 3, 8, 8, seed=5)).detach()
+    fam = FeatureActivationMap(SimilarityScore(encoder, s, distance), encoder.layer)
+
+    def less(share, z):
+        c, own = (tensor(by_hand(distance, z, other)) for other in (s[2].tolist(), z))
+        return c - (c.sum() if share is None else share) / own.sum() * own
+
+    for asked, share in (({"contrast": "self"}, None), ({"threshold": 0.3}, 0.3)):
+        if not distance.is_inverted:
+            with pytest.raises(ValueError, match=r"self|`threshold`.*similar to itself.*0"):
+                fam.attribute(INPUTS, 2, **asked)
+            continue
+        expected = torch.stack([map_by_hand(encoder, image, partial(less, share)) for image in INPUTS])
+        close(fam.attribute(INPUTS, 2, **asked)[:, 0], expected)
 
 
 @each_distance
@@ -281,11 +324,28 @@ def test_a_decomposition_takes_the_library_objects_of_cosine_and_dot(distance, n
     close(maps.mean((1, 2, 3)), distance(ENCODER(INPUTS), REFERENCES)[:, 2].detach())
 
 
+def test_a_decomposition_takes_the_squared_euclidean_distance_but_for_what_no_place_has():
+    distance = pml.LpDistance(power=2, normalize_embeddings=False)
+    z, s = ENCODER(INPUTS).detach(), REFERENCES[2]
+    decomposition = SimilarityDecomposition(SimilarityScore(ENCODER, REFERENCES, distance), ENCODER.layer)
+    maps = decomposition.attribute(INPUTS, 2)
+    close(maps.mean((1, 2, 3)) - s.square().sum(), matrix(distance, z, REFERENCES)[:, 2])
+    close(maps[:, 0], torch.einsum("bc,bchw->bhw", 2 * s - z, ENCODER.features(INPUTS).detach()))
+
+
 @pytest.mark.parametrize(
-    "distance", [pml.LpDistance(), pml.CosineSimilarity(power=2), pml.CosineSimilarity(p=1)], ids=["Lp", "power", "p"]
+    "distance",
+    [
+        pml.LpDistance(),
+        pml.LpDistance(power=2),
+        pml.LpDistance(normalize_embeddings=False),
+        pml.CosineSimilarity(power=2),
+        pml.CosineSimilarity(p=1),
+    ],
+    ids=["Lp", "Lp normalised, squared", "Lp not squared", "power", "p"],
 )
 def test_a_decomposition_refuses_what_has_none(distance):
-    with pytest.raises((ValueError, TypeError), match=r"`?similarity`?.*cosine.*dot"):
+    with pytest.raises((ValueError, TypeError), match=r"`?similarity`?.*cosine.*dot.*euclidean"):
         SimilarityDecomposition(ENCODER, ENCODER.layer, similarity=distance).attribute(INPUTS, reference=INPUTS)
 
 
@@ -309,7 +369,9 @@ def test_perturbations_and_relevance_explain_the_librarys_score(distance):
         close(maps, method(theirs).attribute(INPUTS, target=1), atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "decomposable"), [("cosine", True), ("dot", True), ("L1", False)])
+@pytest.mark.parametrize(
+    ("name", "decomposable"), [("cosine", True), ("dot", True), ("L2 squared", True), ("L1", False)]
+)
 def test_a_comparison_has_the_decomposition_where_the_distance_has_one(name, decomposable):
     score = SimilarityScore(ENCODER, REFERENCES, DISTANCES[name])
     maps = compare_attributions(score, ENCODER.layer, INPUTS[:1], 1, show_progress=False)
@@ -387,5 +449,5 @@ def test_importing_the_package_imports_no_optional_library():
 def test_a_version_without_batched_distances_will_do(monkeypatch):
     monkeypatch.delattr(pml, "BatchedDistance")
     z, s = random(6), random(6, seed=2)
-    torch.testing.assert_close(channel_contributions(z, s, pml.CosineSimilarity()), channel_contributions(z, s))
+    close(channel_contributions(z, s, pml.CosineSimilarity()), channel_contributions(z, s))
     FeatureActivationMap(ENCODER, ENCODER.layer).attribute(INPUTS, 0, reference_embedding=REFERENCES)

@@ -5,11 +5,15 @@ import copy
 import re
 import warnings
 
+import numpy as np
 import pytest
+import reference as oracle
 import torch
 import torchvision
 from encoders import HeadEncoder, PooledEncoder, TwoInputEncoder, random, seeded
+from helpers import close, silent
 from torch import nn
+from torchvision import tv_tensors
 
 from captum_fam import FeatureActivationMap, SimilarityScore, channel_contributions
 
@@ -27,10 +31,6 @@ def explainer(encoder, **options):
     return FeatureActivationMap(encoder, encoder.layer, **options)
 
 
-def close(actual, wanted):
-    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
-
-
 def assert_maps_near(maps, wanted, dtype, error=None):
     assert maps.dtype == dtype
     assert (maps.double() - wanted).norm() <= (ERROR[dtype] if error is None else error) * wanted.norm()
@@ -44,6 +44,17 @@ def one_warning(match):
         yield
     (warning,) = [str(w.message) for w in record]
     assert re.search(match, warning), warning
+
+
+@each_dtype
+@each_encoder
+@pytest.mark.parametrize(
+    "asked", [{"contrast": 3}, {"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.5}], ids=str
+)
+def test_a_difference_of_scores_in_each_dtype_is_near_that_of_float64(encoder, dtype, asked):
+    fam, narrow = explainer(encoder), explainer(copy.deepcopy(encoder).to(dtype))
+    maps = narrow.attribute(INPUTS.to(dtype), 1, reference_embedding=REFERENCES.to(dtype), **asked)
+    assert_maps_near(maps, fam.attribute(INPUTS, 1, reference_embedding=REFERENCES, **asked), dtype)
 
 
 @each_dtype
@@ -66,6 +77,9 @@ def test_every_call_keeps_the_dtype(encoder, dtype):
     assert fam.attribute(x, 0, None, True, reference_embedding=REFERENCES.to(dtype), contrast=1).dtype == dtype
     assert fam.attribute(x, 0, attr_dim_summation=False, reference_embedding=REFERENCES.to(dtype)).dtype == dtype
     assert fam.attribute_all(x, reference=x, contrast="rest").dtype == dtype
+    assert fam.attribute_all(x, reference=x, contrast="self").dtype == dtype
+    assert fam.attribute_all(x, reference=x, threshold=0.5).dtype == dtype
+    assert fam.attribute_all(x, reference_embedding=random(40, 6).to(dtype)).dtype == dtype  # more than dimensions
     assert [maps.dtype for maps in fam.attribute_pair(x, x)] == [dtype, dtype]
 
 
@@ -125,6 +139,27 @@ def test_alignment_is_recognised_in_half_precision(dtype):
         fam.attribute(INPUTS.to(dtype), 0, reference_embedding=REFERENCES.to(dtype))
 
 
+class Image(torch.Tensor):
+    """Stays what it is in whatever is done with it, unlike those of torchvision."""
+
+
+@pytest.mark.parametrize("kind", [Image, tv_tensors.Image])
+@each_encoder
+def test_inputs_of_a_subclass_of_tensor_have_the_maps_of_tensors(encoder, kind):
+    fam, x, other = explainer(encoder), INPUTS.as_subclass(kind), INPUTS.flip(0)
+    many = random(40, 6)
+    close(
+        fam.attribute(x, reference=other.as_subclass(kind)).as_subclass(torch.Tensor),
+        fam.attribute(INPUTS, reference=other),
+    )
+    for asked in ({}, {"contrast": "rest"}, {"contrast": "self"}):
+        maps = fam.attribute_all(x, reference_embedding=many, **asked)
+        close(maps.as_subclass(torch.Tensor), fam.attribute_all(INPUTS, reference_embedding=many, **asked))
+    for maps, wanted in zip(fam.attribute_pair(x, other.as_subclass(kind)), fam.attribute_pair(INPUTS, other)):
+        close(maps.as_subclass(torch.Tensor), wanted)
+    assert fam.route(x) == fam.route(INPUTS)
+
+
 @each_encoder
 @each_dtype
 def test_an_empty_batch_has_an_empty_map(encoder, dtype):
@@ -136,6 +171,8 @@ def test_an_empty_batch_has_an_empty_map(encoder, dtype):
         fam.attribute(none, [], reference_embedding=references),
         fam.attribute(none, 2, reference_embedding=references, contrast="rest"),
         fam.attribute(none, 2, reference_embedding=references, contrast=0),
+        fam.attribute(none, 2, reference_embedding=references, contrast="self"),
+        fam.attribute(none, 2, reference_embedding=references, threshold=0.5),
         fam.attribute(none, reference=INPUTS[:1].to(dtype)),
         fam.attribute(none, reference=none),
     ]
@@ -143,7 +180,10 @@ def test_an_empty_batch_has_an_empty_map(encoder, dtype):
     assert fam.attribute(none, 0, attr_dim_summation=False, reference_embedding=references).shape == (0, 6, 4, 4)
     assert fam.attribute(none, 0, None, True, reference_embedding=references).shape == (0, 1, 4, 4)
     assert fam.attribute_all(none, reference_embedding=references).shape == (0, 4, 4, 4)
-    assert fam.attribute_all(none, reference_embedding=references, contrast="rest").shape == (0, 4, 4, 4)
+    for asked in ({"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.5}):
+        assert fam.attribute_all(none, reference_embedding=references, **asked).shape == (0, 4, 4, 4)
+    many = random(40, 6).to(dtype)
+    assert fam.attribute_all(none, reference_embedding=many).shape == (0, 40, 4, 4)
     assert fam.embed(none).shape == (0, 6)
 
 
@@ -228,8 +268,7 @@ def test_one_non_finite_number_in_an_input_leaves_the_other_inputs_their_maps(en
 def test_a_bad_reference_that_no_input_takes_is_not_warned_about(encoder):
     references = REFERENCES.clone()
     references[3] = float("nan")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         maps = explainer(encoder).attribute(INPUTS, [0, 1, 2], reference_embedding=references)
     close(maps, explainer(encoder).attribute(INPUTS, reference_embedding=REFERENCES[:3]))
 
@@ -313,13 +352,17 @@ def test_a_single_location_has_a_map_of_one_place(encoder):
     close(maps, by_hand)
 
 
-def test_a_layer_without_locations_has_one_value_per_input():
+@pytest.mark.parametrize("K", [1, 4, 40])  # one place is fewer than two references: v is found first
+def test_a_layer_without_places_has_one_value_per_input(K):
     encoder = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 6)))
-    x = random(2, 3, 2, 2)
+    x, s = random(2, 3, 2, 2), random(K, 6, seed=2)
+    z, A = (part(x).detach().numpy() for part in (encoder, encoder[:3]))
+    f = np.stack([[oracle.pair_weights(row, s.numpy(), k, "cosine") for k in range(K)] for row in z])
+    head = encoder[3].weight.detach().numpy()
     fam = FeatureActivationMap(encoder, encoder[2])
-    assert fam.attribute(x, 1, reference_embedding=REFERENCES).shape == (2, 1)
-    assert fam.attribute(x, 1, attr_dim_summation=False, reference_embedding=REFERENCES).shape == (2, 5)
-    assert fam.attribute_all(x, reference_embedding=REFERENCES).shape == (2, 4)
+    close(fam.attribute(x, K - 1, attr_dim_summation=False, reference_embedding=s), (f[:, -1] @ head) * A)
+    close(fam.attribute(x, K - 1, reference_embedding=s), ((f[:, -1] @ head) * A).sum(1, keepdims=True))
+    close(fam.attribute_all(x, reference_embedding=s), ((f @ head) * A[:, None]).sum(2))
 
 
 class Twice(PooledEncoder):
@@ -351,8 +394,7 @@ def test_two_encoder_calls_in_one_forward_are_warned_about():
 
 def test_a_layer_that_is_given_twice_is_not_taken_for_one_that_is_called_twice():
     fam = FeatureActivationMap(JACOBIAN, [JACOBIAN.layer, JACOBIAN.layer])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         one, two = fam.attribute(INPUTS, 1, reference_embedding=REFERENCES)
     close(one, two)
     close(one, explainer(JACOBIAN).attribute(INPUTS, 1, reference_embedding=REFERENCES))
@@ -409,8 +451,7 @@ def test_dropout_in_training_mode_warns_and_not_in_eval_mode(dropout):
     with one_warning(r"training mode.*dropout.*eval\(\)"):
         fam.attribute(INPUTS, 1, reference_embedding=REFERENCES)
     model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         fam.attribute(INPUTS, 1, reference_embedding=REFERENCES)
 
 
@@ -427,16 +468,14 @@ def test_dropout_of_nothing_does_not_warn(dropout):
     model = seeded(PooledEncoder)
     model.early = nn.Sequential(model.early, dropout)
     model.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         FeatureActivationMap(model, model.layer).attribute(INPUTS, 1, reference_embedding=REFERENCES)
 
 
 def test_training_mode_without_batch_norm_and_batch_norm_in_eval_mode_do_not_warn():
     partly = seeded(NormEncoder).train()
     partly.norm.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         for model in (seeded(PooledEncoder).train(), partly):
             explainer(model).attribute(INPUTS, reference=INPUTS)
 
@@ -485,8 +524,7 @@ def test_of_several_layers_only_the_independent_one_is_named():
 def test_a_map_as_high_as_the_embedding_is_long_is_not_taken_for_tokens(size):
     # conv1 keeps the size: 12 is also the embedding's dimension.
     encoder = seeded(lambda: HeadEncoder(embedding=12))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         FeatureActivationMap(encoder, encoder.conv1).attribute(random(2, 3, *size), reference_embedding=random(1, 12))
 
 
@@ -496,8 +534,7 @@ def test_a_map_as_high_as_the_embedding_is_long_is_not_taken_for_tokens(size):
 def test_nothing_is_warned_about_in_the_ordinary_case(encoder, route, similarity):
     fam = explainer(encoder, similarity=similarity, channel_weights=route)
     layers = FeatureActivationMap(encoder, [encoder.early, encoder.layer])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         fam.attribute(INPUTS, reference=INPUTS.flip(0))
         fam.attribute(INPUTS, [0, 1, 3], None, True, reference_embedding=REFERENCES, contrast="rest")
         fam.attribute_all(INPUTS, reference_embedding=random(9, 6))

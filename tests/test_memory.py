@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 from encoders import random, seeded
-from test_chunks import close
+from helpers import close
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from captum_fam import FeatureActivationMap
+from captum_fam.engine.report import Report
 
 X = random(2, 3, 8, 8)
 
@@ -40,16 +41,18 @@ def norm(**options):
     return module
 
 
-def alphas(encoder, x, s, layer):
-    """The gradients of w·z with respect to the layer, summed over places, as torch gives them to anyone."""
+def map_of(encoder, x, s, layer):
+    """N f.v_i from the gradient of f.z by the layer, as torch gives it to anyone; f = w * sign(z) is held."""
     kept = []
     handle = layer.register_forward_hook(lambda m, args, out: kept.append(out) or out.clone())
     z = encoder(x)
     handle.remove()
     c = (z / z.norm(dim=1, keepdim=True) * (s / s.norm(dim=1, keepdim=True))).detach()
     low, high = c.amin(1, keepdim=True), c.amax(1, keepdim=True)
-    (gradient,) = torch.autograd.grad((z * (c - low) / (high - low)).sum(), kept)
-    return gradient.sum((2, 3), keepdim=True), kept[0].detach()
+    f = (c - low) / (high - low) * z.detach().sign()
+    (gradient,) = torch.autograd.grad((f * z).sum(), kept)
+    A = kept[0].detach()
+    return (A * gradient).sum(1, keepdim=True) * A[0, 0].numel()
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -58,17 +61,17 @@ def alphas(encoder, x, s, layer):
 )
 def test_batch_norm_has_the_gradient_that_torch_gives_it(options, inplace):
     encoder, s = seeded(lambda: Normed(inplace=inplace, **options)), random(1, 4, seed=2)
-    alpha, A = alphas(encoder, X, s, encoder.layer)
+    expected = map_of(encoder, X, s, encoder.layer)
     maps = FeatureActivationMap(encoder, encoder.layer).attribute(X, reference_embedding=s)
     assert maps.any()
-    close(maps, (alpha * A).sum(1, keepdim=True))
+    close(maps, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_batch_norm_in_half_precision_is_left_to_torch(dtype):
     encoder, s = seeded(Normed).to(dtype), random(1, 4, seed=2)
     fam = FeatureActivationMap(encoder, encoder.layer)
-    with fam._record((X.to(dtype),), None) as recording, torch.no_grad():
+    with fam._record((X.to(dtype),), None, Report(), constants=True) as recording, torch.no_grad():
         assert torch.equal(recording.embedding, encoder(X.to(dtype)))
     assert fam.attribute(X.to(dtype), reference_embedding=s).dtype == dtype
 
@@ -178,10 +181,10 @@ def test_an_encoder_may_do_with_its_weights_what_it_likes(step):
     if step == "a gradient in between":
         encoder.head.weight.data = random(4, 6)
         encoder.step = lambda self, x: adapted(self, x[..., :4])
-    alpha, A = alphas(encoder, X, s, encoder.layer)
+    expected = map_of(encoder, X, s, encoder.layer)
     maps = FeatureActivationMap(encoder, encoder.layer).attribute(X, reference_embedding=s)
     assert maps.any()
-    close(maps, (alpha * A).sum(1, keepdim=True))
+    close(maps, expected)
     assert all(p.requires_grad for p in encoder.parameters())
     assert not torch._C._len_torch_function_stack()
 

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from encoders import HeadEncoder, PooledEncoder, ResidualEncoder, random, seeded
+from helpers import close
 from torch import nn
 
 from captum_fam import FeatureActivationMap, SimilarityScore
@@ -21,7 +22,10 @@ CALLS = {
     "attribute_to_layer_input": lambda fam, x: fam.attribute(x, 1, None, True, reference_embedding=REFERENCES),
     "attribute_reference": lambda fam, x: fam.attribute(x, reference=x),
     "attribute_all": lambda fam, x: fam.attribute_all(x, reference_embedding=REFERENCES),
-    "attribute_pair": lambda fam, x: fam.attribute_pair(x, x),
+    "attribute_many": lambda fam, x: fam.attribute_all(x, reference_embedding=random(40, 6)),  # more than dimensions
+    "attribute_self": lambda fam, x: fam.attribute_all(x, reference_embedding=REFERENCES, contrast="self"),
+    "attribute_threshold": lambda fam, x: fam.attribute(x, 1, reference_embedding=REFERENCES, threshold=0.3),
+    "attribute_pair": lambda fam, x: fam.attribute_pair(x, x.flip(0)),
     "embed": lambda fam, x: fam.embed(x),
 }
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
@@ -64,10 +68,6 @@ class LateNormEncoder(HeadEncoder):
 
 def explainer(encoder, **options):
     return FeatureActivationMap(encoder, encoder.layer, **options)
-
-
-def close(actual, wanted):
-    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
 
 
 def state(model, *tensors):
@@ -171,6 +171,21 @@ def test_inputs_that_are_the_explained_layer_input_are_as_they_were(build, route
         assert state(model, x) == before
 
 
+@pytest.mark.filterwarnings("ignore:The model is in training mode")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("build", [LateNormEncoder, ScaledEncoder])
+@each_call
+@each_route
+def test_a_backward_pass_of_the_users_that_waits_gives_the_gradients_that_it_would_have_given(
+    call, route, build, training
+):
+    undisturbed, model = (seeded(build).train(training) for _ in range(2))
+    expected = torch.autograd.grad(undisturbed(INPUTS).square().sum(), list(undisturbed.parameters()))
+    waiting = model(INPUTS).square().sum()
+    call(explainer(model, channel_weights=route), INPUTS)
+    close(torch.autograd.grad(waiting, list(model.parameters())), expected)
+
+
 class Stop(BaseException):
     """As KeyboardInterrupt: no Exception."""
 
@@ -251,6 +266,23 @@ def test_a_failure_reaches_the_caller(failure):
     model, options, error = failure()
     with pytest.raises(error):
         explainer(model, channel_weights="jacobian", **options).attribute_pair(INPUTS, INPUTS)
+
+
+@each_route
+@pytest.mark.parametrize("error", [ValueError("mine"), RuntimeError("mine"), OSError("mine"), Stop("mine")], ids=repr)
+@pytest.mark.parametrize("fault", ["early_fault", "late_fault"])
+@pytest.mark.parametrize("call", ["attribute", "attribute_all", "attribute_many", "attribute_pair"])
+def test_an_encoder_that_fails_is_run_once_and_its_own_error_is_seen(call, fault, error, route):
+    passes = []
+
+    def fail(value):
+        passes.append(1)
+        raise error
+
+    with pytest.raises(type(error)) as seen:
+        CALLS[call](explainer(fragile(**{fault: fail}), channel_weights=route), INPUTS)
+    assert seen.value is error
+    assert len(passes) == 1
 
 
 def test_a_layer_that_fails_itself_keeps_no_hook():

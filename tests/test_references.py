@@ -7,9 +7,18 @@ import pytest
 import reference as oracle
 import torch
 from encoders import HeadEncoder, PooledEncoder, TwoInputEncoder, random, seeded
+from helpers import close
 from torch import nn
 
-from captum_fam import FeatureActivationMap, SimilarityScore
+from captum_fam import (
+    FeatureActivationMap,
+    LabelFreeActivationMap,
+    Relax,
+    RelevanceCam,
+    ScoreCam,
+    SimilarityDecomposition,
+    SimilarityScore,
+)
 
 ENCODER = seeded(PooledEncoder)
 INPUTS = random(3, 3, 8, 8)
@@ -20,20 +29,18 @@ def explainer(encoder=ENCODER, **options):
     return FeatureActivationMap(encoder, encoder.layer, **options)
 
 
-def expected(own, other=None, similarity="cosine", inputs=INPUTS, references=REFERENCES, encoder=ENCODER):
+def expected(
+    own, other=None, similarity="cosine", inputs=INPUTS, references=REFERENCES, encoder=ENCODER, threshold=None
+):
     """The oracle's maps of an aligned encoder, for the own (and the other) reference of each input."""
     with torch.no_grad():
         A, z = encoder.features(inputs).numpy(), encoder(inputs).numpy()
-    others = [other] * len(own) if other is None or other == "rest" else other
-    maps = [
-        oracle.aligned_map(oracle.pair_weights(z[i], references.numpy(), k, similarity, contrast=others[i]), A[i])
+    others = [other] * len(own) if other in (None, "rest", "self") else other
+    weights = [
+        oracle.pair_weights(z[i], references.numpy(), k, similarity, contrast=others[i], threshold=threshold)
         for i, k in enumerate(own)
     ]
-    return torch.from_numpy(np.stack(maps))[:, None]
-
-
-def close(actual, wanted):
-    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+    return torch.from_numpy(np.stack([oracle.aligned_map(f, a) for f, a in zip(weights, A)]))[:, None]
 
 
 FORMS = [
@@ -156,6 +163,17 @@ def test_rest_contrasts_with_the_mean_over_all_the_others():
     close(maps, expected([1, 0, 3], "rest"))
 
 
+@pytest.mark.parametrize(("contrast", "threshold"), [("self", None), (None, 0.4), (None, 1)])
+def test_self_and_threshold_need_one_reference_for_each_input_and_no_others(contrast, threshold):
+    asked = {"contrast": contrast, "threshold": threshold}
+    fam, wanted = explainer(), {"other": contrast, "threshold": threshold}
+    close(fam.attribute(INPUTS, [1, 0, 3], reference_embedding=REFERENCES, **asked), expected([1, 0, 3], **wanted))
+    close(fam.attribute(INPUTS, reference_embedding=REFERENCES[2:3], **asked), expected([2, 2, 2], **wanted))
+    every = torch.cat([expected([k, k, k], **wanted) for k in range(4)], 1)
+    close(fam.attribute_all(INPUTS, reference_embedding=REFERENCES, **asked), every)
+    close(fam.attribute_all(INPUTS, reference_embedding=REFERENCES[:1], **asked), every[:, :1])
+
+
 def test_rest_of_two_references_is_the_other_one():
     fam = explainer()
     rest = fam.attribute(INPUTS, 1, reference_embedding=REFERENCES[:2], contrast="rest")
@@ -195,8 +213,8 @@ def test_attribute_all_never_pairs_inputs_with_as_many_references():
 
 
 @pytest.mark.parametrize("contrast", [0, 1, [0, 1, 2], torch.tensor(0), torch.tensor([0, 1, 2]), "others", True])
-def test_attribute_all_takes_no_contrast_but_rest(contrast):
-    with pytest.raises((ValueError, TypeError), match=r'`contrast`.*"rest" or None'):
+def test_attribute_all_takes_no_contrast_but_rest_and_self(contrast):
+    with pytest.raises((ValueError, TypeError), match=r'`contrast` to be "rest", "self" or None'):
         explainer().attribute_all(INPUTS, reference_embedding=REFERENCES, contrast=contrast)
 
 
@@ -209,6 +227,18 @@ def test_attribute_all_without_any_reference_is_an_error():
 def test_no_reference_is_an_error_that_names_the_three_sources(call):
     with pytest.raises(ValueError, match=r"`reference`, `reference_embedding`.*SimilarityScore.*none"):
         getattr(explainer(), call)(INPUTS)
+
+
+@pytest.mark.parametrize("target", [None, 1])
+@pytest.mark.parametrize("method", [SimilarityDecomposition, ScoreCam, RelevanceCam, Relax])
+def test_no_method_takes_a_target_without_references_for_a_dimension_of_the_embedding(method, target):
+    explainer = method(ENCODER) if method is Relax else method(ENCODER, ENCODER.layer)
+    with pytest.raises(ValueError, match=r"`reference`, `reference_embedding`.*SimilarityScore.*none.*torch\.eye\(n\)"):
+        explainer.attribute(INPUTS, target)
+
+
+def test_the_label_free_map_alone_needs_no_reference():
+    assert LabelFreeActivationMap(ENCODER, ENCODER.layer).attribute(INPUTS).any()
 
 
 @pytest.mark.parametrize("call", ["attribute", "attribute_all"])
@@ -388,7 +418,7 @@ def test_arguments_with_a_row_for_each_input_are_refused_for_another_number_of_r
     with pytest.raises(ValueError, match=r"`additional_forward_args`.*3 inputs.*1 of `reference`.*fam.embed"):
         fam.attribute(x, None, scale, reference=x[:1])
     assert not calls
-    torch.testing.assert_close(
+    close(
         fam.attribute(x, None, scale, reference=x),
         FeatureActivationMap(encoder, encoder.layer).attribute(x, reference=x),
     )

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerGradCam
-from encoders import HeadEncoder, PooledEncoder, random, seeded
+from captum.attr import LayerGradCam, LayerGradientXActivation
+from encoders import FlatEncoder, HeadEncoder, PooledEncoder, random, seeded
+from helpers import close
 
 from benchmarks import faithfulness, report, study
 from benchmarks.faithfulness import Cell, Settings, is_finished, right_object
-from captum_fam import FeatureActivationMap, LabelFreeActivationMap, Relax, SimilarityDecomposition, SimilarityScore
+from captum_fam import FeatureActivationMap, LabelFreeActivationMap, Relax, SimilarityScore
 
 
-@pytest.fixture(params=[PooledEncoder, HeadEncoder])
+@pytest.fixture(params=[PooledEncoder, HeadEncoder, FlatEncoder])
 def question(request):
     net = seeded(request.param)
+    if request.param is HeadEncoder:  # without a bias, the places add up to the embedding
+        torch.nn.init.zeros_(net.head.bias)
     encoder = study.Encoder("small", net, net, net.layer, 16, "none")
     return study.Question.of(encoder, random(3, 3, 16, 16), random(3, 3, 16, 16, seed=2))
 
@@ -27,23 +30,34 @@ def scaled(maps):
     return maps / maps.abs().amax((1, 2, 3), keepdim=True)
 
 
-def test_a_residual_of_one_is_grad_cam_but_for_a_positive_factor(question):
+def gradient_times_activation(question):
+    """Captum's, of the cosine."""
     score = SimilarityScore(question.encoder.net, question.s)
-    expected = LayerGradCam(score, question.encoder.layer).attribute(question.images, target=[0, 1, 2])
-    torch.testing.assert_close(scaled(study.METHODS["Grad-CAM"](question)), scaled(expected.detach()))
+    terms = LayerGradientXActivation(score, question.encoder.layer).attribute(question.images, target=[0, 1, 2])
+    return terms.sum(1, keepdim=True).detach()
+
+
+def test_grad_cam_is_captums(question):
+    score = SimilarityScore(question.encoder.net, question.s)
+    expected = LayerGradCam(score, question.encoder.layer).attribute(question.images, target=[0, 1, 2]).detach()
+    close(scaled(study.METHODS["Grad-CAM"](question)), scaled(expected))
+
+
+def test_a_residual_of_one_is_the_gradient_of_the_cosine_by_place_but_for_a_positive_factor(question):
+    expected = scaled(gradient_times_activation(question))
+    close(scaled(study.decomposition(dimension_weights=study.residual(1))(question)), expected)
+    close(scaled(study.METHODS["decomposition self"](question)), expected)
 
 
 def test_a_residual_of_zero_is_the_similarity_decomposition_but_for_a_positive_factor(question):
-    method = SimilarityDecomposition(question.encoder.net, question.encoder.layer)
-    expected = method.attribute(question.images, reference_embedding=question.s)
-    if isinstance(question.encoder.net, PooledEncoder):  # with a head, the decomposition leaves out its normalisation
-        torch.testing.assert_close(scaled(study.weighted(study.residual(0), None)(question)), scaled(expected))
+    expected = scaled(study.METHODS["SimilarityDecomposition"](question))
+    close(scaled(study.decomposition(dimension_weights=study.residual(0))(question)), expected)
 
 
 def test_fam_of_the_dot_product_is_fam_of_the_cosine(question):
     dot = FeatureActivationMap(question.encoder.net, question.encoder.layer, similarity="dot")
     expected = dot.attribute(question.images, reference_embedding=question.s)
-    torch.testing.assert_close(study.METHODS["FAM cosine"](question), expected)
+    close(study.METHODS["FAM cosine"](question), expected)
 
 
 def test_relax_from_stored_embeddings_is_that_of_the_package(question):
