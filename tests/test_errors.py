@@ -119,7 +119,7 @@ def test_dimension_weights_of_another_shape_are_an_error_that_names_them(call, w
 @pytest.mark.parametrize("similarity", ["euclidean", None], ids=["euclidean", "of one's own weights"])
 def test_a_matrix_of_pairs_of_places_needs_a_sum_over_them(similarity):
     options = {"similarity": similarity} if similarity else {"dimension_weights": lambda z, s: s}
-    with pytest.raises(ValueError, match='attribute_matrix.*"cosine" or "dot".*but got'):
+    with pytest.raises(ValueError, match=r'attribute_matrix.*"cosine" or "dot".*but got'):
         SimilarityDecomposition(ENCODER, ENCODER.layer, **options).attribute_matrix(INPUTS, INPUTS)
 
 
@@ -455,7 +455,7 @@ def test_score_cam_explains_differences_of_scores_so_it_has_none(ask, question):
 def test_relax_has_no_contrast_with_itself():
     counted = Counted()
     with pytest.raises(
-        ValueError, match="Relax.*contrast='self'.*FeatureActivationMap and SimilarityDecomposition have"
+        ValueError, match=r"Relax.*contrast='self'.*FeatureActivationMap and SimilarityDecomposition have"
     ):
         Relax(counted).attribute(INPUTS, 1, reference_embedding=REFERENCES, contrast="self")
     assert counted.calls == 0
@@ -464,7 +464,7 @@ def test_relax_has_no_contrast_with_itself():
 @each_own
 def test_classes_have_no_contrast_with_themselves(question):
     classifier = seeded(lambda: HeadEncoder(embedding=5))
-    with pytest.raises(ValueError, match="ClassActivationMap.*(contrast='self'|threshold).*SimilarityDecomposition"):
+    with pytest.raises(ValueError, match=r"ClassActivationMap.*(contrast='self'|threshold).*SimilarityDecomposition"):
         ClassActivationMap(classifier, classifier.layer).attribute(INPUTS, 1, **question)
 
 
