@@ -149,3 +149,72 @@ class TokenEncoder(nn.Module):
         tokens = self.layer(torch.cat([self.cls.expand(len(x), -1, -1), patches], 1))
         mixed = tokens + torch.tanh(self.mix(tokens.mT).mT)
         return mixed[:, 0]
+
+
+class OfActivations(nn.Sequential):
+    """An "encoder" whose input is the activation of its layer; by default its embedding is the spatial mean."""
+
+    def __init__(self, *after):
+        super().__init__(nn.Identity(), *(after or (nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+        self.double().eval()
+
+    @property
+    def layer(self):
+        return self[0]
+
+
+HAND_A = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]], [[0.0, 4.0], [8.0, 4.0]]]]).double()  # its mean is (3, 4)
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Classifier(PooledEncoder):
+    """Five classes by a linear layer on the spatial mean of ``layer``, which ``again`` repeats."""
+
+    def __init__(self, dim=2):
+        super().__init__(dim)
+        self.again = nn.Identity()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.again(self.features(x)).flatten(2).mean(2))
+
+
+class Shifted(PooledEncoder):
+    """Takes a row of six numbers with each input, and a factor for all."""
+
+    def forward(self, x, shift, factor=1.0):
+        return factor * (super().forward(x) + shift)
+
+
+class OfBytes(PooledEncoder):
+    """Takes images of bytes, and normalises them itself."""
+
+    def forward(self, x):
+        return super().forward(x.double() / 255 - 0.4)
+
+
+def pooled():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Unbiased(nn.Module):
+    """A bias-free network whose last feature map ``pool`` takes to (B, 6) and ``finish`` to the embedding."""
+
+    def __init__(self, pool, finish):
+        super().__init__()
+        self.early = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.relu, self.conv2, self.layer = nn.ReLU(), nn.Conv2d(5, 6, 3, padding=1, bias=False), nn.ReLU()
+        self.pool, self.finish = pool, finish
+
+    def forward(self, x):
+        return self.finish(self.pool(self.layer(self.conv2(self.relu(self.early(x))))))

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 
 import numpy as np
+import reference as oracle
 import torch
 
 
@@ -35,3 +36,32 @@ def run(encoder, *inputs, layer=None):
         z = encoder(*inputs)
     handle.remove()
     return z, kept[-1]
+
+
+def arrays(encoder, *inputs, layer=None):
+    """As ``run``, in NumPy."""
+    return tuple(t.numpy() for t in run(encoder, *inputs, layer=layer))
+
+
+def similarity_of(z, s, similarity="cosine"):
+    """The score of one embedding for one reference, by the reference implementation."""
+    return oracle.contributions(z, s, similarity).sum()
+
+
+def margin(z, references, own, contrast=None, similarity="cosine"):
+    """The score of one embedding for its reference, less that of another or the mean of all the others."""
+    scores = [similarity_of(z, s, similarity) for s in references]
+    others = [score for k, score in enumerate(scores) if k != own] if contrast == "rest" else scores[contrast or 0]
+    return scores[own] - (0 if contrast is None else np.mean(others))
+
+
+def question(references, own, contrast=None, similarity="cosine"):
+    """The margin as a function of an embedding."""
+    return lambda z: margin(z, references.numpy(), own, contrast, similarity)
+
+
+def held(model):
+    """What a call may leave beside hooks, flags and values: attributes of modules, and the parameters' memory."""
+    attributes = [{name: id(value) for name, value in vars(m).items()} for m in model.modules()]
+    memory = [(id(t), t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
+    return attributes, memory
