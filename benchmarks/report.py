@@ -24,7 +24,9 @@ ORDER = (
     FAM,
     "FAM signed",
     "FAM Euclidean",
+    "FAM self",
     "SimilarityDecomposition",
+    "decomposition self",
     "LaFAM",
     "residual 0.9",
     "Grad-CAM",
@@ -49,7 +51,9 @@ it cannot be smaller than 0.008.
 
 FAM cosine stands for FAM with the dot product too: the contributions differ by a factor, so the weights are the same.
 FAM signed differs from it by an offset of the weights only; where one channel contributes nothing, that is zero, and
-the maps are the same but for a factor. Grad-CAM is signed here (the paper's has a ReLU). RELAX and Distance Explainer
+the maps are the same but for a factor. *self*: `contrast="self"`, what a match has beyond what the image has with
+itself; for the decomposition it is Grad-CAM by place, so the two differ only where a head treats places differently.
+Grad-CAM is signed here (the paper's has a ReLU). RELAX and Distance Explainer
 take {masks} masks of 7 x 7 cells and paint with the mean colour instead of black, because black would be one more
 object. ¹ sees the reference's map, not only its embedding, and looks for like places: it does not explain the score.
 ² sees the other references and explains the difference to their mean.
@@ -387,7 +391,7 @@ def encoders_table(study: Study, cosines: dict[str, tuple[float, float]]) -> str
     names = [
         FAM,
         "SimilarityDecomposition",
-        "residual 0.9",
+        "decomposition self",
         "Grad-CAM",
         "best match",
         "RELAX",

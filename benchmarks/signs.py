@@ -27,9 +27,10 @@ PAGE = """# The signs of embeddings
 Made by `CAPTUM_FAM_DATA=<data folder> python -m benchmarks.signs`. Collages of two images as in tasks.py, {count} of
 CIFAR-10, {few} of clothing (last two encoders), by cosine. Mean share of the positive map in the right half (chance
 0.50), 95 % bootstrap interval over collages, collages above 0.50. A collage counts once, as the mean over its two
-references: a map that knows of no reference has 0.50. Sign-true: w sign(z), the gradient of w.|z|, in place of w. By
-place: gradient times activation of w.z, one weight for each place, as the decomposition has. Negative: share of the
-sum of |c| where z < 0. Untrained: one draw each, which the intervals leave out.
+references: a map that knows of no reference has 0.50. FAM weighs the dimensions by w sign(z), and each place by its own
+gradient. FAM 0.1, the version before, had neither; *signs only* and *places only* have one of the two. *self*: what the
+match has beyond what the image has with itself, the same in both tables, as it knows of no other reference. Negative:
+share of the sum of |c| where z < 0. Untrained: one draw each, which the intervals leave out.
 
 What it says: docs/measured.md.
 
@@ -60,22 +61,23 @@ class Grid(nn.Module):
         return torch.cat([tokens[:, :1], self.map(tokens[:, 1:].mT.unflatten(2, (side, side))).flatten(2).mT], 1)
 
 
-def layer_method(kind: Any, case: Case, a: Tensor, b: Tensor | None, **options: Any) -> Tensor:
-    return kind(case.net, case.layer, **options).attribute(case.x, a, reference_embedding=case.s, contrast=b)
+def layer_method(kind: Any, case: Case, a: Tensor, b: Tensor | None) -> Tensor:
+    return kind(case.net, case.layer).attribute(case.x, a, reference_embedding=case.s, contrast=b)
 
 
-def sign_true(case: Case, a: Tensor, b: Tensor | None) -> Tensor:
-    def similarity(z: Tensor, s: Tensor) -> Tensor:
-        return z.sign() * (minmax(contributions(z, s)) if b is None else contributions(z, s))
-
-    return layer_method(FeatureActivationMap, case, a, b, similarity=similarity, normalize=None)
+def own(kind: Any, case: Case, a: Tensor, b: Tensor | None) -> Tensor:
+    """What the match has beyond what the image has with itself; it knows of no other reference."""
+    return kind(case.net, case.layer).attribute(case.x, a, reference_embedding=case.s, contrast="self")
 
 
-def by_place(power: int, case: Case, a: Tensor, b: Tensor | None) -> Tensor:
+def by_hand(signs: bool, places: bool, case: Case, a: Tensor, b: Tensor | None) -> Tensor:
+    """FAM with or without the signs of z, with a weight for each place or for each channel."""
     z = case.net(case.x).detach()
     c = contributions(z, case.s[a])
-    w = z.sign() ** power * (minmax(c) if b is None else c - contributions(z, case.s[b]))
-    return LayerGradientXActivation(lambda x: (w * case.net(x)).sum(1), case.layer).attribute(case.x).sum(1, True)
+    w = (z.sign() if signs else 1) * (minmax(c) if b is None else c - contributions(z, case.s[b]))
+    kind = LayerGradientXActivation if places else LayerGradCam
+    maps = kind(lambda x: (w * case.net(x)).sum(1), case.layer).attribute(case.x)
+    return maps.sum(1, True)
 
 
 def grad_cam(case: Case, a: Tensor, b: Tensor | None) -> Tensor:
@@ -85,10 +87,12 @@ def grad_cam(case: Case, a: Tensor, b: Tensor | None) -> Tensor:
 
 METHODS: dict[str, Callable[..., Tensor]] = {
     "FAM": partial(layer_method, FeatureActivationMap),
-    "sign-true FAM": sign_true,
-    "FAM by place": partial(by_place, 0),
-    "sign-true by place": partial(by_place, 1),
+    "FAM 0.1": partial(by_hand, False, False),
+    "signs only": partial(by_hand, True, False),
+    "places only": partial(by_hand, False, True),
+    "FAM self": partial(own, FeatureActivationMap),
     "decomposition": partial(layer_method, SimilarityDecomposition),
+    "decomposition self": partial(own, SimilarityDecomposition),
     "Grad-CAM": grad_cam,
 }
 CHANGES: dict[str, Callable[[int], Tensor]] = {

@@ -22,6 +22,7 @@ from benchmarks import objects
 from benchmarks import train_contrastive as trained
 from captum_fam import FeatureActivationMap, LabelFreeActivationMap, SimilarityDecomposition
 from captum_fam.bundled import BundledEncoder, bundled_encoder
+from captum_fam.methods.channel_attribution import ChannelAttribution
 from captum_fam.methods.relax import masks_of
 from captum_fam.scenes import Scenes, shared_object_scenes
 
@@ -260,12 +261,12 @@ class Question:
         return Question(self.encoder, self.images[index], self.references[index], self.s[index])
 
 
-def weighted(similarity: Any, normalize: str | None = "minmax") -> Callable[[Question], Tensor]:
-    def maps(q: Question) -> Tensor:
-        fam = FeatureActivationMap(q.encoder.net, q.encoder.layer, similarity=similarity, normalize=normalize)
-        return _paired(fam, q)
+def fam(contrast: str | None = None, **options: Any) -> Callable[[Question], Tensor]:
+    return lambda q: _paired(FeatureActivationMap(q.encoder.net, q.encoder.layer, **options), q, contrast=contrast)
 
-    return maps
+
+def decomposition(contrast: str | None = None, **options: Any) -> Callable[[Question], Tensor]:
+    return lambda q: _paired(SimilarityDecomposition(q.encoder.net, q.encoder.layer, **options), q, contrast=contrast)
 
 
 def _paired(method: Any, q: Question, **options: Any) -> Tensor:
@@ -292,8 +293,21 @@ def residual(share: float) -> Callable[[Tensor, Tensor], Tensor]:
     return weights
 
 
-def _decomposition(contrast: str | None) -> Callable[[Question], Tensor]:
-    return lambda q: _paired(SimilarityDecomposition(q.encoder.net, q.encoder.layer), q, contrast=contrast)
+class GradCam(ChannelAttribution):
+    """Grad-CAM of the cosine, signed, on every layout that the package knows: the mean of the gradient over places."""
+
+    def _needs_graph(self) -> bool:
+        return True
+
+    def alpha(self, pairs: Any) -> list[Tensor]:
+        s = F.normalize(pairs.question.s[pairs.question.own], dim=2)
+        z = F.normalize(pairs.z, dim=1)[:, None]
+        (gradients,) = pairs.recording.gradients(s - (s * z).sum(2, keepdim=True) * z)
+        return [g.flatten(2).mean(2)[:, None] for g in gradients]
+
+
+def _grad_cam(q: Question) -> Tensor:
+    return _paired(GradCam(q.encoder.net, q.encoder.layer), q)
 
 
 def _lafam(q: Question) -> Tensor:
@@ -355,17 +369,17 @@ def distance_explainer(masks: Tensor, cosines: Tensor) -> Tensor:
 MASKS = {"RELAX": relax, "Distance Explainer": distance_explainer}
 CONTROLS = {"random": random_map, "centred blob": centred_blob}
 METHODS: dict[str, Callable[[Question], Tensor]] = {
-    "FAM cosine": weighted(
-        "cosine"
-    ),  # and dot: its contributions are larger by one factor, so the weights are the same
-    "FAM Euclidean": weighted("euclidean"),
-    "FAM signed": weighted("cosine", None),
-    "SimilarityDecomposition": _decomposition(None),
+    "FAM cosine": fam(),  # and dot: its contributions are larger by one factor, so the weights are the same
+    "FAM Euclidean": fam(similarity="euclidean"),
+    "FAM signed": fam(normalize=None),
+    "FAM self": fam("self"),
+    "SimilarityDecomposition": decomposition(),
+    "decomposition self": decomposition("self"),
     "LaFAM": _lafam,
-    "Grad-CAM": weighted(residual(1), None),
-    "residual 0.9": weighted(residual(0.9), None),
+    "Grad-CAM": _grad_cam,
+    "residual 0.9": decomposition(dimension_weights=residual(0.9)),
     "best match": best_match,
-    "contrast with the rest": _decomposition("rest"),
+    "contrast with the rest": decomposition("rest"),
     **CONTROLS,
 }
 

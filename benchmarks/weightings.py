@@ -21,7 +21,7 @@ HALF = 0
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 1.0)
 CANDIDATES = {
     **{name: study.METHODS[name] for name in ("FAM cosine", "LaFAM", "best match", "contrast with the rest")},
-    **{f"residual {share}": study.weighted(study.residual(share), None) for share in SHARES},
+    **{f"residual {share}": study.decomposition(dimension_weights=study.residual(share)) for share in SHARES},
 }
 COLUMNS = (
     ("medium", "right object"),
