@@ -128,7 +128,7 @@ class Recording:
         try:
             with torch.enable_grad():
                 given = torch.autograd.grad(self._embedding, flat, u, create_graph=True, allow_unused=True)
-                sums = [(A * g).sum(1).flatten(1) for A, g in zip(self.activations, self._laid_out(given))]
+                sums = [(A * g).sum(1).reshape(len(A), -1) for A, g in zip(self.activations, self._laid_out(given))]
             found = [_derivative(y, u) for y in sums]
         except RuntimeError:
             return None

@@ -89,7 +89,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
         recording = pairs.recording
         f = self.weights(pairs.z[:, None], pairs.t, plain and pairs.question.less is None)
         if not all(aligned):
-            f = masked(f, pairs.valid)  # a row that is not finite is no question to the encoder
+            f = masked(f, f.isfinite().all(2))  # what is not finite is no question to the encoder
         multiples = recording.once("multiples", lambda: self._multiples(recording, aligned))
         if not summed:
             return next(place_terms(recording, f, multiples))

@@ -18,35 +18,32 @@ class FeatureActivationMap(DimensionAttribution):
     Feature Activation Map (FAM): which parts of an input make its embedding similar to a
     reference's, for models that have no classifier (few-shot, contrastive, retrieval).
 
-    Each embedding dimension's contribution :math:`c_k` to the similarity of the embedding z
-    and the reference s (see :func:`~captum_fam.channel_contributions`) gives its weight
-    :math:`w_k` (see :func:`~captum_fam.contribution_weights`), and the map is
+    Each dimension's contribution :math:`c_k` to the similarity of the embedding z and the
+    reference s (see :func:`~captum_fam.channel_contributions`) gives its weight :math:`w_k` (see
+    :func:`~captum_fam.contribution_weights`). Place i of the layer, of N, gives the embedding
+    :math:`v_i`, to first order. The map is
 
-    .. math:: M = \sum_k \alpha_k A_k
+    .. math:: M_i = N \, f \cdot v_i, \quad f = w \odot sign(z), \quad
+              v_i = \sum_k A_{ki} \, \partial z / \partial A_{ki}
 
-    over the channels of the layer's activations A, with :math:`\alpha` the weights carried
-    to these channels:
+    with the layer's activations A, and f held constant. There are two routes to it:
 
-    - *aligned*: :math:`\alpha = w`, where dimension k of z is channel k of A (z is a positive
-      multiple of the spatial mean of A, for every input). No gradient is taken. This is the
-      case of the paper, https://arxiv.org/abs/2307.05017.
-    - *jacobian*: :math:`\alpha_k = \sum_{locations} \partial (w \cdot z) / \partial A_k`, with w
-      held constant, for every other encoder and layer. Ours, not the paper's; where z is
-      exactly the spatial mean of A, it equals the aligned case.
+    - *aligned*: :math:`M_i = \sum_k f_k A_{ki}`, where dimension k of z is channel k of A (z is a
+      positive multiple of the spatial mean of A, for every input). No gradient is taken. Where
+      z is not negative, this is the case of the paper, https://arxiv.org/abs/2307.05017.
+    - *jacobian*: the formula above, for every other encoder and layer. Where z is exactly the
+      spatial mean of A, it equals the aligned case.
 
-    With ``contrast``, the map says why reference a rather than b: :math:`\alpha` carries
-    :math:`c(z, s_a) - c(z, s_b)`, signed, which adds up to the difference of the two scores.
-    Ours, not the paper's.
+    The signs, the places and the contrasts are ours, not the paper's. :math:`c_k` says how much
+    dimension k contributes, :math:`sign(z_k)` which way it must go for it: so a change of the
+    signs of dimensions, which changes no score, changes no map. With ``contrast`` or
+    ``threshold``, the signed terms that add up to the difference take the place of w.
 
     FAM says what two images have in common in absolute terms and depends only weakly on the
-    reference; contrast says what decides. No ReLU is applied by default, because negative
+    reference; ``contrast`` says what decides. No ReLU is applied by default, because negative
     values are evidence too where activations or weights are signed; pass
-    ``relu_attributions=True`` to drop them. Under ``"euclidean"``, channels near zero in
+    ``relu_attributions=True`` to drop them. Under ``"euclidean"``, dimensions near zero in
     both images get weights near one, and the map drifts to the plain sum of activations.
-
-    The weights tell how much a dimension contributes, not which way it must go: where z has
-    negative dimensions (behind a projection head, in transformers), the map, and its contrast,
-    have the wrong sign for these. Use :class:`~captum_fam.SimilarityDecomposition` there.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings

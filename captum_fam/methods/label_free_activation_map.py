@@ -56,7 +56,8 @@ class LabelFreeActivationMap(ChannelAttribution):
 
     def _ask(self, inputs: Tensors, additional_forward_args: object | None, most: int | None, **asked: Any) -> Ask:
         if self._score() is None and asked["reference"] is None and asked["reference_embedding"] is None:
-            return lambda z, rows: Question(z.new_zeros(1, z.shape[1]), torch.zeros(1, 1, dtype=torch.long))
+            less = self._less(asked["contrast"], asked["threshold"], 1, len(inputs[0]))
+            return lambda z, rows: Question(z.new_zeros(1, z.shape[1]), torch.zeros(1, 1, dtype=torch.long), less)
         return super()._ask(inputs, additional_forward_args, most, **asked)
 
     def _valid(self, pairs: Pairs) -> Tensor:

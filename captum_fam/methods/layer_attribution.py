@@ -44,8 +44,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         The references are exactly one of ``reference``, ``reference_embedding`` and those of
         a SimilarityScore. With ``target``, each input takes the reference that its target
         numbers. Without, one reference is shared by the batch, as many references as inputs
-        are paired with them, and anything else is an error. (The methods that say that they
-        explain classifiers too need no references then: ``target`` is a class.)
+        are paired with them, and anything else is an error.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): Inputs to explain, batch first.
@@ -69,9 +68,19 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
                         Default: None
             reference_embedding (Tensor, optional): K references as embeddings (K, D).
                         Default: None
-            contrast (int, list, Tensor or str, optional): Number of the reference to contrast
-                        with, in the forms of ``target``, or ``"rest"`` for the mean over all
-                        the others. The weights are then signed, whatever ``normalize``. Default: None
+            contrast (int, list, Tensor or str, optional): What the score is compared with. The
+                        number of another reference, in the forms of ``target``: why this one rather
+                        than that one. ``"rest"``: rather than the mean of all the others.
+                        ``"self"``, which needs no other reference: what this match has beyond what
+                        the input has with itself; the input's own share is taken away such that 0
+                        is left of the score. At a cosine of 1, nothing is left: the map is zero.
+                        Terms are then signed, whatever ``normalize``.
+                        Default: None
+            threshold (float, optional): Why the score lies above or below the threshold of a
+                        decision; score - threshold is explained. As ``"self"``, for similarities by
+                        which an input is similar to itself (cosine, dot product). Not with
+                        ``contrast``.
+                        Default: None
             internal_batch_size (int, optional): The inputs, and the references, go through the
                         encoder at most so many at a time, one chunk after another; the maps are
                         the same, the memory needed is that of one chunk. As in Captum, tensors
@@ -81,7 +90,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
 
         Where Captum repeats the inputs (NoiseTunnel, sensitivity_max), it expands ``target`` but
         not the references or ``contrast``: there, choose among the references with ``target``,
-        and pass an int or ``"rest"`` as ``contrast``.
+        and pass an int, ``"rest"`` or ``"self"`` as ``contrast``.
 
         Returns:
             *Tensor*, *tuple[Tensor, ...]* or *list* of **attributions**:
@@ -144,7 +153,9 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             inputs, additional_forward_args, reference, reference_embedding, relu_attributions:
                         As in :meth:`attribute`.
             contrast (str, optional): ``"rest"`` contrasts each reference with the mean over
-                        all the others.
+                        all the others, ``"self"`` with the input itself.
+                        Default: None
+            threshold (float, optional): As in :meth:`attribute`.
                         Default: None
             internal_batch_size (int, optional): As in :meth:`attribute`; at most so many references
                         are also compared at a time. Without it, their number at a time is chosen
@@ -167,7 +178,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         """
         inputs = format_inputs("inputs", inputs)
         check_internal_batch_size(internal_batch_size)
-        if contrast is not None and not isinstance(contrast, str):
+        if contrast not in (None, "rest", "self"):
             raise ValueError(
                 f'Expected `contrast` to be "rest", "self" or None, but got {describe(contrast)}; `attribute` takes a'
                 " number."
@@ -203,6 +214,11 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
             reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
                         paired with the inputs, or one that they share.
+            contrast (str, optional): ``"self"``: on each side, what the match has beyond what the
+                        image has with itself.
+                        Default: None
+            threshold (float, optional): As in :meth:`attribute`.
+                        Default: None
 
         Returns:
             *tuple*: maps of the inputs, and maps of the reference, each (B, 1, \*spatial),

@@ -144,22 +144,22 @@ class LayerExplanation(SimilarityAttribution):
         sides: tuple[str, str] = SIDES,
     ) -> Iterator[tuple[slice, list[Tensor], list[Tensor], Tensor]]:
         """
-        For some references at a time the maps of recorded inputs, zero where they mean nothing, the signed maps if
-        they are wanted, and which pairs mean something. ``first`` is the number of the first input in its call.
+        For some references at a time the maps of recorded inputs, zero where they mean nothing, all signed maps if they
+        are wanted, and which pairs mean something. ``first`` is the number of the first input in its call.
         """
         P, valid = question.own.shape[1], []
         for columns in slices(P, min(most or P, at_once(recording.embedding))):
             with torch.no_grad():
                 pairs = Pairs(recording, replace(question, own=question.own[:, columns]), P, self)
                 known = self._valid(pairs)
-                found = [self._maps(pairs, aligned, plain, summed) for plain in ((True, False) if signed else (True,))]
-                shaped = [
-                    [masked(M, known).reshape(*M.shape[:2], *A.shape[2:]) for M, A in zip(maps, recording.activations)]
-                    for maps in found
-                ]
-            maps = [(F.relu(M) if relu else M).to(A.dtype) for M, A in zip(shaped[0], recording.activations)]
+                found = [masked(M, known) for M in self._maps(pairs, aligned, plain=True, summed=summed)]
+                of_terms = self._maps(pairs, aligned, plain=False, summed=summed) if signed else []
+            layers = recording.activations
+            found, of_terms = (
+                [M.reshape(*M.shape[:2], *A.shape[2:]) for M, A in zip(maps, layers)] for maps in (found, of_terms)
+            )
             valid.append(known)
-            yield columns, maps, shaped[-1] if signed else [], known
+            yield columns, [(F.relu(M) if relu else M).to(A.dtype) for M, A in zip(found, layers)], of_terms, known
         note_unusable(recording, question, torch.cat(valid, 1), first, sides)
 
     @abstractmethod

@@ -59,8 +59,8 @@ class RelevanceCam(ChannelAttribution):
     rule; ReLU6, LeakyReLU, ELU, GELU, SiLU and Hardswish pass relevance on as it is.
 
     The paper starts from the logit of the target minus a share of it for every other class;
-    ``contrast="rest"`` is close to that: minus the mean of the other classes' logits. Also
-    explains classifiers: without references, ``target`` is a class.
+    ``contrast="rest"`` is close to that: minus the mean of the other classes' logits. To explain
+    a classifier, pass ``SimilarityScore(model, torch.eye(n), "dot")``.
 
     LRP needs a rule for each module after the layer, and between these modules only reshaping,
     joining and a ReLU may happen (directly after the layer, a spatial mean too): a sum in the
@@ -72,7 +72,7 @@ class RelevanceCam(ChannelAttribution):
 
     Args:
         forward_func (torch.nn.Module): The encoder, from inputs to embeddings (B, D), a
-                    :class:`~captum_fam.SimilarityScore`, or a classifier.
+                    or a :class:`~captum_fam.SimilarityScore`.
         layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
                     (B, C, \*spatial), one tensor, make the map; or a list of layers.
         device_ids (list[int]): As for other Captum layer methods; a DataParallel model is run

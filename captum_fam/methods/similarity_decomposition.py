@@ -29,22 +29,34 @@ class SimilarityDecomposition(DimensionAttribution):
     r"""
     Decomposition of a similarity (Stylianou, Souvenir, Pless,
     https://arxiv.org/abs/1901.00536; Zhu, Yang, Chen, https://arxiv.org/abs/1909.12977):
-    what each location contributes to it. The mean of the map is the similarity itself.
+    what each place contributes to it. The mean of the map is the similarity itself.
 
-    Where the embedding z is the spatial mean of the activations A, the cosine to a reference
-    s is a mean over locations of
+    Place i of the layer, of N, gives the embedding :math:`v_i`, to first order. The map is
 
-    .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = \frac{\hat s_k}{\|z\|}, \quad \hat s = s / \|s\|
+    .. math:: M_i = N \, f \cdot v_i, \quad v_i = \sum_k A_{ki} \, \partial z / \partial A_{ki}
 
-    and :math:`\alpha = s` for the dot product. Where z is a positive multiple of that mean,
-    :math:`\|z\|` is the norm of the mean. For every other encoder and layer (flattening,
-    projection heads, GeM), the factor differs between locations: it is the gradient of the
-    score, with :math:`\|z\|` held constant, times the number of locations. Where all that
-    lies between is homogeneous of degree one (linear layers without bias, ReLU, mean, maximum
-    and generalised mean), the mean of the map is still the similarity; with biases or a
-    normalisation it is not, and a warning gives both numbers.
+    with the layer's activations A and weights f, held constant, whose :math:`f \cdot z` is the
+    similarity of the embedding z and the reference s:
 
-    With ``contrast``, the map is the difference of two, and its mean the margin.
+    ================  ==========================  =========================================
+    similarity        f                           mean of the map
+    ================  ==========================  =========================================
+    ``"cosine"``      :math:`\hat s / \|z\|`      the cosine
+    ``"dot"``         :math:`s`                   the dot product
+    ``"euclidean"``   :math:`2 s - z`             :math:`-\|z - s\|^2 + \|s\|^2`, as no place of
+                                                  the input has :math:`\|s\|^2`
+    your own          a function of z and s       :math:`f \cdot z`
+    ================  ==========================  =========================================
+
+    Where z is a positive multiple of the spatial mean of A, *aligned*, that is
+    :math:`M_i = a \sum_k f_k A_{ki}` with the multiple a, without a gradient. The places add up to
+    the embedding where all that lies between is homogeneous of degree one (linear layers without
+    bias, ReLU, mean, maximum and generalised mean). With biases, a normalisation or a class
+    token they do not, and a warning says so where more than a twentieth is missing.
+
+    With ``contrast`` or ``threshold``, the mean of the map is the difference: the margin of two
+    references (of distances, plus :math:`\|a\|^2 - \|b\|^2`), 0 for ``"self"``, score - threshold.
+    ``contrast="self"`` of a cosine is the gradient of the cosine, as Grad-CAM has it, by place.
     :meth:`attribute_matrix` decomposes the similarity on both sides at once.
 
     Args:
@@ -55,9 +67,14 @@ class SimilarityDecomposition(DimensionAttribution):
         device_ids (list[int]): Device ID list, necessary only if forward_func applies a
                     DataParallel model, as for other Captum layer methods.
                     Default: None
-        similarity (str, optional): ``"cosine"`` or ``"dot"``; others have no such
+        similarity (str, optional): ``"cosine"``, ``"dot"`` or ``"euclidean"``; others have no such
                     decomposition.
                     Default: None, that of the SimilarityScore, else ``"cosine"``
+        dimension_weights (Callable, optional): A function of your own f(z, s), from embeddings and
+                    references of one shape (..., D) to weights of that shape, in place of a similarity.
+                    Default: None
+        channel_weights (str): As in :class:`~captum_fam.FeatureActivationMap`.
+                    Default: ``"auto"``
         output_selector, reshape_transform (Callable, optional): As in
                     :class:`~captum_fam.FeatureActivationMap`.
                     Default: None
@@ -104,6 +121,9 @@ class SimilarityDecomposition(DimensionAttribution):
             )
         self.dimension_weights = dimension_weights
 
+    def _similarity(self) -> Similarity:
+        return super()._similarity() if self.dimension_weights is None else self.dimension_weights
+
     def terms(self, z: Tensor, s: Tensor) -> Tensor:
         if self.dimension_weights is not None:
             shape = torch.broadcast_shapes(z.shape, s.shape)
@@ -123,8 +143,7 @@ class SimilarityDecomposition(DimensionAttribution):
         return DECOMPOSITION[similarity](z, s)
 
     def constant(self, s: Tensor) -> Tensor:
-        euclidean = self.dimension_weights is None and self._similarity() == "euclidean"
-        return -s.square().sum(1) if euclidean else super().constant(s)
+        return -s.square().sum(1) if self._similarity() == "euclidean" else super().constant(s)
 
     def _maps(self, pairs: Pairs, aligned: list[bool], plain: bool, summed: bool) -> list[Tensor]:
         maps = super()._maps(pairs, aligned, plain, summed)
@@ -137,17 +156,17 @@ class SimilarityDecomposition(DimensionAttribution):
     @eagerly
     def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Maps:
         r"""
-        What each location of the inputs, with each location of the reference, contributes to
-        their similarity (Zhu, Yang, Chen): with location embeddings v(i) and v'(j), which add
+        What each place of the inputs, with each place of the reference, contributes to
+        their similarity (Zhu, Yang, Chen): with place embeddings v(i) and v'(j), which add
         up to z and s,
 
         .. math:: P_{ij} = \frac{v(i) \cdot v'(j)}{\|z\| \|s\|}
 
-        (without the norms for ``"dot"``). Where the locations add up to the similarity (else a
+        (without the norms for ``"dot"``). Where the places add up to the similarity (else a
         warning says so), all entries add up to the score, and the sum of a row, times the number
-        of rows, is the value of :meth:`attribute` at that location. Row i is the map over the
-        reference of what matches location i. Encoders other than a spatial mean need one
-        gradient for each embedding dimension.
+        of rows, is the value of :meth:`attribute` at that place. Row i is the map over the
+        reference of what matches place i. Encoders other than a spatial mean need a
+        gradient for each embedding dimension or each place, whichever are fewer.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
@@ -155,7 +174,7 @@ class SimilarityDecomposition(DimensionAttribution):
                         paired with the inputs, or one that they share.
 
         Returns:
-            *Tensor* or *list*: (B, h·w, h'·w'), locations in row-major
+            *Tensor* or *list*: (B, h·w, h'·w'), places in row-major
             order: ``matrix.reshape(B, h, w, h', w')``. In the dtype of the activations; a list
             for a list of layers.
 
@@ -171,11 +190,11 @@ class SimilarityDecomposition(DimensionAttribution):
         """
         inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
         check_same_form(reference, inputs)
-        own, similarity = pair_index(len(inputs[0]), len(reference[0])), self._similarity()
-        if self.dimension_weights is not None or similarity not in ("cosine", "dot"):
+        own = pair_index(len(inputs[0]), len(reference[0]))
+        if self._similarity() not in ("cosine", "dot"):
             raise ValueError(
                 'attribute_matrix needs a similarity that is a sum over pairs of places, "cosine" or "dot", but got'
-                f" {'`dimension_weights`' if self.dimension_weights is not None else describe(similarity)}."
+                f" {'`dimension_weights`' if self.dimension_weights is not None else describe(self._similarity())}."
             )
 
         def matrices(constants: bool) -> Maps:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_fam._checks import check_labels, format_inputs, warn_once
+from captum_fam._checks import check_internal_batch_size, check_labels, format_inputs, warn_once
 from captum_fam.engine.chunks import cut, slices
 from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.dimension_attribution import DimensionAttribution
@@ -236,6 +236,7 @@ def explain_episode(
         (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]))
         >>> why_2_not_4 = episode.contrast(2, 4)
     """
+    check_internal_batch_size(internal_batch_size)
     if (support_images is None) != (support_labels is None):
         raise ValueError("Expected `support_images` and `support_labels` together, but got one of them.")
     if is_classifier(forward_func):

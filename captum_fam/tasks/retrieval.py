@@ -190,6 +190,7 @@ def explain_retrieval(
     for name in ("maps", "signed_maps"):
         found[name] = torch.where(shown, found[name], torch.zeros_like(found[name]))
     found["similarities"] = torch.where(there, found["similarities"], -torch.inf)
+    found["constants"] = torch.where(there, found["constants"], 0)
     found["explainable"] = found["explainable"] & there
     hit_maps = None
     if gallery is not None:
