@@ -28,11 +28,11 @@ from captum_fam.images import read_image, to_tensor
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 from captum_fam import batch  # noqa: E402  # after the skip
-from captum_fam.batch import _part  # noqa: E402
+from captum_fam.batch import _engines, _part  # noqa: E402
 
 NAMES = ["astronaut.jpg", "cat.jpg", "coffee.jpg", "rocket.jpg", "sub/motorcycle.png"]
 PAIRS = [(query, reference) for query in NAMES for reference in NAMES]
-PROJECT = Path(batch.__file__).parents[1]
+PROJECT = Path(batch.__file__).parents[2]
 COMMAND = [sys.executable, "-c", "from captum_fam.cli import main; main()", "batch"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT), "RAY_USAGE_STATS_ENABLED": "0"}
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
@@ -73,11 +73,11 @@ def in_process(monkeypatch):
     """Without worker processes: each of those takes seconds to start."""
 
     def engine(left, options, workers, parts):
-        explain = batch.PartExplainer(**options, threads=1)
+        explain = _part.PartExplainer(**options, threads=1)
         for part in left:
             yield explain(part)
 
-    monkeypatch.setitem(batch._ENGINES, "local", engine)
+    monkeypatch.setitem(_engines.ENGINES, "local", engine)
 
 
 @pytest.fixture
