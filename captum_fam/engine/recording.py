@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar, cast
 
 import torch
@@ -98,6 +99,11 @@ class Recording:
             self._shared[what] = compute()
         return cast(T, self._shared[what])
 
+    def layers(self) -> list[tuple[str, slice]]:
+        """The name of each layer, and which of the activations it gave."""
+        ends = list(accumulate(self.sizes))
+        return [(self.names[end - 1], slice(end - size, end)) for size, end in zip(self.sizes, ends)]
+
     def gradients(self, u: Tensor) -> Iterator[list[Tensor]]:
         """For each of R rows of u (B, R, D), the gradients of u.z, one (B, C, *spatial) for each of the activations."""
         if not self.has_graph:
@@ -144,17 +150,16 @@ class Recording:
         """Notes how the embeddings depend on the layers, from all that was asked for."""
         if self._asked is None:
             return
-        first, on_map = 0, torch.stack(self._on_map).tolist() if self._on_map else []
-        for i, size in enumerate(self.sizes):
-            rows, first = range(first, first + size), first + size
+        on_map = torch.stack(self._on_map).tolist() if self._on_map else []
+        for i, (name, tensors) in enumerate(self.layers()):
             found = Dependence.BY_THE_MAP
-            if not any(on_map[j] for j in rows):
+            if not any(on_map[tensors]):
                 if not self._asked.any():
                     continue
                 gradients = self._gradients(self._asked[None], self._flat(self._tensors[i : i + 1]))[0]
                 used = any(g is not None and bool(g.any()) for g in gradients)
                 found = Dependence.OFF_THE_MAP if used else Dependence.NONE
-            self.report.note_dependence(self.names[rows[0]], found, self._elsewhere)
+            self.report.note_dependence(name, found, self._elsewhere)
 
     def _elsewhere(self) -> str | None:
         """The last layer that has a map."""

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from captum_fam._checks import format_inputs
@@ -13,6 +14,12 @@ from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.layer_attribution import LayerSimilarityAttribution
 from captum_fam.methods.layer_explanation import masked
 from captum_fam.methods.similarity_attribution import Inputs
+from captum_fam.similarity import norm
+
+# How far the places may miss the similarity, as a share of what its dimensions contribute, before a reader must know.
+_TOLERANCE = 0.05
+# How far the length of embeddings may be from one that were normalised.
+_UNIT = 1e-3
 
 
 class DimensionAttribution(LayerSimilarityAttribution):
@@ -20,6 +27,8 @@ class DimensionAttribution(LayerSimilarityAttribution):
     A method that weighs the dimensions of the embedding, :math:`M_i = N f \cdot v_i` (see docs/method.md). A method is
     its :meth:`terms`, f(z, s).
     """
+
+    _adds_up = True  # whether the mean of a map is to be the score of its terms
 
     def __init__(
         self, *args: Any, channel_weights: Literal["auto", "aligned", "jacobian"] | str = "auto", **options: Any
@@ -91,9 +100,15 @@ class DimensionAttribution(LayerSimilarityAttribution):
         if not all(aligned):
             f = masked(f, f.isfinite().all(2))  # what is not finite is no question to the encoder
         multiples = recording.once("multiples", lambda: self._multiples(recording, aligned))
-        if not summed:
-            return next(place_terms(recording, f, multiples))
-        return place_maps(recording, f, multiples, pairs.n_references)
+        if summed:
+            maps = place_maps(recording, f, multiples, pairs.n_references)
+        else:
+            maps = next(place_terms(recording, f, multiples))
+        if self._adds_up and not all(aligned):
+            means = [M.mean(2) if summed else M.sum(1).mean(1, keepdim=True) for M in maps]
+            for name, tensors in recording.layers():
+                check_sum(torch.stack(means[tensors]).sum(0), pairs, name)
+        return maps
 
     def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
         z = recording.embedding
@@ -112,3 +127,24 @@ class DimensionAttribution(LayerSimilarityAttribution):
 
     def _needs_graph(self) -> bool:
         return self.channel_weights != "aligned"
+
+
+def check_sum(found: Tensor, pairs: Pairs, layer: str) -> None:
+    """Reports, of a layer's maps, if their totals (B, P) are far from what they should add up to."""
+    off = (found - pairs.c.sum(2)).abs() > _TOLERANCE * pairs.c.abs().sum(2)
+    if not (off & pairs.valid).any():
+        return
+    i = pairs.recording.names.index(layer)
+    if ((norm(pairs.z) - 1).abs() < _UNIT).all():
+        reason = "the encoder ends in a normalisation. Leave it out: the cosine is the same without it."
+    elif pairs.recording.partial[i]:
+        reason = (
+            "part of the embedding reaches the class token past the patches, by the residual path. The map shows what"
+            " goes through the patches of this layer: choose an earlier layer to see more."
+        )
+    else:
+        reason = (
+            "the rest comes from biases, a LayerNorm or another such step between the layer and the embedding, and no"
+            " place has it. Read the map as a pattern; its mean is not the score."
+        )
+    pairs.recording.report.warnings.append(f"The places of layer {layer} do not add up to the similarity: {reason}")

@@ -84,6 +84,8 @@ class FeatureActivationMap(DimensionAttribution):
         torch.Size([2, 1, 14, 14])
     """
 
+    _adds_up = False
+
     def __init__(
         self,
         forward_func: Callable[..., Any],

@@ -13,16 +13,11 @@ from captum_fam.engine.question import Pairs, Question, note_unusable, pair_inde
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import eagerly
-from captum_fam.methods.dimension_attribution import DimensionAttribution
+from captum_fam.methods.dimension_attribution import DimensionAttribution, check_sum
 from captum_fam.methods.layer_attribution import Maps
 from captum_fam.methods.layer_explanation import masked, with_constants
 from captum_fam.methods.similarity_attribution import Inputs, Selector
 from captum_fam.similarity import Similarity, exact, nonzero, norm, widen
-
-# How far the places may miss the similarity, as a share of what its dimensions contribute, before a reader must know.
-_TOLERANCE = 0.05
-# How far the length of embeddings may be from one that were normalised.
-_UNIT = 1e-3
 
 
 class SimilarityDecomposition(DimensionAttribution):
@@ -145,14 +140,6 @@ class SimilarityDecomposition(DimensionAttribution):
     def constant(self, s: Tensor) -> Tensor:
         return -s.square().sum(1) if self._similarity() == "euclidean" else super().constant(s)
 
-    def _maps(self, pairs: Pairs, aligned: list[bool], plain: bool, summed: bool) -> list[Tensor]:
-        maps = super()._maps(pairs, aligned, plain, summed)
-        if not all(aligned):
-            means = iter([M.mean(2) if summed else M.sum(1).mean(1, keepdim=True) for M in maps])
-            for size, name in zip(pairs.recording.sizes, dict.fromkeys(pairs.recording.names)):
-                _check_sum(torch.stack([next(means) for _ in range(size)]).sum(0), pairs, name)
-        return maps
-
     @eagerly
     def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Maps:
         r"""
@@ -216,7 +203,7 @@ class SimilarityDecomposition(DimensionAttribution):
                 ):
                     with exact(v):
                         matrix = masked(v.mT @ v_reference.expand(len(v), -1, -1), pairs.valid)
-                    _check_sum(matrix.sum((1, 2))[:, None], pairs, name)
+                    check_sum(matrix.sum((1, 2))[:, None], pairs, name)
                     found.append(matrix.to(A.dtype))
             warn_once(report.texts())
             return self._result(found, one.sizes)  # type: ignore[no-any-return]
@@ -227,24 +214,3 @@ class SimilarityDecomposition(DimensionAttribution):
         """v (B, D, N), which add up to the embedding; for the cosine, to its unit vector."""
         length = nonzero(norm(widen(recording.embedding)))[..., None] if self._similarity() == "cosine" else 1
         return [v / length for v in place_embeddings(recording, self._multiples(recording, self._aligned(recording)))]
-
-
-def _check_sum(found: Tensor, pairs: Pairs, layer: str) -> None:
-    """Reports, of a layer's maps, if their totals (B, P) are far from what they should add up to."""
-    off = (found - pairs.c.sum(2)).abs() > _TOLERANCE * pairs.c.abs().sum(2)
-    if not (off & pairs.valid).any():
-        return
-    i = pairs.recording.names.index(layer)
-    if ((norm(pairs.z) - 1).abs() < _UNIT).all():
-        reason = "the encoder ends in a normalisation. Leave it out: the cosine is the same without it."
-    elif pairs.recording.partial[i]:
-        reason = (
-            "part of the embedding reaches the class token past the patches, by the residual path. The map shows what"
-            " goes through the patches of this layer: choose an earlier layer to see more."
-        )
-    else:
-        reason = (
-            "the rest comes from biases, a LayerNorm or another such step between the layer and the embedding, and no"
-            " place has it. Read the map as a pattern; its mean is not the score."
-        )
-    pairs.recording.report.warnings.append(f"The places of layer {layer} do not add up to the similarity: {reason}")
