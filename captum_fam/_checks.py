@@ -36,10 +36,10 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def warn_once(doubts: list[str]) -> None:
-    """A warning for each doubt, once."""
-    for doubt in dict.fromkeys(doubts):
-        warn(doubt)
+def warn_once(messages: list[str]) -> None:
+    """A warning for each message, once."""
+    for message in dict.fromkeys(messages):
+        warn(message)
 
 
 def check_callable(name: str, value: object) -> None:

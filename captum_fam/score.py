@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_fam._checks import check_callable, check_reference_embedding, describe
+from captum_fam._checks import check_callable, check_labels, check_reference_embedding, describe
 from captum_fam.similarity import Similarity, channel_contributions, check_similarity, widen
 
 
@@ -98,17 +98,12 @@ def prototypes(embeddings: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
     """
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         raise TypeError(f"Expected `embeddings` to be a floating-point tensor (N, D), but got {describe(embeddings)}.")
-    try:
-        label = torch.as_tensor(labels, device=embeddings.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"Expected `labels` to be integers, but got {describe(labels)}: {error}.") from error
-    if label.is_floating_point() or label.is_complex():
-        raise TypeError(f"Expected `labels` to be integers, but got {describe(label)}.")
-    if embeddings.ndim != 2 or not len(embeddings) or label.shape != embeddings.shape[:1]:
+    if embeddings.ndim != 2 or not len(embeddings):
         raise ValueError(
-            "Expected `embeddings` (N, D) and one label for each, with N > 0, but got shapes"
-            f" {tuple(embeddings.shape)} and {tuple(label.shape)}."
+            "Expected `embeddings` (N, D) and one label for each, with N > 0, but got embeddings of shape"
+            f" {tuple(embeddings.shape)}."
         )
+    label = check_labels("labels", labels, len(embeddings), "`embeddings`", embeddings.device)
     classes, index, count = torch.unique(label, sorted=True, return_inverse=True, return_counts=True)
     wide = widen(embeddings.detach())
     sums = wide.new_zeros(len(classes), wide.shape[1]).index_add_(0, index, wide)
