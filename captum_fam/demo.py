@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from matplotlib.cbook import get_sample_data
@@ -99,7 +100,7 @@ def explain(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int)
     rows = [torch.cat(list(squares[i : i + columns]), 2) for i in range(0, len(parts), columns)]
     query, s = torch.cat(rows, 1)[None], _views(encoder, parts)
     fam = FeatureActivationMap(encoder, encoder.features)
-    maps = [fam.attribute_all(query, reference_embedding=s, contrast=contrast)[0] for contrast in _ROWS]
+    maps: list[Any] = [fam.attribute_all(query, reference_embedding=s, contrast=contrast)[0] for contrast in _ROWS]
     return maps[0], maps[1]
 
 

@@ -13,8 +13,8 @@ from test_cli import photos, run  # noqa: F401
 from torch import nn
 
 from captum_fam import FeatureActivationMap
-from captum_fam.engine.layers import last_map
 from captum_fam.encoders import load_encoder
+from captum_fam.engine.layers import last_map
 from captum_fam.images import read_image, to_tensor
 
 timm = pytest.importorskip("timm")
