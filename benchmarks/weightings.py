@@ -2,8 +2,8 @@
 
     CAPTUM_FAM_DATA=<data folder> python -m benchmarks.weightings
 
-Candidates need one forward pass and no second reference: residuals with different shares (see study.residual), and the
-best match of places. The table goes to ``benchmarks/faithfulness/weightings.md``.
+Candidates need one forward pass and no second reference: residuals with different shares (see study.residual), "self",
+and the best match of places. The table goes to ``benchmarks/faithfulness/weightings.md``.
 """
 
 import os
@@ -20,7 +20,19 @@ from benchmarks.faithfulness import COMMAND, FOLDER, Settings, localisation
 HALF = 0
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 1.0)
 CANDIDATES = {
-    **{name: study.METHODS[name] for name in ("FAM cosine", "LaFAM", "best match", "contrast with the rest")},
+    **{
+        name: study.METHODS[name]
+        for name in (
+            "FAM cosine",
+            "FAM self",
+            "SimilarityDecomposition",
+            "decomposition self",
+            "Grad-CAM",
+            "LaFAM",
+            "best match",
+            "contrast with the rest",
+        )
+    },
     **{f"residual {share}": study.decomposition(dimension_weights=study.residual(share)) for share in SHARES},
 }
 COLUMNS = (
