@@ -1,7 +1,9 @@
 """Which similarities a call explains, and the terms that they are made of."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -154,9 +156,11 @@ def note_unusable(
         return
     z = widen(recording.embedding)
     references = ~usable(question.s.to(z.dtype))
-    if question.less is None:
+    if isinstance(question.less, Tensor) or question.less != "rest":
         compared = torch.zeros_like(references)
-        compared[question.own] = True
+        for index in (question.own, question.less):
+            if isinstance(index, Tensor):
+                compared[index] = True
         references &= compared
     recording.report.note_unusable(sides[0], ~usable(z), first)
     recording.report.note_unusable(sides[1], references)
@@ -174,9 +178,9 @@ def pair_index(inputs: int, references: int) -> Tensor:
 def less_of(contrast: Any, threshold: Any, similarity: Similarity | None, references: int, inputs: int) -> Less:
     """What ``contrast`` or ``threshold`` takes away from the scores."""
     if threshold is not None:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        if isinstance(threshold, bool) or not isinstance(threshold, Real):
             raise TypeError(f"Expected `threshold` to be a number, a score, but got {describe(threshold)}.")
-        if threshold != threshold or threshold in (float("inf"), -float("inf")):
+        if not math.isfinite(threshold):
             raise ValueError(f"Expected `threshold` to be a finite score, but got {threshold}.")
         if contrast is not None:
             raise ValueError("Expected `contrast` or `threshold`, but got both; a threshold is a contrast of its own.")

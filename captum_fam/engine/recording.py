@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from captum_fam import _captum
 from captum_fam._checks import check_rows, describe
 from captum_fam.engine.chunks import Tensors
-from captum_fam.engine.constants import ConstantWeights
+from captum_fam.engine.constants import ConstantWeights, WeightsNeededError
 from captum_fam.engine.layers import last_map
 from captum_fam.engine.report import Dependence, Report
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, name_of, warnings_of_training
@@ -78,7 +79,7 @@ class Recording:
         self.layer_input = layer_input
         with torch.set_grad_enabled(has_graph):  # a subclass may do as it likes in what follows
             self._embedding = embedding.as_subclass(Tensor)
-        self.embedding = self._embedding.detach()
+        self.embedding = self._embedding.detach().clone()  # the encoder may use its tensor again
         self.has_graph = has_graph
         self.report = report
         self._encoder = encoder
@@ -159,12 +160,9 @@ class Recording:
                 gradients = self._gradients(self._asked[None], self._flat(self._tensors[i : i + 1]))[0]
                 used = any(g is not None and bool(g.any()) for g in gradients)
                 found = Dependence.OFF_THE_MAP if used else Dependence.NONE
-            self.report.note_dependence(name, found, self._elsewhere)
-
-    def _elsewhere(self) -> str | None:
-        """The last layer that has a map."""
-        encoder = self._encoder
-        return last_map(encoder.forward_func, self.inputs, self.additional_forward_args, encoder.output_selector)
+            encoder = self._encoder
+            where = (encoder.forward_func, self.inputs, self.additional_forward_args, encoder.output_selector)
+            self.report.note_dependence((i, name), found, partial(last_map, *where))
 
     def _flat(self, layers: list[list[Tensors]] | None = None) -> list[Tensor]:
         """The tensors of all devices, as the layers gave them."""
@@ -330,6 +328,8 @@ def record(
                 inputs = tuple(t.clone() if t.is_inference() else t for t in inputs)
             with compiled_parts_off():
                 output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
+            if any(w.asked for w in weights):  # the encoder may have caught the error
+                raise WeightsNeededError
             with torch.set_grad_enabled(graph):
                 embedding = check_rows("inputs", inputs, select_embedding(output, encoder.output_selector))
         report.warnings += warnings_of_training(forward_func)

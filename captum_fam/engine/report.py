@@ -21,19 +21,19 @@ class Report:
     Attributes:
         warnings: what a user should know.
         unusable: numbers of the inputs, and of the references, whose embeddings are zero or not finite.
-        dependence: of the embeddings on each layer, by the layer's name.
+        dependence: of the embeddings on each layer, by its number and name.
     """
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self.unusable: dict[str, set[int]] = {}
-        self.dependence: dict[str, Dependence] = {}
+        self.dependence: dict[tuple[int, str], Dependence] = {}
 
     def note_unusable(self, side: str, bad: Tensor, first: int = 0) -> None:
         """Notes which embeddings (N,) cannot be explained; the first of them has this number in its call."""
         self.unusable.setdefault(side, set()).update((bad.nonzero().flatten() + first).tolist())
 
-    def note_dependence(self, layer: str, found: Dependence, elsewhere: Callable[[], str | None]) -> None:
+    def note_dependence(self, layer: tuple[int, str], found: Dependence, elsewhere: Callable[[], str | None]) -> None:
         """Notes how a layer is used, and how to find another one that has a map."""
         self.dependence[layer] = max(found, self.dependence.get(layer, Dependence.NONE))
         self._elsewhere = elsewhere
@@ -48,7 +48,7 @@ class Report:
         texts = list(dict.fromkeys(self.warnings))
         if self.unusable:
             texts.append(of_unusable(self.unusable))
-        for layer, dependence in self.dependence.items():
+        for (_, layer), dependence in self.dependence.items():
             if dependence == Dependence.OFF_THE_MAP:
                 other = self._elsewhere()
                 raise ValueError(

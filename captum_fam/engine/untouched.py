@@ -76,7 +76,7 @@ def embed(
     """The embeddings (B, D) of the argument of that name, without a graph and without hooks."""
     with torch.no_grad(), buffers_restored(forward_func):
         output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
-        return check_rows(name, inputs, select_embedding(output, output_selector)).detach()
+        return check_rows(name, inputs, select_embedding(output, output_selector)).detach().clone()
 
 
 def model_of(forward_func: Callable[..., Any]) -> nn.Module | None:

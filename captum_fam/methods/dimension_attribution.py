@@ -107,7 +107,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
         if self._adds_up and not all(aligned):
             means = [M.mean(2) if summed else M.sum(1).mean(1, keepdim=True) for M in maps]
             for name, tensors in recording.layers():
-                check_sum(torch.stack(means[tensors]).sum(0), pairs, name)
+                check_sum(torch.stack(means[tensors]).sum(0), pairs, name, any(recording.partial[tensors]))
         return maps
 
     def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
@@ -129,15 +129,17 @@ class DimensionAttribution(LayerSimilarityAttribution):
         return self.channel_weights != "aligned"
 
 
-def check_sum(found: Tensor, pairs: Pairs, layer: str) -> None:
-    """Reports, of a layer's maps, if their totals (B, P) are far from what they should add up to."""
+def check_sum(found: Tensor, pairs: Pairs, layer: str, partial: bool) -> None:
+    """
+    Reports, of a layer's maps, if their totals (B, P) are far from what they should add up to; ``partial``, the layer
+    has tokens that are on no map.
+    """
     off = (found - pairs.c.sum(2)).abs() > _TOLERANCE * pairs.c.abs().sum(2)
     if not (off & pairs.valid).any():
         return
-    i = pairs.recording.names.index(layer)
     if ((norm(pairs.z) - 1).abs() < _UNIT).all():
         reason = "the encoder ends in a normalisation. Leave it out: the cosine is the same without it."
-    elif pairs.recording.partial[i]:
+    elif partial:
         reason = (
             "part of the embedding reaches the class token past the patches, by the residual path. The map shows what"
             " goes through the patches of this layer: choose an earlier layer to see more."

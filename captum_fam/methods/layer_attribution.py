@@ -178,7 +178,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         """
         inputs = format_inputs("inputs", inputs)
         check_internal_batch_size(internal_batch_size)
-        if contrast not in (None, "rest", "self"):
+        if contrast is not None and not (isinstance(contrast, str) and contrast in ("rest", "self")):
             raise ValueError(
                 f'Expected `contrast` to be "rest", "self" or None, but got {describe(contrast)}; `attribute` takes a'
                 " number."
@@ -237,7 +237,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         """
         inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
         check_same_form(reference, inputs)
-        if contrast not in (None, "self"):
+        if contrast is not None and not (isinstance(contrast, str) and contrast == "self"):
             raise ValueError(
                 f'Expected `contrast` of a pair to be "self" or None, but got {describe(contrast)}; `attribute` takes'
                 " the number of another reference."
@@ -252,11 +252,12 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
                 self._record(reference, None, report, constants=constants) as two,
             ):
                 maps, back = Assembled(B), Assembled(K)
-                for columns, found, _, _ in self._explain(one, Question(two.embedding, own, less), self._aligned(one)):
+                aligned = [a and b for a, b in zip(self._aligned(one), self._aligned(two))]
+                for columns, found, _, _ in self._explain(one, Question(two.embedding, own, less), aligned):
                     maps.put(slice(0, B), columns, found, 1)
                 # A shared reference has one map for each input: its P maps become B of one.
                 turned = Question(one.embedding, own if K == B else torch.arange(B)[None], less)
-                for columns, found, _, _ in self._explain(two, turned, self._aligned(two), sides=SIDES[::-1]):
+                for columns, found, _, _ in self._explain(two, turned, aligned, sides=SIDES[::-1]):
                     back.put(slice(0, K), columns, found, turned.own.shape[1])
             warn_once(report.texts())
             other = [M if K == B else M.transpose(0, 1).contiguous() for M in back.tensors]

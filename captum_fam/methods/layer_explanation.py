@@ -93,7 +93,6 @@ class LayerExplanation(SimilarityAttribution):
         ``ask`` gives the question about some of the inputs, from their embeddings and their rows. Nobody is warned:
         see ``report``.
         """
-
         B, aligned = len(inputs[0]), None
 
         def attempt(constants: bool) -> Explained:
@@ -115,13 +114,15 @@ class LayerExplanation(SimilarityAttribution):
                         maps.put(rows, columns if summed else None, plain, P)
                         signed_maps.put(rows, columns, of_terms, P)
                         valid.put(rows, columns, [known], P)
+                sizes = recording.sizes
+                del recording, question  # the next chunk needs the memory
             return Explained(
                 embeddings.tensors[0],
                 maps.tensors,
                 signed_maps.tensors,
                 valid.tensors[0],
                 agreed or [],
-                recording.sizes,
+                sizes,
                 report,
             )
 

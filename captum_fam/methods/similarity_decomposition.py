@@ -198,12 +198,12 @@ class SimilarityDecomposition(DimensionAttribution):
                     if size > 1:
                         raise ValueError(f"attribute_matrix needs a layer with one tensor, but {name} has {size}.")
                 found = []
-                for name, A, v, v_reference in zip(
-                    one.names, one.activations, *map(self._place_embeddings, (one, two))
+                for name, partial, A, v, v_reference in zip(
+                    one.names, one.partial, one.activations, *map(self._place_embeddings, (one, two))
                 ):
                     with exact(v):
                         matrix = masked(v.mT @ v_reference.expand(len(v), -1, -1), pairs.valid)
-                    check_sum(matrix.sum((1, 2))[:, None], pairs, name)
+                    check_sum(matrix.sum((1, 2))[:, None], pairs, name, partial)
                     found.append(matrix.to(A.dtype))
             warn_once(report.texts())
             return self._result(found, one.sizes)  # type: ignore[no-any-return]
