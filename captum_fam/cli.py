@@ -22,6 +22,7 @@ from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import planes, ready_encoder, running
 from captum_fam.images import check_png, read_image, write_png
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import SimilarityScore
 from captum_fam.similarity import channel_contributions, widen
 from captum_fam.visualization import explanation_figure, visualize_comparison
@@ -156,10 +157,12 @@ def explain(
         rows = {first: planes(maps, layer_name)}
         reference_rows = {_COMMON: planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)}
         if similarity != "euclidean":  # by which nothing is particular to a match
-            maps = fam.attribute_all(tensors[:1], reference_embedding=s, contrast="self")
-            rows[_OWN] = planes(maps, layer_name)
-            maps = fam.attribute(tensors[1:], reference_embedding=z, contrast="self")
-            reference_rows[_OWN] = planes(maps, layer_name)
+            match = SimilarityDecomposition(loaded.model, loaded.layer, similarity=similarity)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The places of layer")  # a figure shows no sum
+                maps = match.attribute_all(tensors[:1], reference_embedding=s, contrast="self")
+                back = match.attribute(tensors[1:], reference_embedding=z, contrast="self")
+            rows[_OWN], reference_rows[_OWN] = planes(maps, layer_name), planes(back, layer_name)
         route = fam.route(tensors[:1])
 
     margins = _margins(scores, other)

@@ -18,9 +18,10 @@ from captum_fam.bundled import BundledEncoder, bundled_encoder
 from captum_fam.engine.untouched import embed
 from captum_fam.images import to_tensor
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
-# What both images have in common, and what is particular to the match.
-_ROWS = (None, "self")
+# What both images have in common, and what is particular to the match: only the decomposition's adds up to zero.
+_ROWS: tuple[tuple[Any, str | None], ...] = ((FeatureActivationMap, None), (SimilarityDecomposition, "self"))
 UNTRAINED = 3  # encoders with random weights that the figures of the untrained encoder are a mean of
 
 
@@ -99,8 +100,10 @@ def explain(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int)
     squares = _tensors(encoder, parts)
     rows = [torch.cat(list(squares[i : i + columns]), 2) for i in range(0, len(parts), columns)]
     query, s = torch.cat(rows, 1)[None], _views(encoder, parts)
-    fam = FeatureActivationMap(encoder, encoder.features)
-    maps: list[Any] = [fam.attribute_all(query, reference_embedding=s, contrast=contrast)[0] for contrast in _ROWS]
+    maps = [
+        method(encoder, encoder.features).attribute_all(query, reference_embedding=s, contrast=contrast)[0]
+        for method, contrast in _ROWS
+    ]
     return maps[0], maps[1]
 
 
@@ -109,10 +112,11 @@ def all_pairs(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Shares:
     squares, s = _tensors(encoder, photos), _views(encoder, photos)
     left, right = (list(side) for side in zip(*permutations(range(len(photos)), 2)))
     queries = torch.cat([squares[left], squares[right]], 3)
-    fam, found = FeatureActivationMap(encoder, encoder.features), []
-    for contrast in _ROWS:
+    found = []
+    for method, contrast in _ROWS:
+        explainer = method(encoder, encoder.features)
         halves = [
-            shares(fam.attribute(queries, target, reference_embedding=s, contrast=contrast)[:, 0], 1, 2)[:, half]
+            shares(explainer.attribute(queries, target, reference_embedding=s, contrast=contrast)[:, 0], 1, 2)[:, half]
             for half, target in enumerate((left, right))
         ]
         found.append(torch.cat(halves))

@@ -140,7 +140,7 @@ class SimilarityAttribution(Attribution):
         """The question about one reference for each input, or about every reference."""
         B, references = len(inputs[0]), self._references(inputs, reference, reference_embedding)
         K = len(references)
-        if not K and (every or B):
+        if every and not K:
             raise ValueError("Expected at least one reference, but got none; pass embeddings (K, D) with K > 0.")
         own = torch.arange(K)[None] if every else self._own(target, references, B)[:, None]
         less = self._less(contrast, threshold, K, B)
