@@ -22,6 +22,7 @@ class ConstantWeights(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.asked = False  # whether the encoder has taken a gradient
+        self._hooks = _hooks()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -32,20 +33,19 @@ class ConstantWeights(TorchFunctionMode):
             raise WeightsNeededError
         if func not in _WEIGHED or not args or not args[0].requires_grad or isinstance(args[0], nn.Parameter):
             return func(*args, **kwargs)
-        if _saved_elsewhere():
+        if (
+            _hooks() != self._hooks
+        ):  # gradient checkpointing runs the same again without this mode: it must save the same
             return func(*args, **kwargs)
         args = tuple(a.detach() if isinstance(a, nn.Parameter) else a for a in args)
         kwargs = {name: a.detach() if isinstance(a, nn.Parameter) else a for name, a in kwargs.items()}
         return _batch_norm(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
 
 
-def _saved_elsewhere() -> bool:
-    """
-    Whether hooks take what is saved for backward, as gradient checkpointing does: it runs the same operations again,
-    outside this mode, and what it saves then must be the same.
-    """
+def _hooks() -> Any:
+    """The hooks that take what is saved for backward."""
     top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
+    return None if top is None else top(True)
 
 
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
