@@ -3,17 +3,37 @@
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from captum_fam._checks import check_positive
 from captum_fam.batch._engines import ENGINES
-from captum_fam.batch._job import BatchResult, digest, locked, prepare, result
+from captum_fam.batch._job import digest, locked, prepare
 from captum_fam.batch._part import part_file
 
 __all__ = ["BatchResult", "explain_pairs"]
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """
+    What became of a job.
+
+    Attributes:
+        explained: pairs that have a score and a map.
+        failed: pairs that have an error instead.
+        error: the first of them, or None.
+        layer: whose maps they are.
+    """
+
+    explained: int
+    failed: int
+    error: str | None
+    layer: str
 
 
 def explain_pairs(
@@ -123,4 +143,12 @@ def explain_pairs(
                 warned.update(dict.fromkeys(new))
         for warning in warned:
             warnings.warn(warning, stacklevel=2)
-        return result([part_file(output, part) for part in parts])
+        return _result([part_file(output, part) for part in parts])
+
+
+def _result(parts: list[Path]) -> BatchResult:
+    errors = [pq.ParquetFile(part).read(["error"])["error"] for part in parts]
+    failed = sum(len(e) - e.null_count for e in errors)
+    first = next((e.drop_null()[0].as_py() for e in errors if e.null_count < len(e)), None)
+    layer = pq.read_schema(parts[0]).metadata[b"layer"].decode()
+    return BatchResult(sum(map(len, errors)) - failed, failed, first, layer)

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,32 +15,6 @@ from filelock import FileLock, Timeout
 
 from captum_fam.batch._part import JOB, LOCK, PAIRS, PARTIAL, whole
 from captum_fam.encoders import one_line
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """
-    What became of a job.
-
-    Attributes:
-        explained: pairs that have a score and a map.
-        failed: pairs that have an error instead.
-        error: the first of them, or None.
-        layer: whose maps they are.
-    """
-
-    explained: int
-    failed: int
-    error: str | None
-    layer: str
-
-
-def result(parts: list[Path]) -> BatchResult:
-    errors = [pq.ParquetFile(part).read(["error"])["error"] for part in parts]
-    failed = sum(len(e) - e.null_count for e in errors)
-    first = next((e.drop_null()[0].as_py() for e in errors if e.null_count < len(e)), None)
-    layer = pq.read_schema(parts[0]).metadata[b"layer"].decode()
-    return BatchResult(sum(map(len, errors)) - failed, failed, first, layer)
 
 
 def locked(output: Path) -> AbstractContextManager[Any]:
