@@ -3,6 +3,7 @@
 from captum_fam.adapters import explanation_func, to_input_space
 from captum_fam.comparison import compare_attributions
 from captum_fam.methods.class_activation_map import ClassActivationMap
+from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.relax import Relax
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClassActivationMap",
+    "CorrespondenceMap",
     "EpisodeExplanation",
     "FeatureActivationMap",
     "LabelFreeActivationMap",

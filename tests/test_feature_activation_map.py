@@ -482,7 +482,7 @@ def test_the_arguments_of_attribute_begin_with_those_of_grad_cam():
     theirs = list(inspect.signature(LayerGradCam.attribute).parameters.values())[:7]
     assert [(p.name, p.default, p.kind) for p in ours[:7]] == [(p.name, p.default, p.kind) for p in theirs]
     own = ["reference", "reference_embedding", "contrast", "threshold", "internal_batch_size"]
-    assert [p.name for p in ours[7:]] == own
+    assert [p.name for p in ours[7:]] == [*own, "return_convergence_delta"]
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[7:])
 
 

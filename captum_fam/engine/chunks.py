@@ -33,10 +33,12 @@ class Assembled:
         self.tensors: list[Tensor] = []
         self._rows = rows
 
-    def put(self, rows: slice, columns: slice | None, parts: list[Tensor], n_columns: int = 0) -> None:
-        """``columns``, of so many, or None for parts that have all of them."""
+    def put(
+        self, rows: slice, columns: slice | None, parts: list[Tensor], n_columns: int = 0, add: bool = False
+    ) -> None:
+        """``columns``, of so many, or None for parts that have all of them; ``add``, to what is there."""
         whole = columns is None or columns.stop - columns.start == n_columns
-        if whole and rows.stop - rows.start == self._rows:
+        if whole and rows.stop - rows.start == self._rows and not add:
             self.tensors = parts
             return
         if not self.tensors:
@@ -44,4 +46,5 @@ class Assembled:
                 p.new_empty(self._rows, *(p.shape[1:] if whole else (n_columns, *p.shape[2:]))) for p in parts
             ]
         for tensor, part in zip(self.tensors, parts):
-            tensor[rows, slice(None) if columns is None else columns] = part
+            where = tensor[rows, slice(None) if columns is None else columns]
+            where.add_(part) if add else where.copy_(part)

@@ -1,5 +1,6 @@
 """
-v and M = N f.v (see formula.py) of a recorded pass, found in the cheapest way.
+v and M = N f.v (see formula.py) of a recorded pass, found in the cheapest way. On a path from a baseline B, A - B takes
+the place of A, and the mean gradient over the path that of the gradient (see path.py).
 
 Where dimension k of z is channel k of A, *aligned*, z is the mean of a A with a number a for each input, so that
 v_ki = a A_ki / N and no gradient is needed.
@@ -36,7 +37,7 @@ def place_maps(recording: Recording, f: Tensor, multiples: Multiples, n_referenc
     references, and by the v_i themselves for many.
     """
     if _aligned(multiples):
-        return [_of_channels(f, A).mul_(a) for a, A in zip(multiples, recording.activations) if a is not None]
+        return [_of_channels(f, A).mul_(a) for a, A in zip(multiples, recording.moved) if a is not None]
     N = [math.prod(A.shape[2:]) for A in recording.activations]
     if 0 < n_references <= min(f.shape[2], max(N)):
         rows = [[term.sum(1) for term in terms] for terms in place_terms(recording, f, multiples)]
@@ -51,7 +52,7 @@ def place_terms(recording: Recording, f: Tensor, multiples: Multiples) -> Iterat
     for f_of_one, g in zip(f.unbind(1), gradients):
         yield [
             by_place(A) * (by_place(g_k) * math.prod(A.shape[2:]) if a is None else f_of_one[..., None] * a)
-            for A, g_k, a in zip(recording.activations, g, multiples)
+            for A, g_k, a in zip(recording.moved, g, multiples)
         ]
 
 
@@ -60,7 +61,7 @@ def place_embeddings(recording: Recording, multiples: Multiples) -> list[Tensor]
     z = widen(recording.embedding)
     N = [math.prod(A.shape[2:]) for A in recording.activations]
     if _aligned(multiples):
-        return [by_place(A) * (a / n) for A, a, n in zip(recording.activations, multiples, N) if a is not None]
+        return [by_place(A) * (a / n) for A, a, n in zip(recording.moved, multiples, N) if a is not None]
     if max(N) < z.shape[1] and z.dtype == recording.embedding.dtype and not any(a is not None for a in multiples):
         found = recording.place_products()
         if found is not None and _is_right(recording, found, multiples):

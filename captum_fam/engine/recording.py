@@ -1,25 +1,20 @@
-"""One forward pass that records layers, and the gradients of its embedding."""
+"""What a forward pass has recorded of layers (see forward.py), and the gradients of its embedding."""
 
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_fam import _captum
-from captum_fam._checks import check_rows, describe
+from captum_fam._checks import describe
 from captum_fam.engine.chunks import Tensors
-from captum_fam.engine.constants import ConstantWeights, WeightsNeededError
 from captum_fam.engine.layers import last_map
+from captum_fam.engine.path import Path
 from captum_fam.engine.report import Dependence, Report
-from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, name_of, warnings_of_training
-from captum_fam.score import select_embedding
 from captum_fam.similarity import widen
 from captum_fam.tokens import images_of, to_map
 
@@ -32,9 +27,6 @@ _NO_GRAPH = (
 # Values of a layer's gradients that are computed in one batch: more are no faster, but need more memory.
 _AT_ONCE = 2**20
 
-# A DataParallel model calls the layer in threads of its own, so its calls are recorded one at a time.
-_PARALLEL = threading.Lock()
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -44,6 +36,16 @@ class Encoder:
     output_selector: Callable[[Any], Tensor] | None = None
     reshape_transform: Callable[[Tensor], Tensor] | None = None
     device_ids: list[int] | None = None
+
+    def to_map(self, activation: Tensor, inputs: Tensors, dimensions: int | None) -> Tensor:
+        """
+        A layer's activations, or whatever has their shape, as (B, C, *spatial); as they are where that is in doubt.
+        The dimensions are the embedding's.
+        """
+        if self.reshape_transform is not None:
+            return self.reshape_transform(activation)
+        found = to_map(activation, images_of(inputs), dimensions)
+        return activation if found is None else found
 
 
 class Recording:
@@ -55,6 +57,8 @@ class Recording:
         layer_input: whether the layers' inputs were recorded, instead of their outputs.
         embedding: z (B, D), detached.
         activations: all tensors that the layers gave, as (B, C, *spatial), detached.
+        moved: these less the baseline of the path; without a path, these.
+        on_path: embeddings (nodes, B, D) of the path's points, detached.
         names: of the layer of each of them.
         sizes: how many each layer gave.
         partial: for each of them, whether the layer gave more, such as tokens that are no patches.
@@ -73,22 +77,28 @@ class Recording:
         tensors: list[list[Tensors]],
         has_graph: bool,
         report: Report,
+        path: Path | None = None,
     ) -> None:
         self.inputs = inputs
         self.additional_forward_args = additional_forward_args
         self.layer_input = layer_input
         with torch.set_grad_enabled(has_graph):  # a subclass may do as it likes in what follows
             self._embedding = embedding.as_subclass(Tensor)
-        self.embedding = self._embedding.detach().clone()  # the encoder may use its tensor again
+        self.path = path
+        self._points = 1 if path is None else 1 + len(path.nodes)
+        # The encoder may use its tensor again.
+        at_points = self._by_point(self._embedding.detach().clone())
+        self.embedding, self.on_path = at_points[0], at_points[1:]
         self.has_graph = has_graph
         self.report = report
         self._encoder = encoder
         self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
-        reduced = [_captum.reduce_list([tuple(a.detach() for a in t) for t in devices]) for devices in tensors]
+        reduced = [_captum.reduce_list([tuple(self._own(a) for a in t) for t in devices]) for devices in tensors]
         self.sizes = [len(layer) for layer in reduced]
         self.names = [name for name, layer in zip(layers, reduced) for _ in layer]
         given = [a.as_subclass(Tensor) for layer in reduced for a in layer]
         self.activations = [self._layout(a, name) for a, name in zip(given, self.names)]
+        self.moved = self.activations if path is None else [path.moved(A) for A in self.activations]
         self.partial = [A.numel() < a.numel() for A, a in zip(self.activations, given)]
         self._shared: dict[object, Any] = {}
         self._asked: Tensor | None = None
@@ -134,8 +144,11 @@ class Recording:
         u = torch.zeros_like(self.embedding, requires_grad=True)
         try:
             with torch.enable_grad():
-                given = torch.autograd.grad(self._embedding, flat, u, create_graph=True, allow_unused=True)
-                sums = [(A * g).sum(1).reshape(len(A), -1) for A, g in zip(self.activations, self._laid_out(given))]
+                given = torch.autograd.grad(
+                    self._embedding, flat, self._at_points(u), create_graph=True, allow_unused=True
+                )
+                gradients = self._laid_out([None if g is None else self._over_points(g) for g in given])
+                sums = [(A * g).sum(1).reshape(len(A), -1) for A, g in zip(self.moved, gradients)]
             found = [_derivative(y, u) for y in sums]
         except RuntimeError:
             return None
@@ -173,7 +186,9 @@ class Recording:
         rest = iter(values)
         laid_out = []
         for devices in self._tensors:
-            filled = [tuple(torch.zeros_like(a) if (g := next(rest)) is None else g for a in t) for t in devices]
+            filled = [
+                tuple(torch.zeros_like(self._own(a)) if (g := next(rest)) is None else g for a in t) for t in devices
+            ]
             laid_out += [self.reshape(g) for g in _captum.reduce_list(filled)]
         return laid_out
 
@@ -187,18 +202,34 @@ class Recording:
             return [None] * len(tensors), largest
         half = any(t.dtype == torch.float16 for t in (self._embedding, *tensors))
         for gain in (4096.0, 1.0) if half else (1.0,):  # float16 rounds to zero below 6e-8 and overflows at 65504
-            v = (u / largest[..., None] * gain).to(self._embedding.dtype)
+            v = self._at_points((u / largest[..., None] * gain).to(self._embedding.dtype))
             found = _vector_jacobian_products(self._embedding, tensors, v)
             if gain == 1 or all(g is None or bool(g.isfinite().all()) for g in found):
                 break
-        return found, largest / gain
+        return [None if g is None else self._over_points(g, 1) for g in found], largest / gain
+
+    def _own(self, activation: Tensor) -> Tensor:
+        """Of a tensor with a batch for each point, that of the activations themselves, detached."""
+        return self._by_point(activation.detach())[0]
+
+    def _by_point(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Values with a batch for each point, (points, batch, ...)."""
+        by_point: Tensor = values.unflatten(dim, (self._points, values.shape[dim] // self._points))
+        return by_point
+
+    def _at_points(self, u: Tensor) -> Tensor:
+        """u (..., B, D) for the embeddings of all points, by the weights of the path."""
+        if self.path is None:
+            return u
+        weights = torch.tensor((0.0, *self.path.weights), dtype=u.dtype, device=u.device)
+        return (weights[:, None, None] * u[..., None, :, :]).flatten(-3, -2)
+
+    def _over_points(self, gradient: Tensor, dim: int = 0) -> Tensor:
+        """The sum over the points, of gradients that have a batch for each of them."""
+        return gradient if self.path is None else self._by_point(gradient, dim).sum(dim)
 
     def reshape(self, activation: Tensor) -> Tensor:
-        """The layer's activations, or whatever has their shape, as (B, C, *spatial)."""
-        if self._encoder.reshape_transform is not None:
-            return self._encoder.reshape_transform(activation)
-        found = to_map(activation, images_of(self.inputs), self.embedding.shape[1])
-        return activation if found is None else found
+        return self._encoder.to_map(activation, self.inputs, self.embedding.shape[1])
 
     def _layout(self, activation: Tensor, name: str) -> Tensor:
         """Activations as (B, C, *spatial), or an error that says how to make them so."""
@@ -241,119 +272,3 @@ def _derivative(y: Tensor, u: Tensor) -> Tensor:
     if not parts or any(p is None for p in parts):
         raise RuntimeError("y does not depend on u")
     return torch.cat([p for p in parts if p is not None]).permute(1, 2, 0)
-
-
-@contextmanager
-def record(
-    encoder: Encoder,
-    layers: Sequence[nn.Module],
-    inputs: Tensors,
-    additional_forward_args: Any,
-    report: Report,
-    *,
-    layer_input: bool = False,
-    graph: bool = False,
-    constants: bool = False,
-) -> Iterator[Recording]:
-    """
-    Runs the forward function once, recording the layers' outputs (or inputs).
-
-    Gradient mode is off until the first layer is reached, so nothing before it is
-    recorded for backward; with ``graph`` it is on from there, with ``constants`` without what only
-    the gradients of weights would need. The hooks are gone when the context is entered. Each
-    thread's hooks ignore the calls of the other threads.
-    """
-    forward_func = encoder.forward_func
-    parallel = forward_func if isinstance(forward_func, nn.DataParallel) else None
-    in_threads = parallel is not None or encoder.device_ids is not None
-    thread, lock = threading.get_ident(), threading.Lock()
-    found: dict[nn.Module, dict[torch.device, Tensors]] = defaultdict(dict)
-    repeated: set[nn.Module] = set()
-    weights: list[ConstantWeights] = []
-
-    def keep(activation: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        The tensor to explain and the one that the forward pass goes on with; neither shares memory with what the
-        encoder may change in place.
-        """
-        if not graph:
-            return activation.detach().clone(), activation
-        kept = activation.clone() if activation.requires_grad else activation.detach().clone().requires_grad_()
-        return kept, kept.clone()
-
-    def hook(layer: nn.Module, args: Any, output: Any = None) -> Any:
-        nonlocal graph
-        if threading.get_ident() != thread and not in_threads:
-            return None
-        if torch.is_inference_mode_enabled():
-            graph = False
-        if graph:
-            torch.set_grad_enabled(True)
-            if constants and not weights and not in_threads:  # other threads would not see the constants
-                weights.append(stack.enter_context(ConstantWeights()))
-        value = args if layer_input else output
-        items = list(value) if isinstance(value, (tuple, list)) else [value]
-        kept = {i: keep(a) for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim}
-        if not kept:
-            raise TypeError(
-                f"Expected layer {name_of(forward_func, layer)} to {'take' if layer_input else 'return'} floating-point"
-                f" tensors (B, C, *spatial), but got {describe(value)}; choose a layer that does."
-            )
-        tensors = tuple(explained for explained, _ in kept.values())
-        with lock:
-            if tensors[0].device in found[layer]:
-                repeated.add(layer)
-            found[layer][tensors[0].device] = tensors
-        if not graph:
-            return None
-        replaced = [kept[i][1] if i in kept else a for i, a in enumerate(items)]
-        if not isinstance(value, (tuple, list)):
-            return replaced[0]
-        return type(value)(*replaced) if hasattr(value, "_fields") else type(value)(replaced)
-
-    def hook_of(layer: nn.Module) -> Callable[..., Any]:
-        # A DataParallel model calls the hook with a replica in the layer's place.
-        return lambda _, *values: hook(layer, *values)
-
-    with buffers_restored(forward_func):
-        with ExitStack() as stack, torch.set_grad_enabled(in_threads and graph):  # the gathering must be recorded
-            if in_threads:
-                stack.enter_context(_PARALLEL)
-            if parallel is not None:  # the first modules of its replicas need not be
-                stack.callback(parallel.module.register_forward_pre_hook(_gradients_off).remove)
-            for layer in dict.fromkeys(layers):
-                register = layer.register_forward_pre_hook if layer_input else layer.register_forward_hook
-                stack.callback(register(hook_of(layer)).remove)
-            if graph:  # tensors made under inference mode cannot be part of a graph
-                inputs = tuple(t.clone() if t.is_inference() else t for t in inputs)
-            with compiled_parts_off():
-                output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
-            if any(w.asked for w in weights):  # the encoder may have caught the error
-                raise WeightsNeededError
-            with torch.set_grad_enabled(graph):
-                embedding = check_rows("inputs", inputs, select_embedding(output, encoder.output_selector))
-        report.warnings += warnings_of_training(forward_func)
-        names = [name_of(forward_func, layer) for layer in layers]
-        for layer, name in dict(zip(layers, names)).items():
-            if layer not in found:
-                raise ValueError(
-                    f"Expected `layer` to be a module that the forward pass calls, but {name} was not called; pass a"
-                    " module of this very model that its forward pass calls (an element of a ModuleList, not the list)."
-                )
-            if layer in repeated:
-                report.warnings.append(
-                    f"Layer {name} was called several times in one forward pass; its last call is explained. Name the"
-                    " module around the call that you mean, or give that call a module of its own."
-                )
-        ids = _captum.extract_device_ids(forward_func, found, encoder.device_ids)
-        tensors = [[found[m][d] for d in _captum.sort_key_list(list(found[m]), ids)] for m in layers]
-        has_graph = graph and not embedding.is_inference()
-        recording = Recording(
-            encoder, inputs, additional_forward_args, layer_input, embedding, names, tensors, has_graph, report
-        )
-        yield recording
-        recording.settle()
-
-
-def _gradients_off(*_: Any) -> None:
-    torch.set_grad_enabled(False)

@@ -38,6 +38,14 @@ class Report:
         self.dependence[layer] = max(found, self.dependence.get(layer, Dependence.NONE))
         self._elsewhere = elsewhere
 
+    def include(self, other: "Report") -> None:
+        """What another pass of the same call has found out, of other layers."""
+        self.warnings += other.warnings
+        for side, rows in other.unusable.items():
+            self.unusable.setdefault(side, set()).update(rows)
+        for (_, layer), found in other.dependence.items():
+            self.note_dependence((len(self.dependence), layer), found, other._elsewhere)
+
     def texts(self) -> list[str]:
         """
         What the user is to be warned of.

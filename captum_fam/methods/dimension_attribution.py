@@ -3,9 +3,10 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_fam._checks import format_inputs
+from captum_fam._checks import check_positive, describe, format_inputs
+from captum_fam.engine.path import Baseline, Path, paths
 from captum_fam.engine.places import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms
 from captum_fam.engine.question import Pairs
 from captum_fam.engine.recording import Recording
@@ -14,7 +15,7 @@ from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.layer_attribution import LayerSimilarityAttribution
 from captum_fam.methods.layer_explanation import masked
 from captum_fam.methods.similarity_attribution import Inputs
-from captum_fam.similarity import norm
+from captum_fam.similarity import norm, widen
 
 # How far the places may miss the similarity, as a share of what its dimensions contribute, before a reader must know.
 _TOLERANCE = 0.05
@@ -31,14 +32,31 @@ class DimensionAttribution(LayerSimilarityAttribution):
     _adds_up = True  # whether the mean of a map is to be the score of its terms
 
     def __init__(
-        self, *args: Any, channel_weights: Literal["auto", "aligned", "jacobian"] | str = "auto", **options: Any
+        self,
+        *args: Any,
+        channel_weights: Literal["auto", "aligned", "jacobian"] | str = "auto",
+        n_steps: int | None = None,
+        baseline: Baseline = "mean",
+        **options: Any,
     ) -> None:
         if channel_weights not in ("auto", "aligned", "jacobian"):
             raise ValueError(
                 f'Expected `channel_weights` to be "auto", "aligned" or "jacobian", but got {channel_weights!r}.'
             )
+        if n_steps is not None:
+            check_positive("n_steps", n_steps)
+        if not isinstance(baseline, Tensor) and baseline not in ("mean", "zero"):
+            raise ValueError(
+                f'Expected `baseline` to be "mean", "zero" or a tensor that broadcasts to the layer\'s activations, but'
+                f" got {describe(baseline)}."
+            )
         super().__init__(*args, **options)
         self.channel_weights = channel_weights
+        self.n_steps = n_steps
+        self.baseline = baseline
+
+    def has_convergence_delta(self) -> bool:
+        return self.n_steps is not None
 
     def terms(self, z: Tensor, s: Tensor) -> Tensor:
         """f(z, s) (..., D), for embeddings z and references s that broadcast; that of a contrast is a difference."""
@@ -82,8 +100,14 @@ class DimensionAttribution(LayerSimilarityAttribution):
             >>> FeatureActivationMap(encoder, features).route(images)
             'jacobian'
         """
-        with self._record(format_inputs("inputs", inputs), additional_forward_args, Report()) as recording:
-            return self.routes(self._aligned(recording), recording.sizes)  # type: ignore[no-any-return]
+        inputs, path = format_inputs("inputs", inputs), self._paths(None, False)[0]
+        aligned: list[bool] = []
+        sizes: list[int] = []
+        for layers in self._together():
+            with self._record(inputs, additional_forward_args, Report(), path=path, layers=layers) as recording:
+                aligned += self._aligned(recording)
+                sizes += recording.sizes
+        return self.routes(aligned, sizes)  # type: ignore[no-any-return]
 
     def routes(self, aligned: list[bool], sizes: list[int]) -> Any:
         """Of each layer, from what holds for the tensors that it gave."""
@@ -104,15 +128,44 @@ class DimensionAttribution(LayerSimilarityAttribution):
             maps = place_maps(recording, f, multiples, pairs.n_references)
         else:
             maps = next(place_terms(recording, f, multiples))
-        if self._adds_up and not all(aligned):
-            means = [M.mean(2) if summed else M.sum(1).mean(1, keepdim=True) for M in maps]
+        if self._adds_up and not all(aligned) and self.n_steps is None:
             for name, tensors in recording.layers():
-                check_sum(torch.stack(means[tensors]).sum(0), pairs, name, any(recording.partial[tensors]))
+                check_sum(_means(maps[tensors], summed), pairs, name, any(recording.partial[tensors]))
         return maps
 
     def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
-        z = recording.embedding
-        return [multiple_of_mean(z, A) if a else None for a, A in zip(aligned, recording.activations)]
+        z, path = recording.embedding, recording.path
+        share = 1 if path is None or not path.nodes else sum(path.weights)
+        return [multiple_of_mean(z, A) * share if a else None for a, A in zip(aligned, recording.activations)]
+
+    def _together(self) -> list[list[nn.Module]]:
+        layers = super()._together()
+        return layers if self.n_steps is None else [[layer] for layer in layers[0]]
+
+    def _inputs_at_once(self, internal_batch_size: int | None) -> int | None:
+        if self.n_steps is None or internal_batch_size is None:
+            return internal_batch_size
+        return max(1, internal_batch_size // (1 + self.n_steps))
+
+    def _paths(self, internal_batch_size: int | None, delta: bool) -> list[Path | None]:
+        if self.n_steps is None:
+            return [None]
+        if not self._needs_graph():
+            return [Path(self.baseline, (0.0,), (1.0,)) if delta else Path(self.baseline)]
+        return [*paths(self.baseline, self.n_steps, max(1, (internal_batch_size or self.n_steps + 2) - 1), delta)]
+
+    def _check_delta(self, return_convergence_delta: bool) -> None:
+        if self.n_steps is None:
+            super()._check_delta(return_convergence_delta)
+
+    def _missed(self, pairs: Pairs, maps: list[Tensor], summed: bool) -> list[Tensor]:
+        path, z = pairs.recording.path, pairs.z
+        mean = _means(maps, summed)
+        if path is None or 0.0 not in path.nodes:  # a later part of it
+            return [mean]
+        f = self.weights(z[:, None], pairs.t, pairs.question.less is None)
+        given = z - widen(pairs.recording.on_path[path.nodes.index(0.0)])
+        return [mean - (f * given[:, None]).sum(2)]
 
     def _aligned(self, recording: Recording) -> list[bool]:
         return [self._is_aligned(recording.embedding, A) for A in recording.activations]
@@ -127,6 +180,11 @@ class DimensionAttribution(LayerSimilarityAttribution):
 
     def _needs_graph(self) -> bool:
         return self.channel_weights != "aligned"
+
+
+def _means(maps: list[Tensor], summed: bool) -> Tensor:
+    """The means over the places (B, P) of a layer's maps, added up."""
+    return torch.stack([M.mean(2) if summed else M.sum(1).mean(1, keepdim=True) for M in maps]).sum(0)
 
 
 def check_sum(found: Tensor, pairs: Pairs, layer: str, partial: bool) -> None:

@@ -1,11 +1,12 @@
 """Captum's attribute, once for all methods that explain a layer."""
 
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from captum.attr import LayerAttribution
 from captum.log import log_usage
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_internal_batch_size, check_same_form, describe, format_inputs, warn_once
@@ -37,7 +38,8 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         contrast: TargetType | Literal["rest", "self"] | str = None,
         threshold: float | None = None,
         internal_batch_size: int | None = None,
-    ) -> Maps:
+        return_convergence_delta: bool = False,
+    ) -> Maps | tuple[Maps, Tensor | list[Tensor]]:
         r"""
         Explains each input's similarity to one reference.
 
@@ -85,8 +87,12 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
                         encoder at most so many at a time, one chunk after another; the maps are
                         the same, the memory needed is that of one chunk. As in Captum, tensors
                         among the further arguments with as many rows as there are inputs are
-                        cut with them.
+                        cut with them. With ``n_steps``, each input counts n_steps + 1 times; where one
+                        alone is too many, its steps are cut, and the encoder runs once for each part.
                         Default: None, all at once
+            return_convergence_delta (bool, optional): Also returns how far each map is from what it
+                        should add up to. Only for methods with ``n_steps``.
+                        Default: False
 
         Where Captum repeats the inputs (NoiseTunnel, sensitivity_max), it expands ``target`` but
         not the references or ``contrast``: there, choose among the references with ``target``,
@@ -97,6 +103,9 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             - maps (B, 1, \*spatial), or (B, C, \*spatial) without the sum over channels, in the
               dtype of the layer's activations, detached; a tuple for a layer that gives several
               tensors, and a list of results for a list of layers.
+
+            With ``return_convergence_delta``, these and the **delta** (B,), the mean of each map
+            (before ``relu_attributions``) less :math:`f \cdot (z - z(B))`; a list for a list of layers.
 
         Raises:
             TypeError, ValueError: an argument is not as described above; the message names it.
@@ -113,6 +122,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         """
         inputs = format_inputs("inputs", inputs)
         check_internal_batch_size(internal_batch_size)
+        self._check_delta(return_convergence_delta)
         ask = self._ask(
             inputs,
             additional_forward_args,
@@ -131,8 +141,13 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             layer_input=attribute_to_layer_input,
             relu=relu_attributions,
             summed=attr_dim_summation,
+            delta=return_convergence_delta,
         )
-        return self._told(found)  # type: ignore[no-any-return]
+        maps: Maps = self._told(found)
+        if not return_convergence_delta:
+            return maps
+        deltas = [missed[:, 0] for missed in found.missed]
+        return maps, deltas if isinstance(self.layer, list) else deltas[0]
 
     def attribute_all(
         self,
@@ -245,25 +260,37 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         B, K = len(inputs[0]), len(reference[0])
         own, less = pair_index(B, K), self._less(contrast, threshold, K, B)
 
-        def both_sides(constants: bool) -> tuple[Maps, Maps]:
-            report = Report()
+        def both_sides(
+            layers: list[nn.Module], constants: bool
+        ) -> tuple[tuple[list[Tensor], list[Tensor]], list[int], Report]:
+            report, path = Report(), self._paths(None, False)[0]
             with (
-                self._record(inputs, None, report, constants=constants) as one,
-                self._record(reference, None, report, constants=constants) as two,
+                self._record(inputs, None, report, constants=constants, path=path, layers=layers) as one,
+                self._record(reference, None, report, constants=constants, path=path, layers=layers) as two,
             ):
                 maps, back = Assembled(B), Assembled(K)
                 aligned = [a and b for a, b in zip(self._aligned(one), self._aligned(two))]
-                for columns, found, _, _ in self._explain(one, Question(two.embedding, own, less), aligned):
-                    maps.put(slice(0, B), columns, found, 1)
+                for columns, part in self._explain(one, Question(two.embedding, own, less), aligned):
+                    maps.put(slice(0, B), columns, part.maps, 1)
                 # A shared reference has one map for each input: its P maps become B of one.
                 turned = Question(one.embedding, own if K == B else torch.arange(B)[None], less)
-                for columns, found, _, _ in self._explain(two, turned, aligned, sides=SIDES[::-1]):
-                    back.put(slice(0, K), columns, found, turned.own.shape[1])
-            warn_once(report.texts())
+                for columns, part in self._explain(two, turned, aligned, sides=SIDES[::-1]):
+                    back.put(slice(0, K), columns, part.maps, turned.own.shape[1])
             other = [M if K == B else M.transpose(0, 1).contiguous() for M in back.tensors]
-            return self._result(maps.tensors, one.sizes), self._result(other, two.sizes)
+            return (maps.tensors, other), one.sizes, report
 
-        return with_constants(both_sides)
+        found = [with_constants(partial(both_sides, layers)) for layers in self._together()]
+        warn_once([text for _, _, report in found for text in report.texts()])
+        sizes = [size for _, of_layers, _ in found for size in of_layers]
+        here, there = (self._result([M for sides, _, _ in found for M in sides[side]], sizes) for side in (0, 1))
+        return here, there
+
+    def _check_delta(self, return_convergence_delta: bool) -> None:
+        if return_convergence_delta:
+            raise ValueError(
+                "return_convergence_delta=True needs a path to integrate along: pass n_steps to FeatureActivationMap or"
+                " SimilarityDecomposition."
+            )
 
     def _ask(self, inputs: Tensors, additional_forward_args: object | None, most: int | None, **asked: Any) -> Ask:
         """The question about one reference for each input, or about every reference."""

@@ -1,25 +1,24 @@
-"""How a layer's maps are made: inputs recorded in chunks, references compared a few at a time, results put together."""
+"""How a layer's maps are made: inputs recorded in chunks, references compared a few at a time, all put together."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from captum_fam._checks import check_callable, describe
 from captum_fam.engine.chunks import Assembled, Tensors, cut, cut_arguments, slices
 from captum_fam.engine.constants import WeightsNeededError
+from captum_fam.engine.path import Path
 from captum_fam.engine.question import Pairs, Question, at_once, note_unusable
-from captum_fam.engine.recording import Encoder, Recording, record
+from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import SIDES, Report
 from captum_fam.engine.untouched import eagerly
-from captum_fam.methods.similarity_attribution import Selector, SimilarityAttribution
-from captum_fam.similarity import Similarity
+from captum_fam.methods.on_layer import OnLayer
 
 # The question about recorded inputs, from their embeddings and their rows in the call.
 Ask: TypeAlias = Callable[[Tensor, slice], Question]
@@ -43,6 +42,7 @@ class Explained:
         aligned: for each of those tensors, whether no gradient was taken.
         sizes: how many of them each layer gave.
         report: what the user is to be told.
+        missed: how far each layer's map is from what it should add up to (B, P), if that was asked for.
     """
 
     embedding: Tensor
@@ -52,26 +52,11 @@ class Explained:
     aligned: list[bool]
     sizes: list[int]
     report: Report
+    missed: list[Tensor]
 
 
-class LayerExplanation(SimilarityAttribution):
-    """A method whose map lies on a layer. Its family says how the map is made (:meth:`_maps`)."""
-
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layer: nn.Module | list[nn.Module],
-        device_ids: list[int] | None = None,
-        *,
-        similarity: Similarity | None = None,
-        output_selector: Selector = None,
-        reshape_transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        _check_layer(layer)
-        if reshape_transform is not None:
-            check_callable("reshape_transform", reshape_transform)
-        super().__init__(forward_func, layer, device_ids, similarity=similarity, output_selector=output_selector)
-        self.reshape_transform = reshape_transform
+class LayerExplanation(OnLayer):
+    """A method that explains scores on a layer. Its family says how the map is made (:meth:`_maps`)."""
 
     @eagerly
     def explain(
@@ -86,6 +71,7 @@ class LayerExplanation(SimilarityAttribution):
         summed: bool = True,
         signed: bool = False,
         sides: tuple[str, str] = SIDES,
+        delta: bool = False,
     ) -> Explained:
         """
         The maps of inputs, of which at most so many at a time go through the encoder: what all calls are made of.
@@ -93,44 +79,68 @@ class LayerExplanation(SimilarityAttribution):
         ``ask`` gives the question about some of the inputs, from their embeddings and their rows. Nobody is warned:
         see ``report``.
         """
-        B, aligned = len(inputs[0]), None
+        B = len(inputs[0])
 
-        def attempt(constants: bool) -> Explained:
-            report, agreed = Report(), aligned
-            embeddings, maps, signed_maps, valid = (Assembled(B) for _ in range(4))
-            for rows in slices(B, internal_batch_size):
+        def attempt(layers: list[nn.Module], aligned: list[bool] | None, constants: bool) -> Explained:
+            report, agreed, paths = Report(), aligned, self._paths(internal_batch_size, delta)
+            embeddings, maps, signed_maps, valid, missed = (Assembled(B) for _ in range(5))
+            for rows in slices(B, self._inputs_at_once(internal_batch_size)):
                 args = cut_arguments(additional_forward_args, rows, B)
-                with self._record(cut(inputs, rows), args, report, layer_input, constants) as recording:
-                    here = self._aligned(recording)
-                    both = here if agreed is None else [a and b for a, b in zip(agreed, here)]
-                    if rows.start and both != agreed:
-                        raise _RoutesDifferError(both)
-                    agreed, question = both, ask(recording.embedding, rows)
-                    P = question.own.shape[1]
-                    embeddings.put(rows, None, [recording.embedding])
-                    for columns, plain, of_terms, known in self._explain(
-                        recording, question, agreed, rows.start, relu, summed, signed, internal_batch_size, sides
-                    ):
-                        maps.put(rows, columns if summed else None, plain, P)
-                        signed_maps.put(rows, columns, of_terms, P)
-                        valid.put(rows, columns, [known], P)
-                sizes = recording.sizes
-                del recording, question  # the next chunk needs the memory
+                for number, path in enumerate(paths):
+                    path = path and path.of(rows, B)
+                    with self._record(
+                        cut(inputs, rows), args, report, layer_input, constants, path, layers
+                    ) as recording:
+                        here = self._aligned(recording)
+                        both = here if agreed is None else [a and b for a, b in zip(agreed, here)]
+                        if (rows.start or number) and both != agreed:
+                            raise _RoutesDifferError(both)
+                        agreed, question = both, ask(recording.embedding, rows)
+                        P = question.own.shape[1]
+                        if not number:
+                            embeddings.put(rows, None, [recording.embedding])
+                        for columns, part in self._explain(
+                            recording,
+                            question,
+                            agreed,
+                            rows.start,
+                            relu=relu,
+                            summed=summed,
+                            signed=signed,
+                            most=internal_batch_size,
+                            sides=sides,
+                            whole=len(paths) == 1,
+                            delta=delta,
+                        ):
+                            add = bool(number)
+                            maps.put(rows, columns if summed else None, part.maps, P, add)
+                            signed_maps.put(rows, columns, part.signed, P, add)
+                            missed.put(rows, columns, part.missed, P, add)
+                            if not number:
+                                valid.put(rows, columns, [part.valid], P)
+                    sizes, dtypes = recording.sizes, [A.dtype for A in recording.activations]
+                    del recording, question  # the next chunk needs the memory
             return Explained(
                 embeddings.tensors[0],
-                maps.tensors,
+                [_shown(M, dtype, relu) for M, dtype in zip(maps.tensors, dtypes)],
                 signed_maps.tensors,
                 valid.tensors[0],
                 agreed or [],
                 sizes,
                 report,
+                missed.tensors,
             )
 
-        while True:
-            try:
-                return with_constants(attempt)
-            except _RoutesDifferError as error:
-                aligned = error.args[0]
+        found = []
+        for layers in self._together():
+            aligned = None
+            while True:
+                try:
+                    found.append(with_constants(partial(attempt, layers, aligned)))
+                    break
+                except _RoutesDifferError as error:
+                    aligned = error.args[0]
+        return found[0] if len(found) == 1 else _of_several(found)
 
     def _explain(
         self,
@@ -138,15 +148,18 @@ class LayerExplanation(SimilarityAttribution):
         question: Question,
         aligned: list[bool],
         first: int = 0,
+        *,
         relu: bool = False,
         summed: bool = True,
         signed: bool = False,
         most: int | None = None,
         sides: tuple[str, str] = SIDES,
-    ) -> Iterator[tuple[slice, list[Tensor], list[Tensor], Tensor]]:
+        whole: bool = True,
+        delta: bool = False,
+    ) -> Iterator[tuple[slice, "_Part"]]:
         """
-        For some references at a time the maps of recorded inputs, zero where they mean nothing, all signed maps if they
-        are wanted, and which pairs mean something. ``first`` is the number of the first input in its call.
+        For some references at a time what recorded inputs have of their maps, zero where these mean nothing; not
+        ``whole``, there is more to add. ``first`` is the number of the first input in its call.
         """
         P, valid = question.own.shape[1], []
         for columns in slices(P, min(most or P, at_once(recording.embedding))):
@@ -155,12 +168,15 @@ class LayerExplanation(SimilarityAttribution):
                 known = self._valid(pairs)
                 found = [masked(M, known) for M in self._maps(pairs, aligned, plain=True, summed=summed)]
                 of_terms = self._maps(pairs, aligned, plain=False, summed=summed) if signed else []
+                missed = self._missed(pairs, found, summed) if delta else []
             layers = recording.activations
             found, of_terms = (
                 [M.reshape(*M.shape[:2], *A.shape[2:]) for M, A in zip(maps, layers)] for maps in (found, of_terms)
             )
             valid.append(known)
-            yield columns, [(F.relu(M) if relu else M).to(A.dtype) for M, A in zip(found, layers)], of_terms, known
+            if whole:
+                found = [_shown(M, A.dtype, relu) for M, A in zip(found, layers)]
+            yield columns, _Part(found, of_terms, known, [torch.where(known, m, torch.zeros_like(m)) for m in missed])
         note_unusable(recording, question, torch.cat(valid, 1), first, sides)
 
     @abstractmethod
@@ -178,36 +194,51 @@ class LayerExplanation(SimilarityAttribution):
         """Which of the recorded activations need no gradient; nothing where that is no question."""
         return []
 
-    def _needs_graph(self) -> bool:
-        """Whether the maps may need the gradient of the embedding with respect to the layer."""
-        return False
+    def _together(self) -> list[list[nn.Module]]:
+        """The layers, by those that one forward pass explains."""
+        return [self._layers()]
 
-    def _record(
-        self,
-        inputs: Tensors,
-        additional_forward_args: object | None,
-        report: Report,
-        layer_input: bool = False,
-        constants: bool = False,
-    ) -> AbstractContextManager[Recording]:
-        _check_layer(self.layer)
-        return record(
-            Encoder(self._encoder(), self._selector(), self.reshape_transform, self.device_ids),
-            self.layer if isinstance(self.layer, list) else [self.layer],
-            inputs,
-            additional_forward_args,
-            report,
-            layer_input=layer_input,
-            graph=self._needs_graph() and not torch.is_inference_mode_enabled(),
-            constants=constants,
-        )
+    def _inputs_at_once(self, internal_batch_size: int | None) -> int | None:
+        return internal_batch_size
 
-    def _result(self, tensors: list[T], sizes: list[int]) -> Any:
-        """Captum's form of what each tensor has: a tuple for a layer of several, a list for a list of layers."""
-        rest = iter(tensors)
-        layers = [tuple(next(rest) for _ in range(size)) for size in sizes]
-        results = [layer if len(layer) > 1 else layer[0] for layer in layers]
-        return results if isinstance(self.layer, list) else results[0]
+    def _paths(self, internal_batch_size: int | None, delta: bool) -> list[Path | None]:
+        """The paths that add up to the maps."""
+        return [None]
+
+    def _missed(self, pairs: Pairs, maps: list[Tensor], summed: bool) -> list[Tensor]:
+        """How far a part of a path is from what it should add up to (B, P), if it has a baseline's embedding."""
+        return []
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What some references have of their maps; attributes as in Explained."""
+
+    maps: list[Tensor]
+    signed: list[Tensor]
+    valid: Tensor
+    missed: list[Tensor]
+
+
+def _shown(M: Tensor, dtype: torch.dtype, relu: bool) -> Tensor:
+    return (F.relu(M) if relu else M).to(dtype)
+
+
+def _of_several(found: list[Explained]) -> Explained:
+    """What layers have that were explained one by one."""
+    together = Report()
+    for one in found:
+        together.include(one.report)
+    return Explained(
+        found[0].embedding,
+        [M for one in found for M in one.maps],
+        [M for one in found for M in one.signed],
+        torch.stack([one.valid for one in found]).all(0),
+        [a for one in found for a in one.aligned],
+        [size for one in found for size in one.sizes],
+        together,
+        [M for one in found for M in one.missed],
+    )
 
 
 def masked(values: Tensor, valid: Tensor) -> Tensor:
@@ -222,11 +253,3 @@ def with_constants(run: Callable[[bool], T]) -> T:
     except (WeightsNeededError, CheckpointError):
         pass
     return run(False)
-
-
-def _check_layer(layer: object) -> None:
-    layers = layer if isinstance(layer, list) else [layer]
-    if not layers or not all(isinstance(m, nn.Module) for m in layers):
-        hint = "; pass model.get_submodule(name)" if any(isinstance(m, str) for m in layers) else ""
-        got = f"a list of {[type(m).__name__ for m in layers]}" if isinstance(layer, list) else describe(layer)
-        raise TypeError(f"Expected `layer` to be a module or a list of modules, but got {got}{hint}.")

@@ -1,20 +1,22 @@
 """The decomposition of a similarity into places, as a Captum layer attribution."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from captum_fam._checks import check_callable, check_same_form, describe, format_inputs, warn_once
+from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.formula import DECOMPOSITION
+from captum_fam.engine.path import Baseline
 from captum_fam.engine.places import place_embeddings
 from captum_fam.engine.question import Pairs, Question, note_unusable, pair_index
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.dimension_attribution import DimensionAttribution, check_sum
-from captum_fam.methods.layer_attribution import Maps
 from captum_fam.methods.layer_explanation import masked, with_constants
 from captum_fam.methods.similarity_attribution import Inputs, Selector
 from captum_fam.similarity import Similarity, exact, nonzero, norm, widen
@@ -49,6 +51,16 @@ class SimilarityDecomposition(DimensionAttribution):
     bias, ReLU, mean, maximum and generalised mean). With biases, a normalisation or a class
     token they do not, and a warning says so where more than a twentieth is missing.
 
+    With ``n_steps``, v is integrated along a straight path from a ``baseline`` B of the layer to its
+    activations (for pairs: Möller et al., https://arxiv.org/abs/2408.14153),
+
+    .. math:: v_i = \sum_k (A_{ki} - B_{ki}) \int_0^1 \frac{\partial z}{\partial A_{ki}} (B + t (A - B)) \, dt
+
+    Then the places add up to z - z(B) for every network, and the mean of the map is
+    :math:`f \cdot (z - z(B))`. It takes ``n_steps`` forward and backward passes of what comes after the
+    layer, and one of what comes before it. This map is for early and middle layers: at the last one before
+    the pooling there is nothing to integrate.
+
     With ``contrast`` or ``threshold``, the mean of the map is the difference: the margin of two
     references (of distances, plus :math:`\|a\|^2 - \|b\|^2`), 0 for ``"self"``, score - threshold.
     ``contrast="self"`` of a cosine is the gradient of the cosine, as Grad-CAM has it, by place.
@@ -68,8 +80,7 @@ class SimilarityDecomposition(DimensionAttribution):
         dimension_weights (Callable, optional): A function of your own f(z, s), from embeddings and
                     references of one shape (..., D) to weights of that shape, in place of a similarity.
                     Default: None
-        channel_weights (str): As in :class:`~captum_fam.FeatureActivationMap`.
-                    Default: ``"auto"``
+        channel_weights, n_steps, baseline: As in :class:`~captum_fam.FeatureActivationMap`.
         output_selector, reshape_transform (Callable, optional): As in
                     :class:`~captum_fam.FeatureActivationMap`.
                     Default: None
@@ -96,6 +107,8 @@ class SimilarityDecomposition(DimensionAttribution):
         similarity: Similarity | None = None,
         dimension_weights: Callable[[Tensor, Tensor], Tensor] | None = None,
         channel_weights: Literal["auto", "aligned", "jacobian"] | str = "auto",
+        n_steps: int | None = None,
+        baseline: Baseline = "mean",
         output_selector: Selector = None,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -107,6 +120,8 @@ class SimilarityDecomposition(DimensionAttribution):
             device_ids,
             similarity=similarity,
             channel_weights=channel_weights,
+            n_steps=n_steps,
+            baseline=baseline,
             output_selector=output_selector,
             reshape_transform=reshape_transform,
         )
@@ -141,7 +156,9 @@ class SimilarityDecomposition(DimensionAttribution):
         return -s.square().sum(1) if self._similarity() == "euclidean" else super().constant(s)
 
     @eagerly
-    def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Maps:
+    def attribute_matrix(
+        self, inputs: Inputs, reference: Inputs, *, return_baselines: bool = False
+    ) -> Tensor | Tensors | list[Tensor] | list[Tensors]:
         r"""
         What each place of the inputs, with each place of the reference, contributes to
         their similarity (Zhu, Yang, Chen): with place embeddings v(i) and v'(j), which add
@@ -155,15 +172,26 @@ class SimilarityDecomposition(DimensionAttribution):
         reference of what matches place i. Encoders other than a spatial mean need a
         gradient for each embedding dimension or each place, whichever are fewer.
 
+        With ``n_steps``, the v(i) add up to z - z(B), and the v'(j) to s - s(B). What is left of the score
+        belongs to a place and the other side's baseline, or to both baselines. With ``return_baselines``
+        these are returned, too, and all four add up to the score:
+
+        .. math:: z \cdot s = \sum_{ij} v(i) \cdot v'(j) + \sum_i v(i) \cdot s(B)
+                  + \sum_j v'(j) \cdot z(B) + z(B) \cdot s(B)
+
         Args:
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
             reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
                         paired with the inputs, or one that they share.
+            return_baselines (bool, optional): Also returns what the baselines of ``n_steps`` contribute.
+                        Default: False
 
         Returns:
             *Tensor* or *list*: (B, h·w, h'·w'), places in row-major
             order: ``matrix.reshape(B, h, w, h', w')``. In the dtype of the activations; a list
-            for a list of layers.
+            for a list of layers. With ``return_baselines`` a tuple of this and what the inputs'
+            places make with the reference's baseline (B, h·w), the reference's places with the inputs'
+            baseline (B, h'·w'), and both baselines (B, 1).
 
         Raises:
             TypeError, ValueError, RuntimeError: As in :meth:`attribute`.
@@ -177,6 +205,10 @@ class SimilarityDecomposition(DimensionAttribution):
         """
         inputs, reference = format_inputs("inputs", inputs), format_inputs("reference", reference)
         check_same_form(reference, inputs)
+        if return_baselines and self.n_steps is None:
+            raise ValueError(
+                "return_baselines=True needs a path from a baseline: pass n_steps to SimilarityDecomposition."
+            )
         own = pair_index(len(inputs[0]), len(reference[0]))
         if self._similarity() not in ("cosine", "dot"):
             raise ValueError(
@@ -184,11 +216,11 @@ class SimilarityDecomposition(DimensionAttribution):
                 f" {'`dimension_weights`' if self.dimension_weights is not None else describe(self._similarity())}."
             )
 
-        def matrices(constants: bool) -> Maps:
-            report = Report()
+        def matrices(layers: list[nn.Module], constants: bool) -> tuple[list[tuple[Tensor, ...]], Report]:
+            report, path = Report(), self._paths(None, return_baselines)[0]
             with (
-                self._record(inputs, None, report, constants=constants) as one,
-                self._record(reference, None, report, constants=constants) as two,
+                self._record(inputs, None, report, constants=constants, path=path, layers=layers) as one,
+                self._record(reference, None, report, constants=constants, path=path, layers=layers) as two,
                 torch.no_grad(),
             ):
                 question = Question(two.embedding, own)
@@ -198,19 +230,34 @@ class SimilarityDecomposition(DimensionAttribution):
                     if size > 1:
                         raise ValueError(f"attribute_matrix needs a layer with one tensor, but {name} has {size}.")
                 found = []
-                for name, partial, A, v, v_reference in zip(
+                for name, partial_map, A, v, v_reference in zip(
                     one.names, one.partial, one.activations, *map(self._place_embeddings, (one, two))
                 ):
+                    v_reference = v_reference.expand(len(v), -1, -1)
                     with exact(v):
-                        matrix = masked(v.mT @ v_reference.expand(len(v), -1, -1), pairs.valid)
-                    check_sum(matrix.sum((1, 2))[:, None], pairs, name, partial)
-                    found.append(matrix.to(A.dtype))
-            warn_once(report.texts())
-            return self._result(found, one.sizes)  # type: ignore[no-any-return]
+                        parts = [v.mT @ v_reference]
+                        if return_baselines:
+                            z0, s0 = (self._of_unit(r, widen(r.on_path[0]))[..., None] for r in (one, two))
+                            parts += [v.mT @ s0, v_reference.mT @ z0, (z0 * s0).sum(1, keepdim=True)]
+                    parts = [masked(part, pairs.valid) for part in parts]
+                    if self.n_steps is None:
+                        check_sum(parts[0].sum((1, 2))[:, None], pairs, name, partial_map)
+                    found.append(tuple(part.to(A.dtype) for part in (parts[0], *(p.flatten(1) for p in parts[1:]))))
+            return found, report
 
-        return with_constants(matrices)
+        groups = [with_constants(partial(matrices, layers)) for layers in self._together()]
+        warn_once([text for _, report in groups for text in report.texts()])
+        found: list[Any] = [parts if return_baselines else parts[0] for group, _ in groups for parts in group]
+        return found if isinstance(self.layer, list) else found[0]
+
+    def _of_unit(self, recording: Recording, values: Tensor) -> Tensor:
+        """What embeddings (B, D, ...) are parts of: the embedding, or for the cosine its unit vector."""
+        if self._similarity() != "cosine":
+            return values
+        length = nonzero(norm(widen(recording.embedding)))
+        return values / length.reshape(*length.shape, *[1] * (values.ndim - 2))
 
     def _place_embeddings(self, recording: Recording) -> list[Tensor]:
         """v (B, D, N), which add up to the embedding; for the cosine, to its unit vector."""
-        length = nonzero(norm(widen(recording.embedding)))[..., None] if self._similarity() == "cosine" else 1
-        return [v / length for v in place_embeddings(recording, self._multiples(recording, self._aligned(recording)))]
+        found = place_embeddings(recording, self._multiples(recording, self._aligned(recording)))
+        return [self._of_unit(recording, v) for v in found]

@@ -1,0 +1,92 @@
+"""
+The path along which v is integrated (see formula.py): from a baseline B of a layer straight to its activations A,
+
+    v_i = sum_k (A_ki - B_ki) integral_0^1 dz/dA_ki (B + t (A - B)) dt
+
+whose v_i add up to z - z(B), whatever lies between. The integral is a sum of weights times gradients at nodes t.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_fam.engine.chunks import slices
+
+# Each channel's mean over the places of the same input, zero, or values that broadcast to the activations.
+Baseline: TypeAlias = Tensor | Literal["mean", "zero"] | str
+
+
+@dataclass(frozen=True)
+class Path:
+    """
+    A part of a path.
+
+    Attributes:
+        baseline: where it starts.
+        nodes: t of the points at which gradients are taken; 0 is the baseline itself.
+        weights: of these gradients, which add up to one over all parts.
+    """
+
+    baseline: Baseline
+    nodes: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def of(self, rows: slice, inputs: int) -> "Path":
+        """That of these rows of so many inputs."""
+        if not isinstance(self.baseline, Tensor) or len(self.baseline) != inputs:
+            return self
+        return replace(self, baseline=self.baseline[rows])
+
+    def moved(self, A: Tensor) -> Tensor:
+        """A - B"""
+        if isinstance(self.baseline, Tensor):
+            B = self.baseline.to(A)
+            try:
+                fits = torch.broadcast_shapes(B.shape, A.shape) == A.shape
+            except RuntimeError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"Expected `baseline` to broadcast to the layer's activations {tuple(A.shape)}, but got a tensor"
+                    f" {tuple(B.shape)}; pass one of shape (1, {A.shape[1]}, {', '.join('1' * (A.ndim - 2))}), a value"
+                    ' for each channel, or "mean" or "zero".'
+                )
+            return A - B
+        if self.baseline == "zero":
+            return A.clone()
+        return A - A.reshape(*A.shape[:2], -1).mean(2).reshape(*A.shape[:2], *[1] * (A.ndim - 2))
+
+    def points(self, activation: Tensor, to_map: Callable[[Tensor], Tensor]) -> Tensor:
+        """
+        The activations as the layer gave them, and those of each node after them, (1 + nodes) times the batch: what is
+        on no map (see ``to_map``) stays as it is.
+        """
+        with torch.enable_grad():
+            a = activation.detach().clone().requires_grad_()
+            A = to_map(a)
+            if not A.requires_grad:
+                raise ValueError(
+                    "Expected `reshape_transform` to select and reorder the layer's activations, but what it returned"
+                    " does not depend on them; return a view of its argument, without detach."
+                )
+            moved = self.moved(A.detach()).to(A.dtype)
+            (back,) = torch.autograd.grad(A, a, moved)  # of a selection, the gradient puts values back in their places
+        return torch.cat([activation.detach(), *(activation.detach() - (1 - t) * back for t in self.nodes)])
+
+
+def gauss_legendre(n: int) -> tuple[list[float], list[float]]:
+    """The n nodes in (0, 1) and the weights of Gauss and Legendre's rule, as Captum has them."""
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return ((1 + nodes) / 2).tolist(), (weights / 2).tolist()
+
+
+def paths(baseline: Baseline, n_steps: int, at_once: int, from_baseline: bool) -> list[Path]:
+    """The path in parts of at most so many nodes; ``from_baseline``, the first has the baseline's embedding, too."""
+    nodes, weights = gauss_legendre(n_steps)
+    if from_baseline:
+        nodes, weights = [0.0, *nodes], [0.0, *weights]
+    return [Path(baseline, tuple(nodes[part]), tuple(weights[part])) for part in slices(len(nodes), at_once)]

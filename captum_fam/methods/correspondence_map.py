@@ -1,0 +1,445 @@
+"""Which places of two inputs look alike, as a Captum layer attribution."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_fam._captum import TargetType
+from captum_fam._checks import (
+    check_internal_batch_size,
+    check_rows_fit,
+    check_same_form,
+    describe,
+    format_inputs,
+    reference_index,
+    warn_once,
+)
+from captum_fam.engine.chunks import Tensors, cut, cut_arguments, slices
+from captum_fam.engine.places import by_place
+from captum_fam.engine.question import pair_index
+from captum_fam.engine.report import SIDES, Report
+from captum_fam.engine.untouched import eagerly
+from captum_fam.methods.layer_attribution import Maps
+from captum_fam.methods.layer_explanation import masked
+from captum_fam.methods.on_layer import OnLayer
+from captum_fam.methods.similarity_attribution import Inputs, Selector
+from captum_fam.similarity import exact, unit
+
+# Images of references that go through the encoder at once, and cosines that are held at once.
+_IMAGES, _COSINES = 32, 2**24
+
+
+class CorrespondenceMap(OnLayer, LayerAttribution):
+    r"""
+    Which places of an input look like some place of a reference. At place i of a layer's activations A,
+
+    .. math:: M_i = \max_j \cos(A_i, R_j)
+
+    over the places j of the reference's activations R. Much of an image looks like some place of every
+    image, so with ``background`` or ``contrast``, the mean of the same over other images is taken away:
+    what is left looks like this reference more than like others.
+
+    It answers another question than the other methods here: it shows which places look alike, not what
+    the score is made of, and the embedding has no part in it. It adds up to nothing. So references are
+    inputs; an embedding has no places. It needs one forward pass of each image and no gradient.
+
+    The best match of places is how dense features are commonly compared (Amir et al.,
+    https://arxiv.org/abs/2112.05814); taking away that of other images is ours.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The encoder, or a :class:`~captum_fam.SimilarityScore`,
+                    of which the encoder is taken.
+        layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations (B, C, \*spatial) are
+                    compared, or a list of layers.
+        device_ids (list[int]): Device ID list, necessary only if forward_func applies a
+                    DataParallel model, as for other Captum layer methods.
+                    Default: None
+        background (Tensor or tuple[Tensor, ...], optional): Images in the form of the inputs, a dozen or
+                    more, of what inputs and references commonly show. Taken away wherever ``contrast``
+                    is not given.
+                    Default: None, the plain best match
+        output_selector, reshape_transform (Callable, optional): As in
+                    :class:`~captum_fam.FeatureActivationMap`.
+                    Default: None
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images, reference, others = torch.rand(2, 3, 16, 16), torch.rand(1, 3, 16, 16), torch.rand(12, 3, 16, 16)
+        >>> CorrespondenceMap(encoder, encoder[1], background=others).attribute(images, reference=reference).shape
+        torch.Size([2, 1, 14, 14])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        *,
+        background: Inputs | None = None,
+        output_selector: Selector = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(
+            forward_func, layer, device_ids, output_selector=output_selector, reshape_transform=reshape_transform
+        )
+        self.background = None if background is None else format_inputs("background", background)
+        if self.background is not None and not len(self.background[0]):
+            raise ValueError(
+                "Expected `background` to hold images, but it is empty; leave it out for the plain best match."
+            )
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: TargetType = None,
+        additional_forward_args: object | None = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        *,
+        reference: Inputs | None = None,
+        reference_embedding: None = None,
+        contrast: TargetType | Literal["rest"] | str | Inputs = None,
+        internal_batch_size: int | None = None,
+    ) -> Maps:
+        r"""
+        What of each input looks like one reference.
+
+        Args:
+            inputs, target, additional_forward_args, attribute_to_layer_input, relu_attributions: As in
+                        :meth:`FeatureActivationMap.attribute`.
+            reference (Tensor or tuple[Tensor, ...]): K references in the form of ``inputs``.
+            reference_embedding: An error: embeddings have no places.
+            contrast (int, list, Tensor or str, optional): What is taken away: the best match of another
+                        reference, by its number in the forms of ``target``; ``"rest"``, the mean over all
+                        other references; or images in the form of ``inputs``, instead of ``background``.
+                        Default: None, ``background``
+            internal_batch_size (int, optional): Images that go through the encoder at a time.
+                        Default: None, all inputs at once, and a few references at a time
+
+        Returns:
+            *Tensor*, *tuple[Tensor, ...]* or *list* of **attributions**:
+            - maps (B, 1, \*spatial) in the dtype of the layer's activations: cosines in [-1, 1], or
+              differences of cosines; a tuple for a layer that gives several tensors, and a list of results
+              for a list of layers.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described above; the message names it.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> shelf = torch.rand(5, 3, 16, 16)
+            >>> correspondence = CorrespondenceMap(encoder, encoder[1])
+            >>> correspondence.attribute(torch.rand(2, 3, 16, 16), [3, 0], reference=shelf, contrast="rest").shape
+            torch.Size([2, 1, 14, 14])
+        """
+        inputs = format_inputs("inputs", inputs)
+        check_internal_batch_size(internal_batch_size)
+        references = self._given(inputs, reference, reference_embedding)
+        own = reference_index("target", target, len(references[0]), len(inputs[0]))[:, None]
+        call = _Call(len(inputs[0]), additional_forward_args, internal_batch_size, attribute_to_layer_input)
+        return self._attribute(inputs, references, own, contrast, relu_attributions, call)
+
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object | None = None,
+        *,
+        reference: Inputs | None = None,
+        reference_embedding: None = None,
+        relu_attributions: bool = False,
+        contrast: Literal["rest"] | str | Inputs | None = None,
+        internal_batch_size: int | None = None,
+    ) -> Maps:
+        r"""
+        What of each input looks like every reference, from one forward pass of each.
+
+        Args:
+            inputs, additional_forward_args, reference, reference_embedding, relu_attributions, internal_batch_size:
+                        As in :meth:`attribute`.
+            contrast (str or Tensor, optional): ``"rest"``, or images, as in :meth:`attribute`.
+                        Default: None, ``background``
+
+        Returns:
+            *Tensor*, *tuple[Tensor, ...]* or *list*: maps (B, K, \*spatial), otherwise as
+            :meth:`attribute`.
+
+        Raises:
+            TypeError, ValueError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> correspondence = CorrespondenceMap(encoder, encoder[1])
+            >>> correspondence.attribute_all(torch.rand(2, 3, 16, 16), reference=torch.rand(5, 3, 16, 16)).shape
+            torch.Size([2, 5, 14, 14])
+        """
+        inputs = format_inputs("inputs", inputs)
+        check_internal_batch_size(internal_batch_size)
+        references = self._given(inputs, reference, reference_embedding)
+        if not len(references[0]):
+            raise ValueError("Expected at least one reference, but got none; pass images as `reference`.")
+        if not _are_images(contrast) and contrast not in (None, "rest"):
+            raise ValueError(
+                f'Expected `contrast` to be "rest", images or None, but got {describe(contrast)}; `attribute` takes a'
+                " number."
+            )
+        own = torch.arange(len(references[0]))[None]
+        call = _Call(len(inputs[0]), additional_forward_args, internal_batch_size)
+        return self._attribute(inputs, references, own, contrast, relu_attributions, call)
+
+    @eagerly
+    def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
+        r"""
+        What each of two images has that looks like the other, with one forward pass of each. ``background`` is
+        taken away on both sides.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): B inputs.
+            reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
+                        paired with the inputs, or one that they share.
+
+        Returns:
+            *tuple*: maps of the inputs, and maps of the reference, each (B, 1, \*spatial),
+            otherwise as :meth:`attribute`.
+
+        Raises:
+            TypeError, ValueError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> correspondence = CorrespondenceMap(encoder, encoder[1])
+            >>> here, there = correspondence.attribute_pair(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 24))
+            >>> here.shape, there.shape
+            (torch.Size([2, 1, 14, 14]), torch.Size([2, 1, 22, 22]))
+        """
+        call = _Call(0)
+        one, two, own = self._both(inputs, reference, call)
+        with torch.no_grad():
+            pairs = [(A, R[own]) for A, R in zip(one.units, two.units)]
+            here = [_best_of_pairs(A, R) for A, R in pairs]
+            there = [_best_of_pairs(R, A) for A, R in pairs]
+            valid = one.finite & two.finite[own]
+            if self.background is not None:
+                (less, less_there), known = self._mean_best(self.background, [one, two], call)
+                here = [M - L for M, L in zip(here, less)]
+                there = [M - L[own] for M, L in zip(there, less_there)]
+                valid = valid & known
+        warn_once(call.warnings())
+        return (
+            self._laid_out([M[:, None] for M in here], valid[:, None], one),
+            self._laid_out([M[:, None] for M in there], valid[:, None], two),
+        )
+
+    @eagerly
+    def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Tensor | list[Tensor]:
+        r"""
+        The cosine of each place of the inputs and each place of the reference.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): B inputs.
+            reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
+                        paired with the inputs, or one that they share.
+
+        Returns:
+            *Tensor* or *list*: (B, h·w, h'·w'), places in row-major order, in the dtype of the activations; a list
+            for a list of layers. The maximum of a row is the value of :meth:`attribute` at that place,
+            without a background.
+
+        Raises:
+            TypeError, ValueError: As in :meth:`attribute`.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> correspondence = CorrespondenceMap(encoder, encoder[1])
+            >>> correspondence.attribute_matrix(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 24)).shape
+            torch.Size([2, 196, 484])
+        """
+        call = _Call(0)
+        one, two, own = self._both(inputs, reference, call)
+        for name, size in zip(self._layers(), one.sizes):
+            if size > 1:
+                raise ValueError(
+                    f"attribute_matrix needs a layer with one tensor, but {type(name).__name__} has {size}."
+                )
+        valid = (one.finite & two.finite[own])[:, None]
+        with torch.no_grad(), exact(one.units[0]):
+            cosines = [A @ R[own].mT.to(A) for A, R in zip(one.units, two.units)]
+        warn_once(call.warnings())
+        return self._result([masked(M, valid).to(d) for M, d in zip(cosines, one.dtypes)], one.sizes)  # type: ignore[no-any-return]
+
+    def _given(self, inputs: Tensors, reference: Inputs | None, reference_embedding: object) -> Tensors:
+        if reference is None or reference_embedding is not None:
+            raise ValueError(
+                "CorrespondenceMap compares places, and embeddings have none; pass the references as inputs of the"
+                " encoder, reference=images."
+            )
+        tensors = format_inputs("reference", reference)
+        check_same_form(tensors, inputs)
+        return tensors
+
+    @eagerly
+    def _attribute(
+        self, inputs: Tensors, references: Tensors, own: Tensor, contrast: Any, relu: bool, call: "_Call"
+    ) -> Maps:
+        """Maps (B, P, *spatial) for the references of the numbers own (B, P), or (1, P) for all inputs."""
+        B, K, P = len(inputs[0]), len(references[0]), own.shape[1]
+        index = own.expand(B, P)
+        others = format_inputs("contrast", contrast) if _are_images(contrast) else None
+        if contrast is None:
+            others = self.background
+        elif others is None:
+            if K < 2:
+                raise ValueError(
+                    f"contrast={contrast!r} needs at least two references, but there is {K}; pass more of them, or"
+                    " images as `contrast`."
+                )
+            if isinstance(contrast, str) and contrast != "rest":
+                raise ValueError(
+                    f'Expected `contrast` to be the number of a reference, "rest" or images, but got {contrast!r}.'
+                )
+            if contrast != "rest":
+                index = torch.cat([index, reference_index("contrast", contrast, K, B)[:, None]], 1)
+        rest = others is None and isinstance(contrast, str)
+        with torch.no_grad():
+            one = _joined([places for _, places in self._stream(inputs, call, SIDES[0], call.most or B)])
+            index = index.to(one.finite.device)
+            best = [A.new_zeros(B, index.shape[1], A.shape[1]) for A in one.units]
+            total, finite = [torch.zeros_like(M[:, 0]) for M in best], []
+            for rows, two in self._stream(references, call, SIDES[1]):
+                finite.append(two.finite)
+                for number in range(rows.start, rows.stop):
+                    i, p = (index == number).nonzero(as_tuple=True)
+                    which = torch.arange(B, device=i.device) if rest else i.unique()
+                    for M, T, A, R in zip(best, total, one.units, two.units):
+                        T[which] += (found := _best(A[which], R[number - rows.start]))
+                        M[i, p] = found[torch.searchsorted(which, i)]
+            known = torch.cat(finite)
+            valid = one.finite[:, None] & known[index[:, :P]] & known[index[:, P:]].all(1, keepdim=True)
+            maps = [M[:, :P] for M in best]
+            if rest:
+                maps, valid = [M - (T[:, None] - M) / (K - 1) for M, T in zip(maps, total)], valid & known.all()
+            elif index.shape[1] > P:
+                maps = [M[:, :P] - M[:, P:] for M in best]
+            elif others is not None:
+                [less], known = self._mean_best(others, [one], call)
+                maps, valid = [M - L[:, None] for M, L in zip(maps, less)], valid & known
+        warn_once(call.warnings())
+        return self._laid_out([F.relu(M) if relu else M for M in maps], valid, one)  # type: ignore[no-any-return]
+
+    def _both(self, inputs: Inputs, reference: Inputs, call: "_Call") -> tuple["_Places", "_Places", Tensor]:
+        """The places of both sides of pairs, and the number (B,) of the reference of each input."""
+        inputs = format_inputs("inputs", inputs)
+        references = self._given(inputs, reference, None)
+        (_, one), (_, two) = (
+            next(self._stream(images, call, side, len(images[0]))) for images, side in zip((inputs, references), SIDES)
+        )
+        return one, two, pair_index(len(inputs[0]), len(references[0]))[:, 0].to(one.finite.device)
+
+    def _mean_best(
+        self, background: Tensors, sides: list["_Places"], call: "_Call"
+    ) -> tuple[list[list[Tensor]], Tensor]:
+        """The mean over a background of the best matches of places (n, N) of each side, and whether it is finite."""
+        means = [[A.new_zeros(A.shape[:2]) for A in side.units] for side in sides]
+        finite = []
+        for _, others in self._stream(background, call, "background"):
+            finite.append(others.finite)
+            for mean, side in zip(means, sides):
+                for M, A, G in zip(mean, side.units, others.units):
+                    for image in G:
+                        M += _best(A, image) / len(background[0])
+        return means, torch.cat(finite).all()
+
+    def _stream(
+        self, images: Tensors, call: "_Call", side: str, most: int | None = None
+    ) -> Iterator[tuple[slice, "_Places"]]:
+        """The places of a few images at a time."""
+        n = len(images[0])
+        check_rows_fit(call.additional_forward_args, call.inputs, n)
+        for rows in slices(n, most or call.most or _IMAGES):
+            args = cut_arguments(call.additional_forward_args, rows, call.inputs)
+            with self._record(cut(images, rows), args, call.report, call.layer_input) as recording:
+                activations = recording.activations
+                finite = torch.stack([A.flatten(1).isfinite().all(1) for A in activations]).all(0)
+                call.note_unusable(side, ~finite, rows.start)
+                units = [unit(by_place(A).nan_to_num(0, 0, 0).mT) for A in activations]
+                shapes, dtypes = [A.shape[2:] for A in activations], [A.dtype for A in activations]
+                yield rows, _Places(units, finite, shapes, dtypes, recording.sizes)
+
+    def _laid_out(self, maps: list[Tensor], valid: Tensor, places: "_Places") -> Any:
+        """Maps (B, P, N) in Captum's form."""
+        layers = zip(maps, places.shapes, places.dtypes)
+        return self._result([masked(M, valid).unflatten(2, shape).to(d) for M, shape, d in layers], places.sizes)
+
+
+@dataclass
+class _Call:
+    """What the forward passes of a call share: further arguments for so many inputs, and what they find out."""
+
+    inputs: int
+    additional_forward_args: object | None = None
+    most: int | None = None
+    layer_input: bool = False
+    report: Report = field(default_factory=Report)
+    unusable: dict[str, set[int]] = field(default_factory=dict)
+
+    def note_unusable(self, side: str, bad: Tensor, first: int) -> None:
+        self.unusable.setdefault(side, set()).update((bad.nonzero().flatten() + first).tolist())
+
+    def warnings(self) -> list[str]:
+        which = [f"{side} {sorted(rows)}" for side, rows in self.unusable.items() if rows]
+        bad = [f"Activations are not finite ({', '.join(which)}): the maps that depend on them are zero."]
+        return self.report.texts() + (bad if which else [])
+
+
+@dataclass(frozen=True)
+class _Places:
+    """
+    The activations of n images as vectors of unit length (n, N, C), for each of the tensors that the layers gave.
+
+    ``finite`` (n,) tells which images have no other values.
+    """
+
+    units: list[Tensor]
+    finite: Tensor
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    sizes: list[int]
+
+
+def _joined(parts: list[_Places]) -> _Places:
+    units = [torch.cat(layer) for layer in zip(*(part.units for part in parts))]
+    return replace(parts[0], units=units, finite=torch.cat([part.finite for part in parts]))
+
+
+def _best(A: Tensor, R: Tensor) -> Tensor:
+    """max_j cos(A_i, R_j) (n, N), for unit vectors A (n, N, C) and R (N', C)."""
+    with exact(A):
+        rows = A.flatten(0, 1).split(max(1, _COSINES // max(1, len(R))))
+        return torch.cat([(part @ R.mT.to(A)).amax(1) for part in rows]).reshape(A.shape[:2])
+
+
+def _best_of_pairs(A: Tensor, R: Tensor) -> Tensor:
+    """The same for an R (n, N', C) for each of the n."""
+    best = A.new_zeros(A.shape[:2])
+    for number, image in enumerate(R):
+        best[number : number + 1] = _best(A[number : number + 1], image)
+    return best
+
+
+def _are_images(contrast: Any) -> bool:
+    tensors = contrast if isinstance(contrast, tuple) else (contrast,)
+    return any(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
