@@ -20,7 +20,7 @@ from torchvision.transforms import Normalize
 
 from benchmarks import objects
 from benchmarks import train_contrastive as trained
-from captum_fam import FeatureActivationMap, LabelFreeActivationMap, SimilarityDecomposition
+from captum_fam import CorrespondenceMap, FeatureActivationMap, LabelFreeActivationMap, SimilarityDecomposition
 from captum_fam.bundled import BundledEncoder, bundled_encoder
 from captum_fam.methods.channel_attribution import ChannelAttribution
 from captum_fam.methods.relax import masks_of
@@ -38,6 +38,7 @@ PRETRAINED = {  # name: (size of the images, pictures of the scenes)
     "resnet32_cifar10": (64, "cifar"),
     "resnet44_cifar10": (64, "cifar"),
 }
+SIGNED = ("mobilevit_flowers", "protonet_cifar100", "vit_cifar10")  # with their own loader
 CONTRASTIVE = {"simclr": 64, "barlow_twins": 64, "byol": 64, "dino_vit": 32, "clip": 32}
 ENCODERS = [*PRETRAINED, "bundled", *CONTRASTIVE, "mean_colour"]
 LAYERS: dict[str, Callable[[Any], nn.Module]] = {  # of the contrastive encoders, to explain
@@ -151,13 +152,22 @@ def _forget(module: nn.Module, weights: str) -> None:
 
 def pretrained(data: Path, name: str) -> Any:
     """An encoder of the data folder, by its own loader."""
-    spec = importlib.util.spec_from_file_location("pretrained_encoders", data / "encoders.py")
-    if spec is None or spec.loader is None or not (data / "encoders.py").exists():
-        raise FileNotFoundError(f"{data} has no encoders.py: name the data folder in CAPTUM_FAM_DATA")
+    loader = _module(data, "encoders")
+    if name in SIGNED:
+        loader = _module(data, "signed_encoders")
+    return loader.load(name)
+
+
+def _module(data: Path, name: str) -> Any:
+    """A Python file of the data folder."""
+    file = data / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.exists():
+        raise FileNotFoundError(f"{data} has no {file.name}: name the data folder in CAPTUM_FAM_DATA")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
+    sys.modules[name] = module  # its dataclass looks itself up, and signed_encoders imports encoders
     spec.loader.exec_module(module)
-    return module.load(name)
+    return module
 
 
 @dataclass
@@ -317,13 +327,20 @@ def _lafam(q: Question) -> Tensor:
 
 def best_match(q: Question) -> Tensor:
     """At each place of the layer's map of the image, the cosine to the most similar place of the reference's."""
-    lafam = LabelFreeActivationMap(q.encoder.net, q.encoder.layer)
-    found = []
-    for images, references in zip(q.images.split(16), q.references.split(16)):
-        A, R = (lafam.attribute(x, attr_dim_summation=False) for x in (images, references))
-        cosines = F.normalize(A.flatten(2), dim=1).mT @ F.normalize(R.flatten(2), dim=1)
-        found.append(cosines.amax(2).reshape(len(A), 1, *A.shape[2:]))
-    return torch.cat(found)
+    numbers = torch.arange(len(q.images))
+    return CorrespondenceMap(q.encoder.net, q.encoder.layer).attribute(
+        q.images, numbers, reference=q.references, internal_batch_size=16
+    )
+
+
+def match_less_others(q: Question) -> Tensor:
+    """Best match, less the mean of it in the references of the next dozen pairs."""
+    found = CorrespondenceMap(q.encoder.net, q.encoder.layer).attribute_all(
+        q.images, reference=q.references, internal_batch_size=16
+    )
+    rows, n = torch.arange(len(found)), min(12, len(found) - 1)
+    others = (rows[:, None] + 1 + torch.arange(n)) % len(found)
+    return found[rows, rows][:, None] - found[rows[:, None], others].mean(1, keepdim=True)
 
 
 def random_map(q: Question) -> Tensor:
@@ -379,6 +396,7 @@ METHODS: dict[str, Callable[[Question], Tensor]] = {
     "Grad-CAM": _grad_cam,
     "residual 0.9": decomposition(dimension_weights=residual(0.9)),
     "best match": best_match,
+    "match less others": match_less_others,
     "contrast with the rest": decomposition("rest"),
     **CONTROLS,
 }

@@ -174,24 +174,28 @@ def check_dimensions(embedding: Tensor, references: Tensor) -> None:
         )
 
 
-def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...], name: str = "reference") -> None:
     if len(reference) != len(inputs):
-        raise ValueError(
-            f"Expected `reference` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}."
-        )
+        raise ValueError(f"Expected `{name}` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}.")
     for r, x in zip(reference, inputs):
         if r.ndim == x.ndim - 1:
             raise ValueError(
-                f"Expected `reference` in the form of `inputs`, of {x.ndim} dimensions, but got shape {tuple(r.shape)};"
-                " pass a batch dimension, reference[None] for a single one."
+                f"Expected `{name}` in the form of `inputs`, of {x.ndim} dimensions, but got shape {tuple(r.shape)};"
+                f" pass a batch dimension, {name}[None] for a single one."
             )
 
 
-def check_rows_fit(additional_forward_args: object, inputs: int, references: int) -> None:
+def check_rows_fit(
+    additional_forward_args: object,
+    inputs: int,
+    references: int,
+    name: str = "reference",
+    cure: str = "pass reference_embedding=fam.embed(reference, their_own_args) instead",
+) -> None:
     """Tensors that go with the inputs row by row cannot go with another number of references."""
     arguments = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
     if inputs != references and any(isinstance(a, Tensor) and a.ndim and len(a) == inputs for a in arguments):
         raise ValueError(
             f"`additional_forward_args` hold a tensor with one row for each of the {inputs} inputs, which does not fit"
-            f" the {references} of `reference`; pass reference_embedding=fam.embed(reference, their_own_args) instead."
+            f" the {references} of `{name}`; {cure}."
         )

@@ -239,7 +239,13 @@ def compare(
         score = SimilarityScore(loaded.model, loaded.embeddings, similarity)
         value = score(loaded.tensors[:1])[0, 1].item()
         maps = compare_attributions(
-            score, loaded.layer, loaded.tensors, [1, 0], methods or None, show_progress=sys.stderr.isatty()
+            score,
+            loaded.layer,
+            loaded.tensors,
+            [1, 0],
+            methods or None,
+            reference=loaded.tensors,
+            show_progress=sys.stderr.isatty(),
         )
     titles = [f"query: {_short(query.name)}\n{similarity} {value:.3f}", f"reference: {_short(reference.name)}"]
     figure, _ = visualize_comparison(images, maps, titles=titles, use_pyplot=False)

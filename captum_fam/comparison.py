@@ -12,11 +12,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_fam._captum import TargetType
-from captum_fam._checks import check_callable, describe, did_you_mean, reference_index, warn
+from captum_fam._checks import (
+    check_callable,
+    check_same_form,
+    describe,
+    did_you_mean,
+    format_inputs,
+    reference_index,
+    warn,
+)
 from captum_fam._distances import canonical
 from captum_fam.adapters import resize
 from captum_fam.engine.untouched import attributes_restored, buffers_restored
 from captum_fam.methods.class_activation_map import ClassActivationMap
+from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.relax import Relax
@@ -29,6 +38,7 @@ Method: TypeAlias = str | type[Attribution] | Attribution | Callable[[Tensor, An
 
 _OURS = (
     ClassActivationMap,
+    CorrespondenceMap,
     FeatureActivationMap,
     LabelFreeActivationMap,
     Relax,
@@ -66,6 +76,7 @@ def compare_attributions(
     target: TargetType = None,
     methods: Iterable[Method] | Mapping[str, Method] | None = None,
     *,
+    reference: Tensor | None = None,
     additional_forward_args: object | None = None,
     show_progress: bool = True,
 ) -> Comparison:
@@ -91,7 +102,11 @@ def compare_attributions(
                     Default: FeatureActivationMap, SimilarityDecomposition,
                     LabelFreeActivationMap, LayerGradCam, RelevanceCam and Relax (whose 1,000
                     passes take the most time); without SimilarityDecomposition where the score
-                    is of another similarity than its three
+                    is of another similarity than its three, and with CorrespondenceMap where
+                    there is a ``reference``
+        reference (Tensor, optional): The K inputs whose embeddings the score compares with, for
+                    CorrespondenceMap, which compares places.
+                    Default: None, CorrespondenceMap has no map
         additional_forward_args (Any, optional): As for other Captum methods; not given to
                     functions.
                     Default: None
@@ -125,10 +140,18 @@ def compare_attributions(
         )
     if not isinstance(inputs, Tensor) or inputs.ndim < 3:
         raise TypeError(f"Expected `inputs` to be one tensor (B, C, *spatial), but got {describe(inputs)}.")
+    if reference is not None:
+        check_same_form(format_inputs("reference", reference), (inputs,))
+        if isinstance(score, SimilarityScore) and len(reference) != len(score.reference_embedding):
+            raise ValueError(
+                f"Expected `reference` to hold the {len(score.reference_embedding)} inputs that the score's references"
+                f" are embeddings of, but got {len(reference)}."
+            )
     if isinstance(score, SimilarityScore):
         target = reference_index("target", target, len(score.reference_embedding), len(inputs)).tolist()
     if methods is None:
         methods = [name for name in DEFAULT if name != "SimilarityDecomposition" or _is_decomposable(score)]
+        methods += ["CorrespondenceMap"] if reference is not None else []
     named = _named(methods)
     comparison = Comparison()
     with tqdm(named.items(), desc="compare_attributions", unit="method", disable=not show_progress) as progress:
@@ -136,7 +159,7 @@ def compare_attributions(
             progress.set_postfix_str(name)
             try:
                 with _undisturbed(score):
-                    attribute = _function(method, score, layer, additional_forward_args, show_progress)
+                    attribute = _function(method, score, layer, reference, additional_forward_args, show_progress)
                     comparison[name] = _map(attribute(inputs.detach().clone(), target), inputs)
             except Exception as error:  # whatever a method raises for an encoder that it does not fit
                 comparison.failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -191,13 +214,23 @@ def _lookup(method: Method) -> Method:
 
 
 def _function(
-    method: Method, score: Callable[..., Any], layer: nn.Module, additional_forward_args: object | None, progress: bool
+    method: Method,
+    score: Callable[..., Any],
+    layer: nn.Module,
+    reference: Tensor | None,
+    additional_forward_args: object | None,
+    progress: bool,
 ) -> Callable[[Tensor, Any], Any]:
     """A method as a function of inputs and target."""
     if isinstance(method, type):
         parameters = inspect.signature(method).parameters
         where = (layer,) if "layer" in parameters else ()
         method = method(score, *where, **({"show_progress": progress} if "show_progress" in parameters else {}))
+    if isinstance(method, CorrespondenceMap) and reference is None:
+        raise ValueError(
+            "it compares places, and embeddings have none: pass compare_attributions the references themselves as"
+            " reference="
+        )
     if isinstance(method, LRP) and isinstance(method.forward_func, SimilarityScore):
         raise ValueError(
             "LRP takes the gradient of a similarity for the relevance to start from; RelevanceCam starts from the"
@@ -209,6 +242,8 @@ def _function(
 
     def attribute(inputs: Tensor, target: Any) -> Any:
         arguments: dict[str, Any] = {"target": target, "additional_forward_args": additional_forward_args}
+        if isinstance(method, CorrespondenceMap):
+            arguments["reference"] = reference
         if isinstance(method, Occlusion):
             size = [max(1, n // 8) for n in inputs.shape[2:]]
             arguments["sliding_window_shapes"] = (inputs.shape[1], *size)

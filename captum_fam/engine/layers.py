@@ -20,11 +20,26 @@ def last_map(
     output_selector: Callable[[Any], Tensor] | None = None,
 ) -> str | None:
     """
-    The dotted name of the last module whose output is a map, or the tokens of one (see to_map), with more than one
-    location on which the embedding of the first example depends; None if there is none.
+    The dotted name of the last of the maps (see maps_on_the_way); None if there is none.
 
     Of a transformer pooled by its class token, that is the normalisation before the last attention: what comes after
-    still returns patches, but no longer uses them. Modules inside an attention count where there are no others, as
+    still returns patches, but no longer uses them.
+    """
+    found = maps_on_the_way(forward_func, inputs, additional_forward_args, output_selector)
+    return next(reversed(found), None)
+
+
+def maps_on_the_way(
+    forward_func: Callable[..., Any],
+    inputs: Tensors,
+    additional_forward_args: Any = None,
+    output_selector: Callable[[Any], Tensor] | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """
+    The dotted names of the modules whose output is a map, or the tokens of one (see to_map), with more than one
+    location on which the embedding of the first example depends, in the order of their calls, with the map's size.
+
+    Modules that are called once come before others, and modules inside an attention count where there are no others, as
     theirs are only parts of what the attention passes on. Where the encoder has cut the gradient of the embedding
     itself (torch.no_grad), dependence is taken for granted.
 
@@ -65,7 +80,8 @@ def last_map(
                 return None
             return A if A.ndim != 4 or may_be_map((A.shape[2], A.shape[3]), (on.shape[2], on.shape[3])) else None
 
-        found = {name: A for name, A in outputs.items() if places(A) is not None}
+        sizes = {name: tuple(A.shape[2:]) for name, a in outputs.items() if (A := places(a)) is not None}
+        found = {name: outputs[name] for name in sizes}
         if z.requires_grad:
             found = {name: A for name, A in found.items() if A.requires_grad}
             w = torch.linspace(1, 2, z.shape[1], dtype=z.dtype, device=z.device)  # no two alike: none cancel
@@ -76,7 +92,7 @@ def last_map(
             found = {name: outputs[name] for name, g in zip(found, maps) if g is not None and g.any()}
     outside = [name for name in found if model is not None and not _in_attention(model, name)]
     chosen = outside or list(found)
-    return next(reversed([name for name in chosen if name not in again] or chosen), None)
+    return {name: sizes[name] for name in [name for name in chosen if name not in again] or chosen}
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:

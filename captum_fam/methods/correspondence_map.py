@@ -1,7 +1,6 @@
 """Which places of two inputs look alike, as a Captum layer attribution."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from captum_fam._captum import TargetType
 from captum_fam._checks import (
     check_internal_batch_size,
-    check_rows_fit,
     check_same_form,
     describe,
     format_inputs,
@@ -21,18 +19,17 @@ from captum_fam._checks import (
     warn_once,
 )
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments, slices
-from captum_fam.engine.places import by_place
+from captum_fam.engine.correspondence import Call, Places, best_match, joined, known, match_pairs, places_of
 from captum_fam.engine.question import pair_index
-from captum_fam.engine.report import SIDES, Report
+from captum_fam.engine.report import SIDES
 from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.layer_attribution import Maps
-from captum_fam.methods.layer_explanation import masked
 from captum_fam.methods.on_layer import OnLayer
 from captum_fam.methods.similarity_attribution import Inputs, Selector
-from captum_fam.similarity import exact, unit
+from captum_fam.similarity import exact
 
-# Images of references that go through the encoder at once, and cosines that are held at once.
-_IMAGES, _COSINES = 32, 2**24
+# References, or images of a background, that go through the encoder at once.
+_AT_ONCE = 32
 
 
 class CorrespondenceMap(OnLayer, LayerAttribution):
@@ -92,11 +89,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         super().__init__(
             forward_func, layer, device_ids, output_selector=output_selector, reshape_transform=reshape_transform
         )
-        self.background = None if background is None else format_inputs("background", background)
-        if self.background is not None and not len(self.background[0]):
-            raise ValueError(
-                "Expected `background` to hold images, but it is empty; leave it out for the plain best match."
-            )
+        self.background = None if background is None else _images("background", background)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -148,7 +141,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         check_internal_batch_size(internal_batch_size)
         references = self._given(inputs, reference, reference_embedding)
         own = reference_index("target", target, len(references[0]), len(inputs[0]))[:, None]
-        call = _Call(len(inputs[0]), additional_forward_args, internal_batch_size, attribute_to_layer_input)
+        call = Call(len(inputs[0]), additional_forward_args, internal_batch_size, attribute_to_layer_input)
         return self._attribute(inputs, references, own, contrast, relu_attributions, call)
 
     def attribute_all(
@@ -196,7 +189,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
                 " number."
             )
         own = torch.arange(len(references[0]))[None]
-        call = _Call(len(inputs[0]), additional_forward_args, internal_batch_size)
+        call = Call(len(inputs[0]), additional_forward_args, internal_batch_size)
         return self._attribute(inputs, references, own, contrast, relu_attributions, call)
 
     @eagerly
@@ -225,23 +218,16 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
             >>> here.shape, there.shape
             (torch.Size([2, 1, 14, 14]), torch.Size([2, 1, 22, 22]))
         """
-        call = _Call(0)
-        one, two, own = self._both(inputs, reference, call)
+        call, one, two, own = self._both(inputs, reference)
         with torch.no_grad():
             pairs = [(A, R[own]) for A, R in zip(one.units, two.units)]
-            here = [_best_of_pairs(A, R) for A, R in pairs]
-            there = [_best_of_pairs(R, A) for A, R in pairs]
-            valid = one.finite & two.finite[own]
+            here, there = [match_pairs(A, R) for A, R in pairs], [match_pairs(R, A) for A, R in pairs]
             if self.background is not None:
-                (less, less_there), known = self._mean_best(self.background, [one, two], call)
+                less, less_there = self._mean_best(self.background, [one, two], call, "background")
                 here = [M - L for M, L in zip(here, less)]
                 there = [M - L[own] for M, L in zip(there, less_there)]
-                valid = valid & known
         warn_once(call.warnings())
-        return (
-            self._laid_out([M[:, None] for M in here], valid[:, None], one),
-            self._laid_out([M[:, None] for M in there], valid[:, None], two),
-        )
+        return self._laid_out([M[:, None] for M in here], one), self._laid_out([M[:, None] for M in there], two)
 
     @eagerly
     def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Tensor | list[Tensor]:
@@ -268,18 +254,17 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
             >>> correspondence.attribute_matrix(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 24)).shape
             torch.Size([2, 196, 484])
         """
-        call = _Call(0)
-        one, two, own = self._both(inputs, reference, call)
-        for name, size in zip(self._layers(), one.sizes):
+        call, one, two, own = self._both(inputs, reference)
+        for layer, size in zip(self._layers(), one.sizes):
             if size > 1:
                 raise ValueError(
-                    f"attribute_matrix needs a layer with one tensor, but {type(name).__name__} has {size}."
+                    f"attribute_matrix needs a layer with one tensor, but {type(layer).__name__} has {size}."
                 )
-        valid = (one.finite & two.finite[own])[:, None]
         with torch.no_grad(), exact(one.units[0]):
             cosines = [A @ R[own].mT.to(A) for A, R in zip(one.units, two.units)]
         warn_once(call.warnings())
-        return self._result([masked(M, valid).to(d) for M, d in zip(cosines, one.dtypes)], one.sizes)  # type: ignore[no-any-return]
+        found = [known(C, (1, 2)).to(dtype) for C, dtype in zip(cosines, one.dtypes)]
+        return self._result(found, one.sizes)  # type: ignore[no-any-return]
 
     def _given(self, inputs: Tensors, reference: Inputs | None, reference_embedding: object) -> Tensors:
         if reference is None or reference_embedding is not None:
@@ -293,153 +278,104 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
 
     @eagerly
     def _attribute(
-        self, inputs: Tensors, references: Tensors, own: Tensor, contrast: Any, relu: bool, call: "_Call"
+        self, inputs: Tensors, references: Tensors, own: Tensor, contrast: Any, relu: bool, call: Call
     ) -> Maps:
         """Maps (B, P, *spatial) for the references of the numbers own (B, P), or (1, P) for all inputs."""
         B, K, P = len(inputs[0]), len(references[0]), own.shape[1]
-        index = own.expand(B, P)
-        others = format_inputs("contrast", contrast) if _are_images(contrast) else None
+        index, others, name = own.expand(B, P), None, "contrast"
+        if isinstance(contrast, str) and contrast != "rest":
+            raise ValueError(
+                f'Expected `contrast` to be the number of a reference, "rest" or images, but got {contrast!r}.'
+            )
+        rest = isinstance(contrast, str)
         if contrast is None:
-            others = self.background
-        elif others is None:
-            if K < 2:
-                raise ValueError(
-                    f"contrast={contrast!r} needs at least two references, but there is {K}; pass more of them, or"
-                    " images as `contrast`."
-                )
-            if isinstance(contrast, str) and contrast != "rest":
-                raise ValueError(
-                    f'Expected `contrast` to be the number of a reference, "rest" or images, but got {contrast!r}.'
-                )
-            if contrast != "rest":
-                index = torch.cat([index, reference_index("contrast", contrast, K, B)[:, None]], 1)
-        rest = others is None and isinstance(contrast, str)
+            others, name = self.background, "background"
+        elif _are_images(contrast):
+            others = _images("contrast", contrast)
+        elif K < 2:
+            raise ValueError(
+                f"contrast={contrast!r} needs at least two references, but there is {K}; pass more of them, or images"
+                " as `contrast`."
+            )
+        elif not rest:
+            index = torch.cat([index, reference_index("contrast", contrast, K, B)[:, None]], 1)
+        for images, argument in ((references, "reference"), (others, name)):
+            if images is not None:
+                call.check(images, argument, inputs)
         with torch.no_grad():
-            one = _joined([places for _, places in self._stream(inputs, call, SIDES[0], call.most or B)])
-            index = index.to(one.finite.device)
+            one = joined([places for _, places in self._stream(inputs, call, SIDES[0], call.most or B)])
+            index = index.to(one.units[0].device)
             best = [A.new_zeros(B, index.shape[1], A.shape[1]) for A in one.units]
-            total, finite = [torch.zeros_like(M[:, 0]) for M in best], []
-            for rows, two in self._stream(references, call, SIDES[1]):
-                finite.append(two.finite)
+            total = [torch.zeros_like(M[:, 0]) for M in best]
+            compared = None if rest else set(index.unique().tolist())
+            for rows, two in self._stream(references, call, SIDES[1], None, compared):
                 for number in range(rows.start, rows.stop):
                     i, p = (index == number).nonzero(as_tuple=True)
                     which = torch.arange(B, device=i.device) if rest else i.unique()
                     for M, T, A, R in zip(best, total, one.units, two.units):
-                        T[which] += (found := _best(A[which], R[number - rows.start]))
+                        T[which] += (found := best_match(A[which], R[number - rows.start]))
                         M[i, p] = found[torch.searchsorted(which, i)]
-            known = torch.cat(finite)
-            valid = one.finite[:, None] & known[index[:, :P]] & known[index[:, P:]].all(1, keepdim=True)
             maps = [M[:, :P] for M in best]
             if rest:
-                maps, valid = [M - (T[:, None] - M) / (K - 1) for M, T in zip(maps, total)], valid & known.all()
+                maps = [M - (T[:, None] - M) / (K - 1) for M, T in zip(maps, total)]
             elif index.shape[1] > P:
                 maps = [M[:, :P] - M[:, P:] for M in best]
             elif others is not None:
-                [less], known = self._mean_best(others, [one], call)
-                maps, valid = [M - L[:, None] for M, L in zip(maps, less)], valid & known
+                [less] = self._mean_best(others, [one], call, name)
+                maps = [M - L[:, None] for M, L in zip(maps, less)]
         warn_once(call.warnings())
-        return self._laid_out([F.relu(M) if relu else M for M in maps], valid, one)  # type: ignore[no-any-return]
+        return self._laid_out([F.relu(M) if relu else M for M in maps], one)  # type: ignore[no-any-return]
 
-    def _both(self, inputs: Inputs, reference: Inputs, call: "_Call") -> tuple["_Places", "_Places", Tensor]:
+    def _both(self, inputs: Inputs, reference: Inputs) -> tuple[Call, Places, Places, Tensor]:
         """The places of both sides of pairs, and the number (B,) of the reference of each input."""
         inputs = format_inputs("inputs", inputs)
         references = self._given(inputs, reference, None)
+        own, call = pair_index(len(inputs[0]), len(references[0]))[:, 0], Call(len(inputs[0]))
+        if self.background is not None:
+            call.check(self.background, "background", inputs)
         (_, one), (_, two) = (
             next(self._stream(images, call, side, len(images[0]))) for images, side in zip((inputs, references), SIDES)
         )
-        return one, two, pair_index(len(inputs[0]), len(references[0]))[:, 0].to(one.finite.device)
+        return call, one, two, own.to(one.units[0].device)
 
-    def _mean_best(
-        self, background: Tensors, sides: list["_Places"], call: "_Call"
-    ) -> tuple[list[list[Tensor]], Tensor]:
-        """The mean over a background of the best matches of places (n, N) of each side, and whether it is finite."""
+    def _mean_best(self, background: Tensors, sides: list[Places], call: Call, name: str) -> list[list[Tensor]]:
+        """The mean over a background of the best matches of places (n, N), for each tensor of each side."""
         means = [[A.new_zeros(A.shape[:2]) for A in side.units] for side in sides]
-        finite = []
-        for _, others in self._stream(background, call, "background"):
-            finite.append(others.finite)
+        for _, others in self._stream(background, call, name):
             for mean, side in zip(means, sides):
                 for M, A, G in zip(mean, side.units, others.units):
                     for image in G:
-                        M += _best(A, image) / len(background[0])
-        return means, torch.cat(finite).all()
+                        M += best_match(A, image) / len(background[0])
+        return means
 
     def _stream(
-        self, images: Tensors, call: "_Call", side: str, most: int | None = None
-    ) -> Iterator[tuple[slice, "_Places"]]:
-        """The places of a few images at a time."""
-        n = len(images[0])
-        check_rows_fit(call.additional_forward_args, call.inputs, n)
-        for rows in slices(n, most or call.most or _IMAGES):
+        self, images: Tensors, call: Call, side: str, most: int | None = None, compared: set[int] | None = None
+    ) -> Iterator[tuple[slice, Places]]:
+        """The places of a few images at a time; ``compared`` numbers those that matter, if not all do."""
+        for rows in slices(len(images[0]), most or call.most or _AT_ONCE):
             args = cut_arguments(call.additional_forward_args, rows, call.inputs)
             with self._record(cut(images, rows), args, call.report, call.layer_input) as recording:
-                activations = recording.activations
-                finite = torch.stack([A.flatten(1).isfinite().all(1) for A in activations]).all(0)
-                call.note_unusable(side, ~finite, rows.start)
-                units = [unit(by_place(A).nan_to_num(0, 0, 0).mT) for A in activations]
-                shapes, dtypes = [A.shape[2:] for A in activations], [A.dtype for A in activations]
-                yield rows, _Places(units, finite, shapes, dtypes, recording.sizes)
+                places, bad = places_of(recording.activations, recording.sizes)
+            call.note_unusable(side, {rows.start + n for n in bad}, compared)
+            del recording  # the next images need the memory
+            yield rows, places
 
-    def _laid_out(self, maps: list[Tensor], valid: Tensor, places: "_Places") -> Any:
+    def _laid_out(self, maps: list[Tensor], places: Places) -> Any:
         """Maps (B, P, N) in Captum's form."""
         layers = zip(maps, places.shapes, places.dtypes)
-        return self._result([masked(M, valid).unflatten(2, shape).to(d) for M, shape, d in layers], places.sizes)
+        found = [known(M, 2).reshape(*M.shape[:2], *shape).to(dtype) for M, shape, dtype in layers]
+        return self._result(found, places.sizes)
 
 
-@dataclass
-class _Call:
-    """What the forward passes of a call share: further arguments for so many inputs, and what they find out."""
-
-    inputs: int
-    additional_forward_args: object | None = None
-    most: int | None = None
-    layer_input: bool = False
-    report: Report = field(default_factory=Report)
-    unusable: dict[str, set[int]] = field(default_factory=dict)
-
-    def note_unusable(self, side: str, bad: Tensor, first: int) -> None:
-        self.unusable.setdefault(side, set()).update((bad.nonzero().flatten() + first).tolist())
-
-    def warnings(self) -> list[str]:
-        which = [f"{side} {sorted(rows)}" for side, rows in self.unusable.items() if rows]
-        bad = [f"Activations are not finite ({', '.join(which)}): the maps that depend on them are zero."]
-        return self.report.texts() + (bad if which else [])
-
-
-@dataclass(frozen=True)
-class _Places:
-    """
-    The activations of n images as vectors of unit length (n, N, C), for each of the tensors that the layers gave.
-
-    ``finite`` (n,) tells which images have no other values.
-    """
-
-    units: list[Tensor]
-    finite: Tensor
-    shapes: list[torch.Size]
-    dtypes: list[torch.dtype]
-    sizes: list[int]
-
-
-def _joined(parts: list[_Places]) -> _Places:
-    units = [torch.cat(layer) for layer in zip(*(part.units for part in parts))]
-    return replace(parts[0], units=units, finite=torch.cat([part.finite for part in parts]))
-
-
-def _best(A: Tensor, R: Tensor) -> Tensor:
-    """max_j cos(A_i, R_j) (n, N), for unit vectors A (n, N, C) and R (N', C)."""
-    with exact(A):
-        rows = A.flatten(0, 1).split(max(1, _COSINES // max(1, len(R))))
-        return torch.cat([(part @ R.mT.to(A)).amax(1) for part in rows]).reshape(A.shape[:2])
-
-
-def _best_of_pairs(A: Tensor, R: Tensor) -> Tensor:
-    """The same for an R (n, N', C) for each of the n."""
-    best = A.new_zeros(A.shape[:2])
-    for number, image in enumerate(R):
-        best[number : number + 1] = _best(A[number : number + 1], image)
-    return best
+def _images(name: str, value: Any) -> Tensors:
+    images = format_inputs(name, value)
+    if not len(images[0]):
+        raise ValueError(f"Expected `{name}` to hold images, but it is empty; leave it out for the plain best match.")
+    return images
 
 
 def _are_images(contrast: Any) -> bool:
-    tensors = contrast if isinstance(contrast, tuple) else (contrast,)
-    return any(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
+    """Rather than numbers of references: several tensors, or one with more than one dimension, or of fractions."""
+    if isinstance(contrast, tuple):
+        return any(isinstance(t, Tensor) for t in contrast)
+    return isinstance(contrast, Tensor) and (contrast.ndim > 1 or contrast.is_floating_point())
