@@ -16,7 +16,13 @@ from captum_fam.engine.constants import ConstantWeights, WeightsNeededError
 from captum_fam.engine.path import Path
 from captum_fam.engine.recording import Encoder, Recording
 from captum_fam.engine.report import Report
-from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, name_of, warnings_of_training
+from captum_fam.engine.untouched import (
+    buffers_restored,
+    compiled_parts_off,
+    has_batch_statistics,
+    name_of,
+    warnings_of_training,
+)
 from captum_fam.score import select_embedding
 
 # A DataParallel model calls the layer in threads of its own, so its calls are recorded one at a time.
@@ -47,10 +53,8 @@ def record(
     """
     forward = _Forward(encoder, layers, inputs, additional_forward_args, layer_input, graph, constants, path)
     with buffers_restored(encoder.forward_func):
-        training = warnings_of_training(encoder.forward_func)
-        # In training mode, the examples of a batch are not independent.
-        embedding = forward.run(in_one_batch=not training)
-        report.warnings += training
+        report.warnings += warnings_of_training(encoder.forward_func)
+        embedding = forward.run(in_one_batch=not has_batch_statistics(encoder.forward_func))
         names = [name_of(encoder.forward_func, layer) for layer in layers]
         tensors = forward.tensors(names, report)
         has_graph = forward.graph and not embedding.is_inference()
@@ -194,8 +198,6 @@ class _Forward:
             self.graph = False
         if self.graph:
             torch.set_grad_enabled(True)
-            if self._constants and not self._weights and not self._in_threads:  # others would not see the constants
-                self._weights.append(self._stack.enter_context(ConstantWeights()))
         value = args if self._layer_input else output
         items = list(value) if isinstance(value, (tuple, list)) else [value]
         chosen = [i for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim]
@@ -206,6 +208,8 @@ class _Forward:
                 f" {describe(value)}; choose a layer that does."
             )
         passed_on = self._passed_on(layer, [items[i] for i in chosen])
+        if self.graph and self._constants and not self._weights and not self._in_threads:  # which would not see them
+            self._weights.append(self._stack.enter_context(ConstantWeights()))
         if passed_on is None:
             return None
         replaced = dict(zip(chosen, passed_on))

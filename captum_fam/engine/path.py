@@ -6,8 +6,9 @@ The path along which v is integrated (see formula.py): from a baseline B of a la
 whose v_i add up to z - z(B), whatever lies between. The integral is a sum of weights times gradients at nodes t.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -29,24 +30,24 @@ class Path:
         baseline: where it starts.
         nodes: t of the points at which gradients are taken; 0 is the baseline itself.
         weights: of these gradients, which add up to one over all parts.
+        rows: which of the inputs are on it, of so many ``inputs``; None for all.
     """
 
     baseline: Baseline
     nodes: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
-
-    def of(self, rows: slice, inputs: int) -> "Path":
-        """That of these rows of so many inputs."""
-        if not isinstance(self.baseline, Tensor) or len(self.baseline) != inputs:
-            return self
-        return replace(self, baseline=self.baseline[rows])
+    rows: slice | None = None
+    inputs: int | None = None
 
     def moved(self, A: Tensor) -> Tensor:
         """A - B"""
         if isinstance(self.baseline, Tensor):
             B = self.baseline.to(A)
+            fits = B.ndim < A.ndim or len(B) in (1, len(A) if self.inputs is None else self.inputs)
+            if fits and B.ndim == A.ndim and len(B) > 1 and self.rows is not None:
+                B = B[self.rows]
             try:
-                fits = torch.broadcast_shapes(B.shape, A.shape) == A.shape
+                fits = fits and torch.broadcast_shapes(B.shape, A.shape) == A.shape
             except RuntimeError:
                 fits = False
             if not fits:
@@ -58,7 +59,8 @@ class Path:
             return A - B
         if self.baseline == "zero":
             return A.clone()
-        return A - A.reshape(*A.shape[:2], -1).mean(2).reshape(*A.shape[:2], *[1] * (A.ndim - 2))
+        places = A.reshape(*A.shape[:2], math.prod(A.shape[2:]))
+        return A - places.mean(2).reshape(*A.shape[:2], *[1] * (A.ndim - 2))
 
     def points(self, activation: Tensor, to_map: Callable[[Tensor], Tensor]) -> Tensor:
         """
@@ -73,7 +75,9 @@ class Path:
                     "Expected `reshape_transform` to select and reorder the layer's activations, but what it returned"
                     " does not depend on them; return a view of its argument, without detach."
                 )
-            moved = self.moved(A.detach()).to(A.dtype)
+            moved = (
+                self.moved(A.detach()).to(A.dtype) if A.ndim > 1 else torch.zeros_like(A)
+            )  # no map: an error follows
             (back,) = torch.autograd.grad(A, a, moved)  # of a selection, the gradient puts values back in their places
         return torch.cat([activation.detach(), *(activation.detach() - (1 - t) * back for t in self.nodes)])
 

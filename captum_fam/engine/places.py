@@ -115,6 +115,17 @@ def is_aligned(z: Tensor, A: Tensor) -> bool:
     return bool((close | aside).all())
 
 
+def stays_aligned(recording: Recording, A: Tensor, moved: Tensor) -> bool:
+    """Whether z stays the same multiple of the mean of aligned A at all points of the path."""
+    if recording.path is None:
+        return True
+    mean, way = by_place(A).mean(2), by_place(moved).mean(2)
+    a, rounding = multiple_of_mean(recording.embedding, A)[..., 0], _ROUNDING.get(A.dtype, 0)
+    size = a * by_place(A).abs().mean(2).norm(dim=1, keepdim=True)
+    points = zip(recording.path.nodes, widen(recording.on_path))
+    return all(bool(((z - a * (mean - (1 - t) * way)).abs() <= rounding * size).all()) for t, z in points)
+
+
 def multiple_of_mean(z: Tensor, A: Tensor) -> Tensor:
     """The a (B, 1, 1) of aligned z = a mean(A)."""
     return (norm(widen(z)) / nonzero(norm(by_place(A).mean(2))))[..., None]

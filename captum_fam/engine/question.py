@@ -132,7 +132,7 @@ class Pairs:
         self.t = question.terms(self.z, method, recording.once)
         self.c = method.contributions(self.z[:, None], self.t)
         others = [question.less] if isinstance(question.less, Tensor) else []
-        self.valid = usable(self.z)[:, None] & largest(self.c)[..., 0].isfinite()
+        self.valid = usable_inputs(recording)[:, None] & largest(self.c)[..., 0].isfinite()
         for index in (question.own, *others):
             self.valid = self.valid & usable(question.s[index].to(self.z))
 
@@ -146,6 +146,11 @@ def usable(x: Tensor) -> Tensor:
     """Which embeddings (..., D) are finite and not zero."""
     size = largest(x)[..., 0]
     return size.isfinite() & (size > 0)
+
+
+def usable_inputs(recording: Recording) -> Tensor:
+    """Which inputs (B,) have embeddings that are finite and not zero, and finite ones all along their path."""
+    return usable(widen(recording.embedding)) & recording.on_path.isfinite().all(2).all(0)
 
 
 def note_unusable(
@@ -162,7 +167,7 @@ def note_unusable(
             if isinstance(index, Tensor):
                 compared[index] = True
         references &= compared
-    recording.report.note_unusable(sides[0], ~usable(z), first)
+    recording.report.note_unusable(sides[0], ~usable_inputs(recording), first)
     recording.report.note_unusable(sides[1], references)
 
 

@@ -147,6 +147,15 @@ def _is_ours(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("captum_fam.")
 
 
+def has_batch_statistics(forward_func: Callable[..., Any]) -> bool:
+    """Whether the examples of a batch are not independent: some batch norm takes its statistics from them."""
+    model = model_of(forward_func)
+    norms = [
+        m for m in (model.modules() if model is not None else ()) if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
+    return any(m.training or m.running_mean is None for m in norms)
+
+
 def warnings_of_training(forward_func: Callable[..., Any]) -> list[str]:
     model = model_of(forward_func)
     training = [m for m in model.modules() if m.training] if model is not None else []

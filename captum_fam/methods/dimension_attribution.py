@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from captum_fam._checks import check_positive, describe, format_inputs
 from captum_fam.engine.path import Baseline, Path, paths
-from captum_fam.engine.places import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms
+from captum_fam.engine.places import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms, stays_aligned
 from captum_fam.engine.question import Pairs
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
@@ -45,7 +45,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
             )
         if n_steps is not None:
             check_positive("n_steps", n_steps)
-        if not isinstance(baseline, Tensor) and baseline not in ("mean", "zero"):
+        if not isinstance(baseline, Tensor) and not (isinstance(baseline, str) and baseline in ("mean", "zero")):
             raise ValueError(
                 f'Expected `baseline` to be "mean", "zero" or a tensor that broadcasts to the layer\'s activations, but'
                 f" got {describe(baseline)}."
@@ -142,10 +142,10 @@ class DimensionAttribution(LayerSimilarityAttribution):
         layers = super()._together()
         return layers if self.n_steps is None else [[layer] for layer in layers[0]]
 
-    def _inputs_at_once(self, internal_batch_size: int | None) -> int | None:
+    def _inputs_at_once(self, internal_batch_size: int | None, delta: bool) -> int | None:
         if self.n_steps is None or internal_batch_size is None:
             return internal_batch_size
-        return max(1, internal_batch_size // (1 + self.n_steps))
+        return max(1, internal_batch_size // (1 + self.n_steps + delta))
 
     def _paths(self, internal_batch_size: int | None, delta: bool) -> list[Path | None]:
         if self.n_steps is None:
@@ -168,7 +168,16 @@ class DimensionAttribution(LayerSimilarityAttribution):
         return [mean - (f * given[:, None]).sum(2)]
 
     def _aligned(self, recording: Recording) -> list[bool]:
-        return [self._is_aligned(recording.embedding, A) for A in recording.activations]
+        path = recording.path
+        return [
+            self._is_aligned(recording.embedding, A)
+            # A normalised z keeps its length on the way to a baseline, which no multiple of its mean does.
+            and not (path is not None and isinstance(path.baseline, Tensor) and self._leaves_mean(recording, A, moved))
+            for A, moved in zip(recording.activations, recording.moved)
+        ]
+
+    def _leaves_mean(self, recording: Recording, A: Tensor, moved: Tensor) -> bool:
+        return self.channel_weights == "auto" and not stays_aligned(recording, A, moved)
 
     def _is_aligned(self, z: Tensor, A: Tensor) -> bool:
         if self.channel_weights == "aligned" and A.shape[1] != z.shape[1]:

@@ -84,10 +84,10 @@ class LayerExplanation(OnLayer):
         def attempt(layers: list[nn.Module], aligned: list[bool] | None, constants: bool) -> Explained:
             report, agreed, paths = Report(), aligned, self._paths(internal_batch_size, delta)
             embeddings, maps, signed_maps, valid, missed = (Assembled(B) for _ in range(5))
-            for rows in slices(B, self._inputs_at_once(internal_batch_size)):
+            for rows in slices(B, self._inputs_at_once(internal_batch_size, delta)):
                 args = cut_arguments(additional_forward_args, rows, B)
                 for number, path in enumerate(paths):
-                    path = path and path.of(rows, B)
+                    path = path and replace(path, rows=rows, inputs=B)
                     with self._record(
                         cut(inputs, rows), args, report, layer_input, constants, path, layers
                     ) as recording:
@@ -198,7 +198,7 @@ class LayerExplanation(OnLayer):
         """The layers, by those that one forward pass explains."""
         return [self._layers()]
 
-    def _inputs_at_once(self, internal_batch_size: int | None) -> int | None:
+    def _inputs_at_once(self, internal_batch_size: int | None, delta: bool) -> int | None:
         return internal_batch_size
 
     def _paths(self, internal_batch_size: int | None, delta: bool) -> list[Path | None]:
