@@ -5,6 +5,7 @@ from captum_fam.comparison import compare_attributions
 from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.relax import Relax
 from captum_fam.methods.relevance_cam import RelevanceCam
@@ -25,6 +26,7 @@ __all__ = [
     "CorrespondenceMap",
     "EpisodeExplanation",
     "FeatureActivationMap",
+    "IntegratedDecomposition",
     "LabelFreeActivationMap",
     "NearestReferences",
     "Relax",

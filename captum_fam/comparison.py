@@ -27,6 +27,7 @@ from captum_fam.engine.untouched import attributes_restored, buffers_restored
 from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.relax import Relax
 from captum_fam.methods.relevance_cam import RelevanceCam
@@ -40,6 +41,7 @@ _OURS = (
     ClassActivationMap,
     CorrespondenceMap,
     FeatureActivationMap,
+    IntegratedDecomposition,
     LabelFreeActivationMap,
     Relax,
     RelevanceCam,
@@ -49,6 +51,7 @@ _OURS = (
 DEFAULT = (
     "FeatureActivationMap",
     "SimilarityDecomposition",
+    "IntegratedDecomposition",
     "LabelFreeActivationMap",
     "LayerGradCam",
     "RelevanceCam",
@@ -94,16 +97,16 @@ def compare_attributions(
         methods (list or dict, optional): Methods, or methods by the names to give them, each one
 
                     - a name: that of a class of captum_fam or ``captum.attr``,
-                    - a class, which is made with ``score`` and, if it takes one, ``layer``,
+                    - a class, which is made with ``score`` and, if it needs one, ``layer``,
                     - an instance, for one with other arguments,
                     - a function ``(inputs, target) -> attributions``, for other arguments of
                       ``attribute``.
 
-                    Default: FeatureActivationMap, SimilarityDecomposition,
-                    LabelFreeActivationMap, LayerGradCam, RelevanceCam and Relax (whose 1,000
-                    passes take the most time); without SimilarityDecomposition where the score
-                    is of another similarity than its three, and with CorrespondenceMap where
-                    there is a ``reference``
+                    Default: FeatureActivationMap, SimilarityDecomposition, IntegratedDecomposition
+                    (at a layer of its own), LabelFreeActivationMap, LayerGradCam, RelevanceCam and
+                    Relax (whose 1,000 passes take the most time); without the decompositions where
+                    the score is of another similarity than their three, and with CorrespondenceMap
+                    where there is a ``reference``
         reference (Tensor, optional): The K inputs whose embeddings the score compares with, for
                     CorrespondenceMap, which compares places.
                     Default: None, CorrespondenceMap has no map
@@ -150,7 +153,7 @@ def compare_attributions(
     if isinstance(score, SimilarityScore):
         target = reference_index("target", target, len(score.reference_embedding), len(inputs)).tolist()
     if methods is None:
-        methods = [name for name in DEFAULT if name != "SimilarityDecomposition" or _is_decomposable(score)]
+        methods = [name for name in DEFAULT if not name.endswith("Decomposition") or _is_decomposable(score)]
         methods += ["CorrespondenceMap"] if reference is not None else []
     named = _named(methods)
     comparison = Comparison()
@@ -224,7 +227,7 @@ def _function(
     """A method as a function of inputs and target."""
     if isinstance(method, type):
         parameters = inspect.signature(method).parameters
-        where = (layer,) if "layer" in parameters else ()
+        where = (layer,) if "layer" in parameters and parameters["layer"].default is inspect.Parameter.empty else ()
         method = method(score, *where, **({"show_progress": progress} if "show_progress" in parameters else {}))
     if isinstance(method, CorrespondenceMap) and reference is None:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The layer of a model whose map explains its embedding, found in one forward and one backward pass."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from captum_fam.engine.chunks import Tensors, cut_arguments
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, model_of
 from captum_fam.score import select_embedding
 from captum_fam.tokens import images_of, may_be_map, to_map
+
+# Places along a side of a map for integrated explanations, at least.
+_PLACES = 14
 
 
 def last_map(
@@ -27,6 +31,38 @@ def last_map(
     """
     found = maps_on_the_way(forward_func, inputs, additional_forward_args, output_selector)
     return next(reversed(found), None)
+
+
+def early_map(
+    forward_func: Callable[..., Any],
+    inputs: Tensors,
+    additional_forward_args: Any = None,
+    output_selector: Callable[[Any], Tensor] | None = None,
+) -> str | None:
+    """
+    The dotted name of the layer at which integrated maps were the most faithful (benchmarks/integrated.md); None if
+    there is no map.
+
+    Of the maps that are smaller than the image, that is the smallest of at least 14 places a side, or else the largest:
+    the end of a stage in the middle of a convolutional network. Where all have one size, as in a vision transformer, it
+    is the first of them. Modules that hold others come before their parts, which residual paths may lead around.
+    """
+    found = maps_on_the_way(forward_func, inputs, additional_forward_args, output_selector)
+    image = images_of(inputs).shape[2:].numel()
+    places: dict[str, int] = {}
+    for name, size in found.items():  # one that grows again is padded, or on a way back up
+        before = [n for other, n in places.items() if not other.startswith(f"{name}.")]
+        if math.prod(size) < image and all(math.prod(size) <= n for n in before):
+            places[name] = math.prod(size)
+    stages = {name: size for name, size in found.items() if name in places} or found
+    if not stages:
+        return None
+    sizes = sorted(set(stages.values()), key=lambda size: (min(size), size))
+    chosen = next((size for size in sizes if min(size) >= _PLACES), sizes[-1])
+    names = [name for name, size in stages.items() if size == chosen]
+    outermost = min(name.count(".") for name in names)
+    names = [name for name in names if name.count(".") == outermost]
+    return names[0] if len(sizes) == 1 else names[-1]
 
 
 def maps_on_the_way(

@@ -255,11 +255,8 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
             torch.Size([2, 196, 484])
         """
         call, one, two, own = self._both(inputs, reference)
-        for layer, size in zip(self._layers(), one.sizes):
-            if size > 1:
-                raise ValueError(
-                    f"attribute_matrix needs a layer with one tensor, but {type(layer).__name__} has {size}."
-                )
+        if max(one.sizes) > 1:
+            raise ValueError(f"attribute_matrix needs a layer with one tensor, but it has {max(one.sizes)}.")
         with torch.no_grad(), exact(one.units[0]):
             cosines = [A @ R[own].mT.to(A) for A, R in zip(one.units, two.units)]
         warn_once(call.warnings())

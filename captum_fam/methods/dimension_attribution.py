@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam._checks import check_positive, describe, format_inputs
+from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.path import Baseline, Path, paths
 from captum_fam.engine.places import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms, stays_aligned
 from captum_fam.engine.question import Pairs
@@ -103,7 +104,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
         inputs, path = format_inputs("inputs", inputs), self._paths(None, False)[0]
         aligned: list[bool] = []
         sizes: list[int] = []
-        for layers in self._together():
+        for layers in self._together(inputs, additional_forward_args):
             with self._record(inputs, additional_forward_args, Report(), path=path, layers=layers) as recording:
                 aligned += self._aligned(recording)
                 sizes += recording.sizes
@@ -138,8 +139,8 @@ class DimensionAttribution(LayerSimilarityAttribution):
         share = 1 if path is None or not path.nodes else sum(path.weights)
         return [multiple_of_mean(z, A) * share if a else None for a, A in zip(aligned, recording.activations)]
 
-    def _together(self) -> list[list[nn.Module]]:
-        layers = super()._together()
+    def _together(self, inputs: Tensors, additional_forward_args: object | None = None) -> list[list[nn.Module]]:
+        layers = super()._together(inputs, additional_forward_args)
         return layers if self.n_steps is None else [[layer] for layer in layers[0]]
 
     def _inputs_at_once(self, internal_batch_size: int | None, delta: bool) -> int | None:

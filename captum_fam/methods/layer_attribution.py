@@ -279,7 +279,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             other = [M if K == B else M.transpose(0, 1).contiguous() for M in back.tensors]
             return (maps.tensors, other), one.sizes, report
 
-        found = [with_constants(partial(both_sides, layers)) for layers in self._together()]
+        found = [with_constants(partial(both_sides, layers)) for layers in self._together(inputs)]
         warn_once([text for _, _, report in found for text in report.texts()])
         sizes = [size for _, of_layers, _ in found for size in of_layers]
         here, there = (self._result([M for sides, _, _ in found for M in sides[side]], sizes) for side in (0, 1))

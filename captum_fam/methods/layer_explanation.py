@@ -132,7 +132,7 @@ class LayerExplanation(OnLayer):
             )
 
         found = []
-        for layers in self._together():
+        for layers in self._together(inputs, additional_forward_args):
             aligned = None
             while True:
                 try:
@@ -194,9 +194,9 @@ class LayerExplanation(OnLayer):
         """Which of the recorded activations need no gradient; nothing where that is no question."""
         return []
 
-    def _together(self) -> list[list[nn.Module]]:
+    def _together(self, inputs: Tensors, additional_forward_args: object | None = None) -> list[list[nn.Module]]:
         """The layers, by those that one forward pass explains."""
-        return [self._layers()]
+        return [self._layers(inputs, additional_forward_args)]
 
     def _inputs_at_once(self, internal_batch_size: int | None, delta: bool) -> int | None:
         return internal_batch_size

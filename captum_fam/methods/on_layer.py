@@ -22,23 +22,27 @@ T = TypeVar("T")
 class OnLayer(SimilarityAttribution):
     """A method whose map lies on a layer, or on each of several."""
 
+    _finds_layer = False  # whether the layer may be left out
+
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layer: nn.Module | list[nn.Module],
+        layer: nn.Module | list[nn.Module] | None,
         device_ids: list[int] | None = None,
         *,
         similarity: Similarity | None = None,
         output_selector: Selector = None,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        _check_layer(layer)
+        if layer is not None or not self._finds_layer:
+            _check_layer(layer)
         if reshape_transform is not None:
             check_callable("reshape_transform", reshape_transform)
         super().__init__(forward_func, layer, device_ids, similarity=similarity, output_selector=output_selector)
         self.reshape_transform = reshape_transform
 
-    def _layers(self) -> list[nn.Module]:
+    def _layers(self, inputs: Tensors, additional_forward_args: object | None) -> list[nn.Module]:
+        """The layers that explain these inputs."""
         _check_layer(self.layer)
         return self.layer if isinstance(self.layer, list) else [self.layer]
 
@@ -58,7 +62,7 @@ class OnLayer(SimilarityAttribution):
     ) -> AbstractContextManager[Recording]:
         return record(
             Encoder(self._encoder(), self._selector(), self.reshape_transform, self.device_ids),
-            self._layers() if layers is None else layers,
+            self._layers(inputs, additional_forward_args) if layers is None else layers,
             inputs,
             additional_forward_args,
             report,

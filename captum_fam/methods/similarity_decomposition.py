@@ -245,7 +245,7 @@ class SimilarityDecomposition(DimensionAttribution):
                     found.append(tuple(part.to(A.dtype) for part in (parts[0], *(p.flatten(1) for p in parts[1:]))))
             return found, report
 
-        groups = [with_constants(partial(matrices, layers)) for layers in self._together()]
+        groups = [with_constants(partial(matrices, layers)) for layers in self._together(inputs)]
         warn_once([text for _, report in groups for text in report.texts()])
         found: list[Any] = [parts if return_baselines else parts[0] for group, _ in groups for parts in group]
         return found if isinstance(self.layer, list) else found[0]
