@@ -30,7 +30,9 @@ ORDER = (
     "LaFAM",
     "residual 0.9",
     "Grad-CAM",
+    "integrated",
     "best match",
+    "match less others",
     "RELAX",
     "Distance Explainer",
     "contrast with the rest",
@@ -55,7 +57,8 @@ the maps are the same but for a factor. *self*: `contrast="self"`, what a match 
 itself; for the decomposition it is Grad-CAM by place, so the two differ only where a head treats places differently.
 Grad-CAM is signed here (the paper's has a ReLU). RELAX and Distance Explainer
 take {masks} masks of 7 x 7 cells and paint with the mean colour instead of black, because black would be one more
-object. ¹ sees the reference's map, not only its embedding, and looks for like places: it does not explain the score.
+object. *integrated*: `IntegratedDecomposition`. *best match* and *match less others*: `CorrespondenceMap`.
+¹ sees the reference's map, not only its embedding, and looks for like places: it does not explain the score.
 ² sees the other references and explains the difference to their mean.
 
 *residual 0.9* and *best match* were chosen on the other half of the pictures, with the same encoders:
@@ -322,7 +325,11 @@ def summary_table(study: Study) -> str:
 
 def title(method: str) -> str:
     """The name of a method, with a mark for what it sees more than an embedding of one reference."""
-    return {"best match": "best match ¹", "contrast with the rest": "contrast with the rest ²"}.get(method, method)
+    return {
+        "best match": "best match ¹",
+        "match less others": "match less others ¹ ²",
+        "contrast with the rest": "contrast with the rest ²",
+    }.get(method, method)
 
 
 def places_table(study: Study, source: str) -> str:
@@ -393,7 +400,9 @@ def encoders_table(study: Study, cosines: dict[str, tuple[float, float]]) -> str
         "SimilarityDecomposition",
         "decomposition self",
         "Grad-CAM",
+        "integrated",
         "best match",
+        "match less others",
         "RELAX",
         "contrast with the rest",
     ]

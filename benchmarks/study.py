@@ -20,7 +20,13 @@ from torchvision.transforms import Normalize
 
 from benchmarks import objects
 from benchmarks import train_contrastive as trained
-from captum_fam import CorrespondenceMap, FeatureActivationMap, LabelFreeActivationMap, SimilarityDecomposition
+from captum_fam import (
+    CorrespondenceMap,
+    FeatureActivationMap,
+    IntegratedDecomposition,
+    LabelFreeActivationMap,
+    SimilarityDecomposition,
+)
 from captum_fam.bundled import BundledEncoder, bundled_encoder
 from captum_fam.methods.channel_attribution import ChannelAttribution
 from captum_fam.methods.relax import masks_of
@@ -325,6 +331,10 @@ def _lafam(q: Question) -> Tensor:
     return torch.cat([lafam.attribute(x) for x in q.images.split(16)])
 
 
+def _integrated(q: Question) -> Tensor:
+    return _paired(IntegratedDecomposition(q.encoder.net), q)
+
+
 def best_match(q: Question) -> Tensor:
     """At each place of the layer's map of the image, the cosine to the most similar place of the reference's."""
     numbers = torch.arange(len(q.images))
@@ -395,6 +405,7 @@ METHODS: dict[str, Callable[[Question], Tensor]] = {
     "LaFAM": _lafam,
     "Grad-CAM": _grad_cam,
     "residual 0.9": decomposition(dimension_weights=residual(0.9)),
+    "integrated": _integrated,
     "best match": best_match,
     "match less others": match_less_others,
     "contrast with the rest": decomposition("rest"),

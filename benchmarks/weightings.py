@@ -29,7 +29,9 @@ CANDIDATES = {
             "decomposition self",
             "Grad-CAM",
             "LaFAM",
+            "integrated",
             "best match",
+            "match less others",
             "contrast with the rest",
         )
     },

@@ -86,6 +86,16 @@ def test_the_best_match_of_an_image_with_itself_is_one_wherever_the_layer_is_act
     torch.testing.assert_close(study.best_match(question), active.double())
 
 
+def test_the_match_less_others_takes_away_the_mean_of_the_next_dozen(question):
+    best = study.CorrespondenceMap(question.encoder.net, question.encoder.layer).attribute_all(
+        question.images, reference=question.references
+    )
+    n = len(best)
+    assert n < 13  # so that all others are taken away
+    expected = torch.stack([best[i, i] - best[i, [k for k in range(n) if k != i]].mean(0) for i in range(n)])
+    close(study.match_less_others(question)[:, 0], expected)
+
+
 def test_the_best_match_by_hand(question):
     layer = {}
     handle = question.encoder.layer.register_forward_hook(lambda m, i, o: layer.update(A=o.detach()))
