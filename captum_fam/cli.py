@@ -21,6 +21,7 @@ from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import planes, ready_encoder, running
 from captum_fam.images import check_png, read_image, write_png
+from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import SimilarityScore
@@ -134,7 +135,8 @@ def explain(
     Explain the similarity of the image QUERY to each REFERENCE.
 
     Writes one figure with the scores: what the query has in common with each reference (FAM),
-    what is particular to this match ("self", not for euclidean), and both on the references.
+    what is particular to this match ("self", not for euclidean), which places look alike (less the
+    other references, if there are any), and all this on the references.
     """
     images = [read_image(path) for path in (query, *references)]
     output = output or query.with_name(f"{query.stem}_fam.png")
@@ -163,6 +165,10 @@ def explain(
                 maps = match.attribute_all(tensors[:1], reference_embedding=s, contrast="self")
                 back = match.attribute(tensors[1:], reference_embedding=z, contrast="self")
             rows[_OWN], reference_rows[_OWN] = planes(maps, layer_name), planes(back, layer_name)
+        alike = "what looks alike" + (", less the others" if len(s) > 1 else "")
+        rows[alike], reference_rows[alike] = (
+            planes(maps, layer_name) for maps in _alike(CorrespondenceMap(loaded.model, loaded.layer), tensors)
+        )
         route = fam.route(tensors[:1])
 
     margins = _margins(scores, other)
@@ -190,6 +196,8 @@ def explain(
                     "margin": _number(margins[i]) if margins else None,
                     "map": _statistics(rows[first][i]),
                     "self": _statistics(rows[_OWN][i]) if _OWN in rows else None,
+                    "alike": _statistics(rows[alike][i]),
+                    "reference_alike": _statistics(reference_rows[alike][i]),
                     "reference_map": _statistics(reference_rows[_COMMON][i]),
                 }
                 for i, path in enumerate(references)
@@ -322,6 +330,17 @@ def _message(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         return " ".join(error.format_message().split())
     return " ".join(str(error).split()) if isinstance(error, ValueError) else one_line(error)
+
+
+def _alike(correspondence: CorrespondenceMap, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What of the first image looks like each of the others (1, K, h, w), and what of these (K, 1, h, w) like it."""
+    K = len(images) - 1
+    maps = correspondence.attribute_all(images[:1], reference=images[1:], contrast="rest" if K > 1 else None)
+    if K == 1:
+        return maps, correspondence.attribute(images[1:], reference=images[:1])  # type: ignore[return-value]
+    matches: Any = correspondence.attribute_all(images[1:], reference=images)
+    others = torch.stack([torch.cat([matches[k, 1 : k + 1], matches[k, k + 2 :]]).mean(0) for k in range(K)])
+    return maps, matches[:, :1] - others[:, None]  # type: ignore[return-value]
 
 
 def _margins(scores: list[float], other: Any) -> list[float]:

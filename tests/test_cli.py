@@ -80,6 +80,27 @@ def test_explain_prints_the_scores_and_maps_of_the_api_as_json(run, photos, tmp_
     assert is_png(tmp_path / "out.png")
 
 
+@pytest.mark.parametrize("names", [["cat.jpg"], ["cat.jpg", "coffee.png", "query.png"]])
+def test_what_looks_alike_is_the_best_match_of_places_less_that_of_the_other_references(run, photos, tmp_path, names):
+    paths = [photos / name for name in ("query.png", *names)]
+    status, out, _ = run("explain", *paths, "--json", "-o", tmp_path / "out.png")
+    encoder = bundled_encoder()
+    images = [to_tensor(read_image(p), encoder.size, encoder.mean, encoder.std)[None] for p in paths]
+    with torch.no_grad():
+        units = [torch.nn.functional.normalize(encoder.features(x)[0].flatten(1), dim=0) for x in images]
+    best = [[(a.T @ b).amax(1) for b in units] for a in units]
+    others = [[k for k in range(1, len(units)) if k != j] for j in range(len(units))]
+
+    def less(side, of, j):
+        return side[of] - (torch.stack([side[k] for k in others[j]]).mean(0) if others[j] else 0)
+
+    for j, reference in enumerate(json.loads(out)["references"], 1):
+        for key, expected in (("alike", less(best[0], j, j)), ("reference_alike", less(best[j], 0, j))):
+            assert reference[key]["max"] == pytest.approx(expected.max().item(), rel=1e-4, abs=1e-5)
+            assert reference[key]["min"] == pytest.approx(expected.min().item(), rel=1e-4, abs=1e-5)
+    assert status == 0
+
+
 @pytest.mark.parametrize("contrast", ["rest", "2"])
 def test_contrast_maps_are_signed_and_opposite_for_two_references(run, photos, tmp_path, contrast):
     paths = [photos / name for name in ("query.png", "cat.jpg", "coffee.png")]
