@@ -8,7 +8,6 @@ pictures (half 0); the other (half 1) shows what it is worth. The table goes to 
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -26,10 +25,9 @@ from captum_fam.images import to_tensor
 from captum_fam.scenes import removal_effects
 
 OUTPUT = Path(__file__).parent / "correspondence.md"
-PAIRS, TEMPERATURE, NEIGHBOURS = 48, 0.1, 10
+PAIRS, TEMPERATURE, NEIGHBOURS = 32, 0.1, 10
 SIGNED = [name for name in integrated.LAYERS if name in study.SIGNED]
 ENCODERS = [*(name for name in study.ENCODERS if name != "mean_colour"), "efficientnet_lite0", *SIGNED]
-CHOSEN = ("FAM", "decomposition self", "contrast with the rest", "best match", "less 3 others", "less 12 others")
 
 
 def encoder(name: str, data: Path, weights: str) -> study.Encoder:
@@ -51,8 +49,8 @@ def crops(images: Tensor) -> list[Tensor]:
     return [F.interpolate(part, (size, size), mode="bilinear") for part in parts]
 
 
-def candidates(q: study.Question) -> dict[str, Tensor]:
-    """Maps (N, 1, h, w), and for those made of the cosines of places, (N, places)."""
+def candidates(q: study.Question, without_others: bool) -> dict[str, Tensor]:
+    """Maps (N, 1, h, w); those that take something else away than other images only where they are wanted."""
     correspondence = CorrespondenceMap(q.encoder.net, q.encoder.layer)
 
     def match(**references: Tensor) -> Tensor:
@@ -70,6 +68,8 @@ def candidates(q: study.Question) -> dict[str, Tensor]:
     rows = torch.arange(PAIRS)[:, None]
     for n in (3, 6, 12, 24):
         found[f"less {n} others"] = best - every[rows, (rows + 1 + torch.arange(n)) % PAIRS].mean(1, keepdim=True)
+    if not without_others:
+        return found
     size = q.encoder.size
     photos = torch.stack([to_tensor(p, size, (0.0,) * 3, (1.0,) * 3) for p in photographs().values()])
     found["less six photographs of the package"] = CorrespondenceMap(
@@ -103,7 +103,7 @@ def centred(q: study.Question) -> Tensor:
     return (F.normalize(A - mean, dim=1).mT @ F.normalize(R - mean, dim=1)).amax(2)
 
 
-def measure(data: Path, half: int, weights: str, chosen: Callable[[str], bool]) -> dict[str, list[tuple[float, float]]]:
+def measure(data: Path, half: int, weights: str, without_others: bool) -> dict[str, list[tuple[float, float]]]:
     """For each candidate and encoder how often it finds the shared object: in all pairs, and where it is used."""
     found: dict[str, list[tuple[float, float]]] = {}
     for name in tqdm(ENCODERS, desc=f"half {half}, {weights}"):
@@ -112,10 +112,9 @@ def measure(data: Path, half: int, weights: str, chosen: Callable[[str], bool]) 
         assert pairs.scenes is not None
         effects = removal_effects(e.net, pairs.scenes)
         used = effects[:, 0] > effects[:, 1:].amax(1) + 1e-6
-        for candidate, maps in candidates(study.Question.of(e, pairs.images, pairs.references)).items():
-            if chosen(candidate):
-                right = right_object(resized(maps, e.size), pairs.scenes.objects, pairs.scenes.labels.shape[1])
-                found.setdefault(candidate, []).append((right.mean().item(), right[used].mean().item()))
+        for candidate, maps in candidates(study.Question.of(e, pairs.images, pairs.references), without_others).items():
+            right = right_object(resized(maps, e.size), pairs.scenes.objects, pairs.scenes.labels.shape[1])
+            found.setdefault(candidate, []).append((right.mean().item(), right[used].mean().item()))
     return found
 
 
@@ -139,9 +138,8 @@ def main() -> None:
         raise click.ClickException("CAPTUM_FAM_DATA is not set: name the folder with encoders.py and photos/")
     data = Path(os.environ["CAPTUM_FAM_DATA"])
     warnings.filterwarnings("ignore")
-    choice = measure(data, 0, "trained", lambda _: True)
-    worth = measure(data, 1, "trained", lambda name: name in CHOSEN)
-    control = measure(data, 1, "untrained", lambda name: name in CHOSEN)
+    choice = measure(data, 0, "trained", without_others=True)
+    worth, control = (measure(data, 1, weights, without_others=False) for weights in ("trained", "untrained"))
     lines = [
         "# What a correspondence map takes away",
         "",

@@ -191,10 +191,13 @@ def check_rows_fit(
     references: int,
     name: str = "reference",
     cure: str = "pass reference_embedding=fam.embed(reference, their_own_args) instead",
+    paired: bool = True,
 ) -> None:
     """Tensors that go with the inputs row by row cannot go with another number of references."""
     arguments = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-    if inputs != references and any(isinstance(a, Tensor) and a.ndim and len(a) == inputs for a in arguments):
+    if (inputs != references or not paired) and any(
+        isinstance(a, Tensor) and a.ndim and len(a) == inputs for a in arguments
+    ):
         raise ValueError(
             f"`additional_forward_args` hold a tensor with one row for each of the {inputs} inputs, which does not fit"
             f" the {references} of `{name}`; {cure}."

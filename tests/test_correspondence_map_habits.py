@@ -374,5 +374,5 @@ def test_a_score_has_no_reference_to_compare_places_with():
 
 def test_the_matrix_of_a_layer_that_gives_several_tensors_is_an_error():
     encoder, inputs = seeded(TwoInputEncoder), (random(2, 3, 8, 8), random(2, 1, 9, 9))
-    with pytest.raises(ValueError, match="layer with one tensor, but Pair has 2"):
+    with pytest.raises(ValueError, match="layer with one tensor, but it has 2"):
         explainer(encoder).attribute_matrix(inputs, inputs)

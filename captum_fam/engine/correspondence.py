@@ -54,6 +54,7 @@ class Call:
             len(images[0]),
             name,
             "pass arguments that all images share, or an encoder that has them (functools.partial)",
+            paired=name == "reference",
         )
 
     def note_unusable(self, side: str, bad: set[int], compared: set[int] | None) -> None:
@@ -81,7 +82,7 @@ def best_match(A: Tensor, R: Tensor) -> Tensor:
     """max_j cos(A_i, R_j) (n, N), for unit vectors A (n, N, C) and R (N', C)."""
     with exact(A):
         rows = A.flatten(0, 1).split(max(1, _AT_ONCE // max(1, len(R))))
-        return torch.cat([(part @ R.mT.to(A)).amax(1) for part in rows]).reshape(A.shape[:2])
+        return torch.cat([(part @ R.mT.to(A)).amax(1) for part in rows]).clamp(-1, 1).reshape(A.shape[:2])
 
 
 def match_pairs(A: Tensor, R: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from captum_fam.engine.untouched import (
     name_of,
     warnings_of_training,
 )
+from captum_fam.engine.ways import NotInOneBatchError, Way
 from captum_fam.score import select_embedding
 
 # A DataParallel model calls the layer in threads of its own, so its calls are recorded one at a time.
@@ -39,22 +40,22 @@ def record(
     *,
     layer_input: bool = False,
     graph: bool = False,
-    constants: bool = False,
+    way: Way | None = None,
     path: Path | None = None,
 ) -> Iterator[Recording]:
     """
     Runs the forward function once, recording the layers' outputs (or inputs).
 
     Gradient mode is off until the first layer is reached, so nothing before it is
-    recorded for backward; with ``graph`` it is on from there, with ``constants`` without what only
-    the gradients of weights would need. On a ``path`` of one layer, all points go on from there in one batch; where
-    the encoder cannot take that, it runs once for each of them. The hooks are gone when the context is entered. Each
-    thread's hooks ignore the calls of the other threads.
+    recorded for backward; with ``graph`` it is on from there. On a ``path`` of one layer, all its points go on
+    from there (see Way). The hooks are gone when the context is entered. Each thread's hooks ignore the calls of the
+    other threads.
     """
-    forward = _Forward(encoder, layers, inputs, additional_forward_args, layer_input, graph, constants, path)
+    way = way or Way(constants=False)
+    forward = _Forward(encoder, layers, inputs, additional_forward_args, layer_input, graph, way, path)
     with buffers_restored(encoder.forward_func):
         report.warnings += warnings_of_training(encoder.forward_func)
-        embedding = forward.run(in_one_batch=not has_batch_statistics(encoder.forward_func))
+        embedding = forward.run()
         names = [name_of(encoder.forward_func, layer) for layer in layers]
         tensors = forward.tensors(names, report)
         has_graph = forward.graph and not embedding.is_inference()
@@ -63,10 +64,6 @@ def record(
         )
         yield recording
         recording.settle()
-
-
-class _NotInOneBatchError(Exception):
-    """The encoder cannot take all points of a path in one batch."""
 
 
 class _Forward:
@@ -85,7 +82,7 @@ class _Forward:
         additional_forward_args: Any,
         layer_input: bool,
         graph: bool,
-        constants: bool,
+        way: Way,
         path: Path | None,
     ) -> None:
         func = encoder.forward_func
@@ -95,11 +92,12 @@ class _Forward:
         self._inputs = inputs
         self._args = additional_forward_args
         self._layer_input = layer_input
-        self._constants = constants
         self._path = path if path is not None and path.nodes else None
         self._points = 1 if self._path is None else 1 + len(self._path.nodes)
         self._parallel = func if isinstance(func, nn.DataParallel) else None
         self._in_threads = self._parallel is not None or encoder.device_ids is not None
+        self._constants = way.constants and not self._in_threads  # which would not see them
+        self._one_batch = way.one_batch and not self._in_threads and not has_batch_statistics(func)
         self._thread, self._lock = threading.get_ident(), threading.Lock()
         self._dimensions: int | None = None  # of the embedding, which tell channels from places
         self._begin(None)
@@ -109,26 +107,27 @@ class _Forward:
         self._found: dict[nn.Module, dict[torch.device, Tensors]] = {}
         self._again: set[nn.Module] = set()
 
-    def run(self, in_one_batch: bool) -> Tensor:
+    def run(self) -> Tensor:
         """The embeddings (B, D); on a path those of all points, one after another."""
         if self._path is None:
             return self._pass()
-        embedding = self._all_points(in_one_batch)
+        embedding = self._all_points()
         guessed, self._dimensions = self._layouts(), embedding.shape[1]
         if guessed != self._layouts():
-            embedding = self._all_points(in_one_batch)
+            embedding = self._all_points()
         return embedding
 
-    def _all_points(self, in_one_batch: bool) -> Tensor:
-        if in_one_batch and not self._in_threads:
+    def _all_points(self) -> Tensor:
+        if self._one_batch:
             self._begin(None)
             try:
                 return self._pass()
             except (WeightsNeededError, CheckpointError):
                 raise
-            except Exception:  # the encoder's own, if it was not the larger batch
+            except Exception as error:
                 if not self._calls:
-                    raise
+                    raise  # it never came to the points
+                raise NotInOneBatchError from error
         self._begin(0)
         embeddings = [self._pass()]
         last = self._calls
@@ -184,7 +183,7 @@ class _Forward:
         if not self._in_one_batch():
             return check_rows("inputs", inputs, embedding)
         if len(embedding) != self._points * len(inputs[0]):
-            raise _NotInOneBatchError
+            raise NotInOneBatchError
         return embedding
 
     def _hook_of(self, layer: nn.Module) -> Callable[..., Any]:
@@ -208,7 +207,7 @@ class _Forward:
                 f" {describe(value)}; choose a layer that does."
             )
         passed_on = self._passed_on(layer, [items[i] for i in chosen])
-        if self.graph and self._constants and not self._weights and not self._in_threads:  # which would not see them
+        if self.graph and self._constants and not self._weights:
             self._weights.append(self._stack.enter_context(ConstantWeights()))
         if passed_on is None:
             return None
@@ -228,7 +227,7 @@ class _Forward:
                 return None
         else:
             if self._in_one_batch() and (number > 1 or any(len(a) != len(self._inputs[0]) for a in activations)):
-                raise _NotInOneBatchError
+                raise NotInOneBatchError
             if number > 1:
                 self._again.add(layer)
             kept = tuple(self._kept(a) for a in activations)
@@ -245,9 +244,8 @@ class _Forward:
     def _kept(self, activation: Tensor) -> Tensor:
         """A layer's activations, to explain, with all points of the path."""
         if self._path is not None:
-            activation = self._path.points(
-                activation, lambda a: self._encoder.to_map(a, self._inputs, self._dimensions)
-            )
+            points = self._path.points(activation, lambda a: self._encoder.to_map(a, self._inputs, self._dimensions))
+            return points.requires_grad_(self.graph)
         if self.graph and activation.requires_grad:
             return activation.clone()
         return activation.detach().clone().requires_grad_(self.graph)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam import _captum
-from captum_fam.engine.chunks import Tensors, cut_arguments
-from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, model_of
+from captum_fam.engine.chunks import Tensors, cut, cut_arguments
+from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of
 from captum_fam.score import select_embedding
 from captum_fam.tokens import images_of, may_be_map, to_map
 
@@ -50,8 +50,8 @@ def early_map(
     found = maps_on_the_way(forward_func, inputs, additional_forward_args, output_selector)
     image = images_of(inputs).shape[2:].numel()
     places: dict[str, int] = {}
-    for name, size in found.items():  # one that grows again is padded, or on a way back up
-        before = [n for other, n in places.items() if not other.startswith(f"{name}.")]
+    for name, size in found.items():  # one that grows again, in its module or around it, is padded or on a way back up
+        before = [n for other, n in places.items() if f".{name}".startswith(f".{other}".rpartition(".")[0] + ".")]
         if math.prod(size) < image and all(math.prod(size) <= n for n in before):
             places[name] = math.prod(size)
     stages = {name: size for name, size in found.items() if name in places} or found
@@ -87,25 +87,27 @@ def maps_on_the_way(
     again: set[str] = set()  # modules that were called several times
 
     def note(name: str, output: object) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1 and len(output) == 1:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1 and len(output) == rows:
             if outputs.pop(name, None) is not None:
                 again.add(name)
             outputs[name] = output
 
     # Gradients from the inputs on reach every output, whichever parameters are frozen; a leaf must not change in place.
-    leaves = [t[:1].detach().clone() for t in inputs]
+    few = slice(0, len(inputs[0]) if has_batch_statistics(forward_func) else 1)
+    given = cut(inputs, few) if len(inputs[0]) else tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)
+    leaves, rows = [t.detach().clone() for t in given], len(given[0])
     images = tuple(t.requires_grad_().clone() if t.is_floating_point() else t for t in leaves)
     hooks = [m.register_forward_hook(lambda *call, n=n: note(n, call[-1])) for n, m in modules.items()]
     with buffers_restored(forward_func), torch.enable_grad():  # backward before that: it may need the buffers
         try:
             with compiled_parts_off():
                 output = _captum.run_forward(
-                    forward_func, images, None, cut_arguments(additional_forward_args, slice(0, 1), len(inputs[0]))
+                    forward_func, images, None, cut_arguments(additional_forward_args, few, len(inputs[0]))
                 )
         finally:
             for hook in hooks:
                 hook.remove()
-        z = select_embedding(output, output_selector)
+        z = select_embedding(output, output_selector)[:1]
 
         on = images_of(inputs)
 

@@ -39,6 +39,10 @@ class Path:
     rows: slice | None = None
     inputs: int | None = None
 
+    @property
+    def baseline_is_mean(self) -> bool:
+        return isinstance(self.baseline, str) and self.baseline == "mean"
+
     def moved(self, A: Tensor) -> Tensor:
         """A - B"""
         if isinstance(self.baseline, Tensor):
@@ -60,7 +64,8 @@ class Path:
         if self.baseline == "zero":
             return A.clone()
         places = A.reshape(*A.shape[:2], math.prod(A.shape[2:]))
-        return A - places.mean(2).reshape(*A.shape[:2], *[1] * (A.ndim - 2))
+        moved = A - places.mean(2).reshape(*A.shape[:2], *[1] * (A.ndim - 2))
+        return moved.nan_to_num(0, 0, 0)  # no activations, such as a mask of the lowest values, stay as they are
 
     def points(self, activation: Tensor, to_map: Callable[[Tensor], Tensor]) -> Tensor:
         """
@@ -79,6 +84,11 @@ class Path:
                 self.moved(A.detach()).to(A.dtype) if A.ndim > 1 else torch.zeros_like(A)
             )  # no map: an error follows
             (back,) = torch.autograd.grad(A, a, moved)  # of a selection, the gradient puts values back in their places
+            if not torch.allclose(to_map(a - back), A - moved, equal_nan=True):
+                raise ValueError(
+                    "Expected `reshape_transform` to select and reorder the layer's activations, but it changes them;"
+                    " leave out whatever scales, pools or repeats."
+                )
         return torch.cat([activation.detach(), *(activation.detach() - (1 - t) * back for t in self.nodes)])
 
 

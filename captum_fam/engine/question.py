@@ -150,7 +150,9 @@ def usable(x: Tensor) -> Tensor:
 
 def usable_inputs(recording: Recording) -> Tensor:
     """Which inputs (B,) have embeddings that are finite and not zero, and finite ones all along their path."""
-    return usable(widen(recording.embedding)) & recording.on_path.isfinite().all(2).all(0)
+    weights = () if recording.path is None else recording.path.weights
+    on_path = recording.on_path[[n for n, weight in enumerate(weights) if weight]]
+    return usable(widen(recording.embedding)) & on_path.isfinite().all(2).all(0)
 
 
 def note_unusable(

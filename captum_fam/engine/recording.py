@@ -15,6 +15,7 @@ from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.layers import last_map
 from captum_fam.engine.path import Path
 from captum_fam.engine.report import Dependence, Report
+from captum_fam.engine.ways import NotInOneBatchError
 from captum_fam.similarity import widen
 from captum_fam.tokens import images_of, to_map
 
@@ -99,9 +100,17 @@ class Recording:
         given = [a.as_subclass(Tensor) for layer in reduced for a in layer]
         self.activations = [self._layout(a, name) for a, name in zip(given, self.names)]
         self.moved = self.activations if path is None else [path.moved(A) for A in self.activations]
+        if path is not None and path.baseline_is_mean:
+            report.warnings += [
+                f"Layer {name} has one place, which is its own mean, so its integrated map is zero; pass"
+                ' baseline="zero", or choose an earlier layer.'
+                for name, A in zip(self.names, self.activations)
+                if A.shape[2:].numel() == 1
+            ]
         self.partial = [A.numel() < a.numel() for A, a in zip(self.activations, given)]
         self._shared: dict[object, Any] = {}
         self._asked: Tensor | None = None
+        self._mixed: list[Tensor] = []  # whether points of a path depend on each other
         self._on_map: list[Tensor] = []  # whether a gradient by each of the activations is not zero
 
     def once(self, what: object, compute: Callable[[], T]) -> T:
@@ -162,6 +171,8 @@ class Recording:
 
     def settle(self) -> None:
         """Notes how the embeddings depend on the layers, from all that was asked for."""
+        if self._mixed and torch.stack(self._mixed).any():
+            raise NotInOneBatchError
         if self._asked is None:
             return
         on_map = torch.stack(self._on_map).tolist() if self._on_map else []
@@ -198,15 +209,18 @@ class Recording:
         (R, B) that undoes it.
         """
         largest = u.abs().amax(2).clamp(min=torch.finfo(u.dtype).tiny)
+        half = any(t.dtype == torch.float16 for t in (self._embedding, *tensors))
+        if not half and len(u[0]):  # one scale for a batch, whose examples may depend on each other
+            largest = largest.amax(1, keepdim=True).expand_as(largest)
         if not self._embedding.requires_grad:
             return [None] * len(tensors), largest
-        half = any(t.dtype == torch.float16 for t in (self._embedding, *tensors))
         for gain in (4096.0, 1.0) if half else (1.0,):  # float16 rounds to zero below 6e-8 and overflows at 65504
             v = self._at_points((u / largest[..., None] * gain).to(self._embedding.dtype))
-            found = _vector_jacobian_products(self._embedding, tensors, v)
+            given = _vector_jacobian_products(self._embedding, tensors, v)
+            found = [None if g is None else self._over_points(g, 1) for g in given]
             if gain == 1 or all(g is None or bool(g.isfinite().all()) for g in found):
                 break
-        return [None if g is None else self._over_points(g, 1) for g in found], largest / gain
+        return found, largest / gain
 
     def _own(self, activation: Tensor) -> Tensor:
         """Of a tensor with a batch for each point, that of the activations themselves, detached."""
@@ -225,8 +239,17 @@ class Recording:
         return (weights[:, None, None] * u[..., None, :, :]).flatten(-3, -2)
 
     def _over_points(self, gradient: Tensor, dim: int = 0) -> Tensor:
-        """The sum over the points, of gradients that have a batch for each of them."""
-        return gradient if self.path is None else self._by_point(gradient, dim).sum(dim)
+        """
+        The sum over the points of gradients that have a batch for each of them, but for those of no weight, which are
+        zero where the points are independent, or undefined.
+        """
+        if self.path is None:
+            return gradient
+        points = self._by_point(gradient, dim).movedim(dim, 0)
+        weighed = [n for n, weight in enumerate((0.0, *self.path.weights)) if weight]
+        own = points[0].detach()
+        self._mixed.append(((own != 0) & own.isfinite()).any())
+        return sum((points[n] for n in weighed), torch.zeros_like(points[0]))
 
     def reshape(self, activation: Tensor) -> Tensor:
         return self._encoder.to_map(activation, self.inputs, self.embedding.shape[1])
@@ -262,6 +285,8 @@ def _vector_jacobian_products(output: Tensor, by: list[Tensor], rows: Tensor) ->
         except RuntimeError:  # an operation that torch cannot batch
             pass
     found = [torch.autograd.grad(output, by, row, **options) for row in rows]
+    if len(found) == 1:
+        return [None if g is None else g[None] for g in found[0]]
     return [None if of_one[0] is None else torch.stack(of_one) for of_one in zip(*found)]
 
 

@@ -183,7 +183,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         references = self._given(inputs, reference, reference_embedding)
         if not len(references[0]):
             raise ValueError("Expected at least one reference, but got none; pass images as `reference`.")
-        if not _are_images(contrast) and contrast not in (None, "rest"):
+        if not (contrast is None or _are_images(contrast) or (isinstance(contrast, str) and contrast == "rest")):
             raise ValueError(
                 f'Expected `contrast` to be "rest", images or None, but got {describe(contrast)}; `attribute` takes a'
                 " number."
@@ -218,14 +218,14 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
             >>> here.shape, there.shape
             (torch.Size([2, 1, 14, 14]), torch.Size([2, 1, 22, 22]))
         """
-        call, one, two, own = self._both(inputs, reference)
+        call, one, two = self._both(inputs, reference)
         with torch.no_grad():
-            pairs = [(A, R[own]) for A, R in zip(one.units, two.units)]
+            pairs = [(A, R.expand(len(A), -1, -1)) for A, R in zip(one.units, two.units)]
             here, there = [match_pairs(A, R) for A, R in pairs], [match_pairs(R, A) for A, R in pairs]
             if self.background is not None:
                 less, less_there = self._mean_best(self.background, [one, two], call, "background")
                 here = [M - L for M, L in zip(here, less)]
-                there = [M - L[own] for M, L in zip(there, less_there)]
+                there = [M - L.expand(len(M), -1) for M, L in zip(there, less_there)]
         warn_once(call.warnings())
         return self._laid_out([M[:, None] for M in here], one), self._laid_out([M[:, None] for M in there], two)
 
@@ -254,11 +254,11 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
             >>> correspondence.attribute_matrix(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 24)).shape
             torch.Size([2, 196, 484])
         """
-        call, one, two, own = self._both(inputs, reference)
+        call, one, two = self._both(inputs, reference)
         if max(one.sizes) > 1:
             raise ValueError(f"attribute_matrix needs a layer with one tensor, but it has {max(one.sizes)}.")
         with torch.no_grad(), exact(one.units[0]):
-            cosines = [A @ R[own].mT.to(A) for A, R in zip(one.units, two.units)]
+            cosines = [(A @ R.mT.to(A)).clamp(-1, 1) for A, R in zip(one.units, two.units)]
         warn_once(call.warnings())
         found = [known(C, (1, 2)).to(dtype) for C, dtype in zip(cosines, one.dtypes)]
         return self._result(found, one.sizes)  # type: ignore[no-any-return]
@@ -323,17 +323,18 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         warn_once(call.warnings())
         return self._laid_out([F.relu(M) if relu else M for M in maps], one)  # type: ignore[no-any-return]
 
-    def _both(self, inputs: Inputs, reference: Inputs) -> tuple[Call, Places, Places, Tensor]:
-        """The places of both sides of pairs, and the number (B,) of the reference of each input."""
+    def _both(self, inputs: Inputs, reference: Inputs) -> tuple[Call, Places, Places]:
+        """The places of both sides of pairs; one reference may be shared by all inputs."""
         inputs = format_inputs("inputs", inputs)
         references = self._given(inputs, reference, None)
-        own, call = pair_index(len(inputs[0]), len(references[0]))[:, 0], Call(len(inputs[0]))
+        pair_index(len(inputs[0]), len(references[0]))  # or an error
+        call = Call(len(inputs[0]))
         if self.background is not None:
             call.check(self.background, "background", inputs)
         (_, one), (_, two) = (
             next(self._stream(images, call, side, len(images[0]))) for images, side in zip((inputs, references), SIDES)
         )
-        return call, one, two, own.to(one.units[0].device)
+        return call, one, two
 
     def _mean_best(self, background: Tensors, sides: list[Places], call: Call, name: str) -> list[list[Tensor]]:
         """The mean over a background of the best matches of places (n, N), for each tensor of each side."""

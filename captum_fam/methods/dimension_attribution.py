@@ -1,5 +1,6 @@
 """The methods that weigh the dimensions of the embedding: a method is its terms."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,11 @@ from captum_fam._checks import check_positive, describe, format_inputs
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.path import Baseline, Path, paths
 from captum_fam.engine.places import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms, stays_aligned
-from captum_fam.engine.question import Pairs
+from captum_fam.engine.question import Pairs, usable_inputs
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import eagerly
+from captum_fam.engine.ways import Way, by_the_cheapest_way
 from captum_fam.methods.layer_attribution import LayerSimilarityAttribution
 from captum_fam.methods.layer_explanation import masked
 from captum_fam.methods.similarity_attribution import Inputs
@@ -101,14 +103,18 @@ class DimensionAttribution(LayerSimilarityAttribution):
             >>> FeatureActivationMap(encoder, features).route(images)
             'jacobian'
         """
-        inputs, path = format_inputs("inputs", inputs), self._paths(None, False)[0]
-        aligned: list[bool] = []
-        sizes: list[int] = []
-        for layers in self._together(inputs, additional_forward_args):
-            with self._record(inputs, additional_forward_args, Report(), path=path, layers=layers) as recording:
-                aligned += self._aligned(recording)
-                sizes += recording.sizes
-        return self.routes(aligned, sizes)  # type: ignore[no-any-return]
+        tensors, path = format_inputs("inputs", inputs), self._paths(None, False)[0]
+
+        def found(layers: list[nn.Module], way: Way) -> tuple[list[bool], list[int]]:
+            with self._record(
+                tensors, additional_forward_args, Report(), way=way, path=path, layers=layers
+            ) as recording:
+                return self._aligned(recording), recording.sizes
+
+        groups = [
+            by_the_cheapest_way(partial(found, layers)) for layers in self._together(tensors, additional_forward_args)
+        ]
+        return self.routes([a for group, _ in groups for a in group], [n for _, group in groups for n in group])  # type: ignore[no-any-return]
 
     def routes(self, aligned: list[bool], sizes: list[int]) -> Any:
         """Of each layer, from what holds for the tensors that it gave."""
@@ -136,7 +142,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
 
     def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
         z, path = recording.embedding, recording.path
-        share = 1 if path is None or not path.nodes else sum(path.weights)
+        share = 1 if path is None or not self._needs_graph() else sum(path.weights)
         return [multiple_of_mean(z, A) * share if a else None for a, A in zip(aligned, recording.activations)]
 
     def _together(self, inputs: Tensors, additional_forward_args: object | None = None) -> list[list[nn.Module]]:
@@ -152,8 +158,9 @@ class DimensionAttribution(LayerSimilarityAttribution):
         if self.n_steps is None:
             return [None]
         if not self._needs_graph():
-            return [Path(self.baseline, (0.0,), (1.0,)) if delta else Path(self.baseline)]
-        return [*paths(self.baseline, self.n_steps, max(1, (internal_batch_size or self.n_steps + 2) - 1), delta)]
+            return [Path(self.baseline, (0.0,), (0.0,)) if delta else Path(self.baseline)]
+        at_once = self.n_steps + 1 if internal_batch_size is None else max(1, internal_batch_size - 1)
+        return [*paths(self.baseline, self.n_steps, at_once, delta)]
 
     def _check_delta(self, return_convergence_delta: bool) -> None:
         if self.n_steps is None:
@@ -165,8 +172,16 @@ class DimensionAttribution(LayerSimilarityAttribution):
         if path is None or 0.0 not in path.nodes:  # a later part of it
             return [mean]
         f = self.weights(z[:, None], pairs.t, pairs.question.less is None)
-        given = z - widen(pairs.recording.on_path[path.nodes.index(0.0)])
-        return [mean - (f * given[:, None]).sum(2)]
+        return [mean - (f * (z - self._of_baseline(pairs.recording))[:, None]).sum(2)]
+
+    def _of_baseline(self, recording: Recording) -> Tensor:
+        """The embeddings (B, D) of the baselines, the first of the path's points."""
+        z = widen(recording.on_path[0])
+        if (usable_inputs(recording) & ~z.isfinite().all(1)).any():
+            recording.report.warnings.append(
+                "The embedding of the baseline is not finite, so what depends on it is nan; pass another `baseline`."
+            )
+        return z
 
     def _aligned(self, recording: Recording) -> list[bool]:
         path = recording.path

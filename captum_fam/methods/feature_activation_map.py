@@ -56,7 +56,8 @@ class FeatureActivationMap(DimensionAttribution):
                     references and similarity are used.
         layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
                     (B, C, \*spatial) make the map; any number of spatial dimensions.
-                    A list of layers gives a list of results from one forward pass.
+                    A list of layers gives a list of results from one forward pass; with
+                    ``n_steps``, from one for each.
         device_ids (list[int]): Device ID list, necessary only if forward_func applies a
                     DataParallel model, as for other Captum layer methods.
                     Default: None

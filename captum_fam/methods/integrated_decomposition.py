@@ -103,6 +103,6 @@ class IntegratedDecomposition(SimilarityDecomposition):
     def _layers(self, inputs: Tensors, additional_forward_args: object | None) -> list[nn.Module]:
         if self.layer is not None:
             return super()._layers(inputs, additional_forward_args)
-        model = model_of(self._encoder())
-        assert model is not None  # or no layer has a name
-        return [model.get_submodule(self.layer_of(inputs, additional_forward_args))]
+        name, model = self.layer_of(inputs, additional_forward_args), model_of(self._encoder())
+        assert model is not None  # or no layer had a name
+        return [model.get_submodule(name)]

@@ -14,7 +14,8 @@ from captum_fam.engine.chunks import Assembled, Tensors
 from captum_fam.engine.question import Question, pair_index
 from captum_fam.engine.report import SIDES, Report
 from captum_fam.engine.untouched import eagerly
-from captum_fam.methods.layer_explanation import Ask, Explained, LayerExplanation, with_constants
+from captum_fam.engine.ways import Way, by_the_cheapest_way
+from captum_fam.methods.layer_explanation import Ask, Explained, LayerExplanation
 from captum_fam.methods.similarity_attribution import Inputs
 
 Maps: TypeAlias = Tensor | Tensors | list[Tensor | Tensors]
@@ -261,12 +262,12 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         own, less = pair_index(B, K), self._less(contrast, threshold, K, B)
 
         def both_sides(
-            layers: list[nn.Module], constants: bool
+            layers: list[nn.Module], way: Way
         ) -> tuple[tuple[list[Tensor], list[Tensor]], list[int], Report]:
             report, path = Report(), self._paths(None, False)[0]
             with (
-                self._record(inputs, None, report, constants=constants, path=path, layers=layers) as one,
-                self._record(reference, None, report, constants=constants, path=path, layers=layers) as two,
+                self._record(inputs, None, report, way=way, path=path, layers=layers) as one,
+                self._record(reference, None, report, way=way, path=path, layers=layers) as two,
             ):
                 maps, back = Assembled(B), Assembled(K)
                 aligned = [a and b for a, b in zip(self._aligned(one), self._aligned(two))]
@@ -279,7 +280,7 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
             other = [M if K == B else M.transpose(0, 1).contiguous() for M in back.tensors]
             return (maps.tensors, other), one.sizes, report
 
-        found = [with_constants(partial(both_sides, layers)) for layers in self._together(inputs)]
+        found = [by_the_cheapest_way(partial(both_sides, layers)) for layers in self._together(inputs)]
         warn_once([text for _, _, report in found for text in report.texts()])
         sizes = [size for _, of_layers, _ in found for size in of_layers]
         here, there = (self._result([M for sides, _, _ in found for M in sides[side]], sizes) for side in (0, 1))

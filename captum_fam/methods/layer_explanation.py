@@ -9,15 +9,14 @@ from typing import TypeAlias, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from captum_fam.engine.chunks import Assembled, Tensors, cut, cut_arguments, slices
-from captum_fam.engine.constants import WeightsNeededError
 from captum_fam.engine.path import Path
 from captum_fam.engine.question import Pairs, Question, at_once, note_unusable
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import SIDES, Report
 from captum_fam.engine.untouched import eagerly
+from captum_fam.engine.ways import Way, by_the_cheapest_way
 from captum_fam.methods.on_layer import OnLayer
 
 # The question about recorded inputs, from their embeddings and their rows in the call.
@@ -81,16 +80,14 @@ class LayerExplanation(OnLayer):
         """
         B = len(inputs[0])
 
-        def attempt(layers: list[nn.Module], aligned: list[bool] | None, constants: bool) -> Explained:
+        def attempt(layers: list[nn.Module], aligned: list[bool] | None, way: Way) -> Explained:
             report, agreed, paths = Report(), aligned, self._paths(internal_batch_size, delta)
-            embeddings, maps, signed_maps, valid, missed = (Assembled(B) for _ in range(5))
+            embeddings, maps, signed_maps, invalid, missed = (Assembled(B) for _ in range(5))
             for rows in slices(B, self._inputs_at_once(internal_batch_size, delta)):
                 args = cut_arguments(additional_forward_args, rows, B)
                 for number, path in enumerate(paths):
                     path = path and replace(path, rows=rows, inputs=B)
-                    with self._record(
-                        cut(inputs, rows), args, report, layer_input, constants, path, layers
-                    ) as recording:
+                    with self._record(cut(inputs, rows), args, report, layer_input, way, path, layers) as recording:
                         here = self._aligned(recording)
                         both = here if agreed is None else [a and b for a, b in zip(agreed, here)]
                         if (rows.start or number) and both != agreed:
@@ -116,15 +113,20 @@ class LayerExplanation(OnLayer):
                             maps.put(rows, columns if summed else None, part.maps, P, add)
                             signed_maps.put(rows, columns, part.signed, P, add)
                             missed.put(rows, columns, part.missed, P, add)
-                            if not number:
-                                valid.put(rows, columns, [part.valid], P)
+                            invalid.put(rows, columns, [~part.valid], P, add)
                     sizes, dtypes = recording.sizes, [A.dtype for A in recording.activations]
                     del recording, question  # the next chunk needs the memory
+            valid = ~invalid.tensors[0]
+            if len(paths) > 1:  # what one part has found is not on the map of another
+                maps.tensors = [
+                    M.masked_fill(~valid.reshape(*valid.shape, *[1] * (M.ndim - 2)), 0) for M in maps.tensors
+                ]
+                missed.tensors = [m.masked_fill(~valid, 0) for m in missed.tensors]
             return Explained(
                 embeddings.tensors[0],
                 [_shown(M, dtype, relu) for M, dtype in zip(maps.tensors, dtypes)],
                 signed_maps.tensors,
-                valid.tensors[0],
+                valid,
                 agreed or [],
                 sizes,
                 report,
@@ -136,7 +138,7 @@ class LayerExplanation(OnLayer):
             aligned = None
             while True:
                 try:
-                    found.append(with_constants(partial(attempt, layers, aligned)))
+                    found.append(by_the_cheapest_way(partial(attempt, layers, aligned)))
                     break
                 except _RoutesDifferError as error:
                     aligned = error.args[0]
@@ -244,12 +246,3 @@ def _of_several(found: list[Explained]) -> Explained:
 def masked(values: Tensor, valid: Tensor) -> Tensor:
     """Values (B, P, ...), or (B, C, ...) for P = 1, zero for pairs (B, P) that are not valid."""
     return torch.where(valid[..., None], values, torch.zeros_like(values))
-
-
-def with_constants(run: Callable[[bool], T]) -> T:
-    """run(True): with constant weights, which spares memory; where the encoder needs their gradients, run(False)."""
-    try:
-        return run(True)
-    except (WeightsNeededError, CheckpointError):
-        pass
-    return run(False)

@@ -13,6 +13,7 @@ from captum_fam.engine.forward import record
 from captum_fam.engine.path import Path
 from captum_fam.engine.recording import Encoder, Recording
 from captum_fam.engine.report import Report
+from captum_fam.engine.ways import Way
 from captum_fam.methods.similarity_attribution import Selector, SimilarityAttribution
 from captum_fam.similarity import Similarity
 
@@ -56,7 +57,7 @@ class OnLayer(SimilarityAttribution):
         additional_forward_args: object | None,
         report: Report,
         layer_input: bool = False,
-        constants: bool = False,
+        way: Way | None = None,
         path: Path | None = None,
         layers: list[nn.Module] | None = None,
     ) -> AbstractContextManager[Recording]:
@@ -68,7 +69,7 @@ class OnLayer(SimilarityAttribution):
             report,
             layer_input=layer_input,
             graph=self._needs_graph() and not torch.is_inference_mode_enabled(),
-            constants=constants,
+            way=way,
             path=path,
         )
 

@@ -16,8 +16,9 @@ from captum_fam.engine.question import Pairs, Question, note_unusable, pair_inde
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import eagerly
+from captum_fam.engine.ways import Way, by_the_cheapest_way
 from captum_fam.methods.dimension_attribution import DimensionAttribution, check_sum
-from captum_fam.methods.layer_explanation import masked, with_constants
+from captum_fam.methods.layer_explanation import masked
 from captum_fam.methods.similarity_attribution import Inputs, Selector
 from captum_fam.similarity import Similarity, exact, nonzero, norm, widen
 
@@ -216,11 +217,11 @@ class SimilarityDecomposition(DimensionAttribution):
                 f" {'`dimension_weights`' if self.dimension_weights is not None else describe(self._similarity())}."
             )
 
-        def matrices(layers: list[nn.Module], constants: bool) -> tuple[list[tuple[Tensor, ...]], Report]:
+        def matrices(layers: list[nn.Module], way: Way) -> tuple[list[tuple[Tensor, ...]], Report]:
             report, path = Report(), self._paths(None, return_baselines)[0]
             with (
-                self._record(inputs, None, report, constants=constants, path=path, layers=layers) as one,
-                self._record(reference, None, report, constants=constants, path=path, layers=layers) as two,
+                self._record(inputs, None, report, way=way, path=path, layers=layers) as one,
+                self._record(reference, None, report, way=way, path=path, layers=layers) as two,
                 torch.no_grad(),
             ):
                 question = Question(two.embedding, own)
@@ -237,7 +238,7 @@ class SimilarityDecomposition(DimensionAttribution):
                     with exact(v):
                         parts = [v.mT @ v_reference]
                         if return_baselines:
-                            z0, s0 = (self._of_unit(r, widen(r.on_path[0]))[..., None] for r in (one, two))
+                            z0, s0 = (self._of_unit(r, self._of_baseline(r))[..., None] for r in (one, two))
                             parts += [v.mT @ s0, v_reference.mT @ z0, (z0 * s0).sum(1, keepdim=True)]
                     parts = [masked(part, pairs.valid) for part in parts]
                     if self.n_steps is None:
@@ -245,7 +246,7 @@ class SimilarityDecomposition(DimensionAttribution):
                     found.append(tuple(part.to(A.dtype) for part in (parts[0], *(p.flatten(1) for p in parts[1:]))))
             return found, report
 
-        groups = [with_constants(partial(matrices, layers)) for layers in self._together(inputs)]
+        groups = [by_the_cheapest_way(partial(matrices, layers)) for layers in self._together(inputs)]
         warn_once([text for _, report in groups for text in report.texts()])
         found: list[Any] = [parts if return_baselines else parts[0] for group, _ in groups for parts in group]
         return found if isinstance(self.layer, list) else found[0]

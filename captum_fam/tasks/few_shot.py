@@ -243,7 +243,8 @@ def explain_episode(
         if similarity is not None:
             raise ValueError(f"Expected no `similarity`, because {type(forward_func).__name__} has its own.")
         decision = decision_of(forward_func, support_images, support_labels)
-        decomposed = decision.decomposed is not None and method is SimilarityDecomposition
+        is_decomposition = isinstance(method, type) and issubclass(method, SimilarityDecomposition)
+        decomposed = decision.decomposed is not None and is_decomposition
         similarity = decision.decomposed if decomposed else decision.similarity
         explainer = method_of(method, "explain_episode", decision.encoder, layer, similarity=similarity, **options)
     else:

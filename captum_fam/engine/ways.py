@@ -1,0 +1,41 @@
+"""How a forward pass is run, from the cheapest way that an encoder allows to the safest."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from torch.utils.checkpoint import CheckpointError
+
+from captum_fam.engine.constants import WeightsNeededError
+
+T = TypeVar("T")
+
+
+class NotInOneBatchError(Exception):
+    """The encoder cannot take all points of a path in one batch, or does not treat them as independent examples."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    Attributes:
+        constants: weights are constants, so that nothing is kept which only their gradients would need.
+        one_batch: what comes after a layer takes all points of a path in one batch, instead of a pass for each.
+    """
+
+    constants: bool = True
+    one_batch: bool = True
+
+
+def by_the_cheapest_way(run: Callable[[Way], T]) -> T:
+    """The result of the first way that the encoder allows."""
+    way = Way()
+    while True:
+        try:
+            return run(way)
+        except (WeightsNeededError, CheckpointError):
+            if not way.constants:
+                raise
+            way = replace(way, constants=False)
+        except NotInOneBatchError:
+            way = replace(way, one_batch=False)
