@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import integrated, study
 from benchmarks.faithfulness import resized, right_object
+from benchmarks.report import table
 from captum_fam import CorrespondenceMap, LabelFreeActivationMap
 from captum_fam.demo import photographs
 from captum_fam.images import to_tensor
@@ -118,17 +119,13 @@ def measure(data: Path, half: int, weights: str, without_others: bool) -> dict[s
     return found
 
 
-def table(columns: dict[str, dict[str, list[tuple[float, float]]]]) -> list[str]:
-    rows = next(iter(columns.values()))
-    head = [f"{name}: {of}" for name in columns for of in ("right object", "where used")]
-    return [
-        f"| map | {' | '.join(head)} |",
-        f"|{'---|' * (len(head) + 1)}",
-        *(
-            f"| {row} | {' | '.join(f'{x:.3f}' for found in columns.values() for x in np.nanmean(found[row], 0))} |"
-            for row in rows
-        ),
-    ]
+def columns(**halves: dict[str, list[tuple[float, float]]]) -> str:
+    head = [f"{name}: {of}" for name in halves for of in ("right object", "where used")]
+    rows = next(iter(halves.values()))
+    return table(
+        ["map", *head],
+        [[row, *(f"{x:.3f}" for found in halves.values() for x in np.nanmean(found[row], 0))] for row in rows],
+    )
 
 
 @click.command()
@@ -149,11 +146,11 @@ def main() -> None:
         "",
         "## On half 0, by which was chosen",
         "",
-        *table({"half 0": choice}),
+        columns(half_0=choice),
         "",
         "## On half 1",
         "",
-        *table({"trained": worth, "untrained": control}),
+        columns(trained=worth, untrained=control),
     ]
     OUTPUT.write_text("\n".join(lines) + "\n")
     click.echo("\n".join(lines))

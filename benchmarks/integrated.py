@@ -23,6 +23,7 @@ from torchvision.transforms import Normalize
 from tqdm import tqdm
 
 from benchmarks import study
+from benchmarks.report import table
 from captum_fam import FeatureActivationMap, IntegratedDecomposition, SimilarityDecomposition, SimilarityScore
 from captum_fam.engine.path import gauss_legendre
 from captum_fam.metrics import deletion, insertion
@@ -286,9 +287,6 @@ def report(cells: dict[tuple[str, int], Any]) -> str:
     def values(row: str, half: int, metric: str, of: list[str] = names) -> np.ndarray:
         return np.array([cells[name, half]["values"][row][metric] for name in of])
 
-    def table(head: list[str], rows: list[list[str]]) -> list[str]:
-        return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
-
     lines = [
         "# Integrated maps",
         "",
@@ -301,11 +299,11 @@ def report(cells: dict[tuple[str, int], Any]) -> str:
         "",
         "Means over encoders, with 95 % intervals over pairs.",
         "",
-        *table(["map", *METRICS], [[row, *(interval(values(row, 1, m)) for m in METRICS)] for row in ROWS]),
+        table(["map", *METRICS], [[row, *(interval(values(row, 1, m)) for m in METRICS)] for row in ROWS]),
         "",
         "By encoder, mean colour:",
         "",
-        *table(
+        table(
             ["map", *names],
             [["layer", *(f"`{cells[n, 1]['layer'].split('.', 1)[1]}`" for n in names)]]
             + [[row, *(f"{v.mean():.3f}" for v in values(row, 1, "mean"))] for row in ROWS],
@@ -313,7 +311,7 @@ def report(cells: dict[tuple[str, int], Any]) -> str:
         "",
         "## How they were chosen (half 0)",
         "",
-        *table(
+        table(
             ["map", "mean"],
             [
                 [row, interval(values(row, 0, "mean"))]
