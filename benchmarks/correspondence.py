@@ -120,7 +120,7 @@ def measure(data: Path, half: int, weights: str, without_others: bool) -> dict[s
 
 
 def columns(**halves: dict[str, list[tuple[float, float]]]) -> str:
-    head = [f"{name}: {of}" for name in halves for of in ("right object", "where used")]
+    head = [f"{name.replace('_', ' ')}: {of}" for name in halves for of in ("right object", "where used")]
     rows = next(iter(halves.values()))
     return table(
         ["map", *head],

@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from captum_fam import FeatureActivationMap, SimilarityScore, compare_attributions, visualize_comparison
+from captum_fam import (
+    CorrespondenceMap,
+    FeatureActivationMap,
+    SimilarityScore,
+    compare_attributions,
+    visualize_comparison,
+)
 from captum_fam.bundled import bundled_encoder
 from captum_fam.demo import another_view, collage, photographs
 from captum_fam.images import to_tensor
@@ -23,11 +29,14 @@ def main() -> None:
     target = [list(photos).index(name) for name in ("cat", "coffee")]
 
     layer = encoder.features
-    fam = FeatureActivationMap(score, layer)
+    fam, alike = FeatureActivationMap(score, layer), CorrespondenceMap(score, layer)
     methods = {
         "FAM": fam,
         "FAM, contrast to the rest": lambda x, target: fam.attribute(x, target, contrast="rest"),
-        "SimilarityDecomposition": "SimilarityDecomposition",
+        "IntegratedDecomposition": "IntegratedDecomposition",
+        "CorrespondenceMap\nless the rest": lambda x, target: alike.attribute(
+            x, target, reference=views, contrast="rest"
+        ),
         "LabelFreeActivationMap": "LabelFreeActivationMap",
         "LayerGradCam": "LayerGradCam",
         "Relax": "Relax",
