@@ -131,3 +131,13 @@ def test_arguments_of_the_inputs_are_not_given_to_as_many_other_images():
     correspondence = CorrespondenceMap(encoder, encoder.layer, background=random(3, 3, 8, 8, seed=5))
     with pytest.raises(ValueError, match=r"`additional_forward_args`.*3 inputs.*`background`"):
         correspondence.attribute(X, additional_forward_args=random(3, 4, 1, 1), reference=X)
+
+
+def test_an_encoder_that_remembers_the_pass_before_is_refused():
+    def remember(self, x, h, a):
+        before, self.kept = getattr(self, "kept", 0), pooled(h + a).mean(0)  # which takes a pass for each point
+        return pooled(h + a) + before
+
+    encoder = seeded(lambda: Curved(remember))
+    with pytest.raises(RuntimeError, match="depend on the pass before it"):
+        places(encoder).attribute(X, 1, reference_embedding=S)

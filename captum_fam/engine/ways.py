@@ -37,5 +37,10 @@ def by_the_cheapest_way(run: Callable[[Way], T]) -> T:
             if not way.constants:
                 raise
             way = replace(way, constants=False)
-        except NotInOneBatchError:
+        except NotInOneBatchError as error:
+            if not way.one_batch:
+                raise RuntimeError(
+                    "The embeddings of a forward pass depend on the pass before it, so `n_steps` cannot tell their"
+                    " points apart; switch off what the encoder keeps from one pass to the next."
+                ) from error
             way = replace(way, one_batch=False)
