@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_fam import FeatureActivationMap
 from captum_fam.engine.report import Report
+from captum_fam.engine.ways import Way
 
 X = random(2, 3, 8, 8)
 
@@ -71,7 +72,7 @@ def test_batch_norm_has_the_gradient_that_torch_gives_it(options, inplace):
 def test_batch_norm_in_half_precision_is_left_to_torch(dtype):
     encoder, s = seeded(Normed).to(dtype), random(1, 4, seed=2)
     fam = FeatureActivationMap(encoder, encoder.layer)
-    with fam._record((X.to(dtype),), None, Report(), constants=True) as recording, torch.no_grad():
+    with fam._record((X.to(dtype),), None, Report(), way=Way()) as recording, torch.no_grad():
         assert torch.equal(recording.embedding, encoder(X.to(dtype)))
     assert fam.attribute(X.to(dtype), reference_embedding=s).dtype == dtype
 
