@@ -23,6 +23,7 @@ from captum_fam.encoders._ready import planes, ready_encoder, running
 from captum_fam.images import check_png, read_image, write_png
 from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import SimilarityScore
 from captum_fam.similarity import channel_contributions, widen
@@ -255,11 +256,15 @@ def compare(
             reference=loaded.tensors,
             show_progress=sys.stderr.isatty(),
         )
+        integrated = IntegratedDecomposition.__name__
+        own = IntegratedDecomposition(score).layer_of(loaded.tensors) if integrated in maps else ""
     titles = [f"query: {_short(query.name)}\n{similarity} {value:.3f}", f"reference: {_short(reference.name)}"]
     figure, _ = visualize_comparison(images, maps, titles=titles, use_pyplot=False)
     write_png(figure, output)
     found = "" if layer else ", the last with a map"
     click.echo(f"encoder {encoder}, layer {loaded.layer_name} ({type(loaded.layer).__name__}){found}")
+    if own:
+        click.echo(f"{integrated}: layer {own}, which it found")
     click.echo(f"{similarity} {value: .4f}  {', '.join(maps)}")
     click.echo(f"wrote {output}")
 

@@ -1,5 +1,7 @@
 """captum-fam compare, in process."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,14 @@ def test_an_image_is_like_itself(run, two, tmp_path, drawn):  # noqa: F811
     assert "cosine  1.0000" in out
     values = drawn[0][1]["FeatureActivationMap"]
     torch.testing.assert_close(values[0], values[1])
+
+
+def test_the_layer_that_the_integrated_decomposition_finds_is_printed(run, two, tmp_path):  # noqa: F811
+    status, out, _ = run("compare", *two, "--method", "IntegratedDecomposition", "-o", tmp_path / "out.png")
+    assert status == 0
+    assert re.search(r"^IntegratedDecomposition: layer features, which it found$", out, re.M)
+    _, out, _ = run("compare", *two, "--method", "FeatureActivationMap", "-o", tmp_path / "out.png")
+    assert "Integrated" not in out
 
 
 def test_a_layer_may_be_named(run, two, tmp_path):  # noqa: F811
