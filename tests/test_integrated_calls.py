@@ -43,6 +43,8 @@ from captum_fam import (
     ScoreCam,
     SimilarityDecomposition,
 )
+from captum_fam.engine.places import place_terms, unit_vectors
+from captum_fam.engine.report import Report
 
 # One map, however it is asked for
 
@@ -115,6 +117,14 @@ def test_one_pass_goes_to_the_layer_and_all_points_go_on_from_there(delta, inpla
     encoder = seeded(lambda: Watched(lambda self, x, h, a: F.silu(a, inplace=inplace).mean((2, 3))))
     places(encoder, n_steps=6).attribute(X, 1, reference_embedding=S, return_convergence_delta=delta)
     assert encoder.rows == {"stem": [3], "head": [3 * (7 + delta)]}
+
+
+def test_forward_products_on_a_path_are_what_the_gradients_give():
+    method = places(seeded(Curved))
+    with method._record((X,), None, Report(), path=method._paths(None, False)[0]) as recording:
+        (found,) = recording.place_products()
+        rows = [terms[0].sum(1) for terms in place_terms(recording, unit_vectors(recording.embedding), [None])]
+    close(found, torch.stack(rows, 1) / found.shape[2])
 
 
 def test_what_the_layer_takes_is_integrated_as_the_output_of_what_gives_it():

@@ -80,9 +80,8 @@ class Path:
                     "Expected `reshape_transform` to select and reorder the layer's activations, but what it returned"
                     " does not depend on them; return a view of its argument, without detach."
                 )
-            moved = (
-                self.moved(A.detach()).to(A.dtype) if A.ndim > 1 else torch.zeros_like(A)
-            )  # no map: an error follows
+            # With one dimension it is no map, and an error follows.
+            moved = self.moved(A.detach()).to(A.dtype) if A.ndim > 1 else torch.zeros_like(A)
             (back,) = torch.autograd.grad(A, a, moved)  # of a selection, the gradient puts values back in their places
             if not torch.allclose(to_map(a - back), A - moved, equal_nan=True):
                 raise ValueError(
