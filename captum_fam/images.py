@@ -5,15 +5,20 @@ import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 if TYPE_CHECKING:  # workers read images, and need not import it
     from matplotlib.figure import Figure
+
+
+class UnknownRangeError(ValueError):
+    """Which number of a picture is white cannot be told."""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -25,22 +30,48 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}: check the path") from error
+    except UnknownRangeError as error:
+        raise ValueError(f"cannot read {path} as an image: {error}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"cannot read {path} as an image: pass a file that Pillow opens, such as PNG or JPEG"
         ) from error
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Pillow clips deeper images at 255 when it converts them: scale 16 bits, and refuse what has no known range."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}")
-    return image
+def as_rgb(image: Image.Image) -> Image.Image:
+    """
+    A picture of any mode as RGB, without its opacity. Pillow would clip what is deeper than 8 bits at 255: 16 bits and
+    floats from 0 to 1 are scaled.
+
+    Raises:
+        ValueError: its numbers are of no known range, or Pillow cannot convert it.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float32)
+        finite = values[np.isfinite(values)]
+        low, high = finite.min(initial=0), finite.max(initial=0)
+        # Mode I holds the numbers of files of 16 bits, and of 8 bits as well: if they are small, none can tell.
+        white = 1 if image.mode == "F" else 65535
+        if low < 0 or high > white or (image.mode == "I" and 0 < high <= 255):
+            raise UnknownRangeError(
+                f"it is of mode {image.mode} with values from {low:.6g} to {high:.6g}, whose range is not known; scale"
+                " them to 8 bits, or to an array of values from 0 to 1"
+            )
+        return Image.fromarray(to_bytes(np.nan_to_num(values / white, posinf=0, neginf=0))).convert("RGB")
+    if image.mode == "La":  # which Pillow converts to nothing else
+        image = image.convert("LA")
+    elif image.mode == "P" and "transparency" in image.info:  # Pillow warns of what RGB cannot hold
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def to_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
+    """Levels of values from 0 to 1."""
+    levels: NDArray[np.uint8] = (shares.clip(0, 1) * 255).round().astype(np.uint8)
+    return levels
 
 
 def to_tensor(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from captum_fam._checks import describe, warn
 from captum_fam.comparison import Comparison
+from captum_fam.images import as_rgb, to_bytes
 
 Picture: TypeAlias = Tensor | NDArray[Any] | Image.Image
 Pictures: TypeAlias = Picture | Sequence[Picture]
@@ -27,6 +28,7 @@ LONGEST = 512  # pixels of an image's longer side in a figure
 NARROWEST = 4  # an image is drawn at no more than this ratio of its sides
 CHARACTERS = 13  # of small text to an inch
 ROUNDING = 0.01  # how far values may leave [0, 1] when a normalisation is undone
+WHITE = {"uint16": 65535}  # of dtypes, where it is not 255, or 1 for floats
 COARSE = 3  # a map with so few locations along a side is said to be coarse
 # Red speaks for, blue against; opacity carries the value, so that zero is clear.
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#0033dd", "white", "#dd1100"])
@@ -56,8 +58,9 @@ def visualize_pair(
     Args:
         query, reference (Tensor, array, PIL.Image or a list of them): B images each; a single
                     one is drawn in every row. One image is (C, H, W), (H, W, C) or (H, W), with
-                    1, 3 or 4 channels; a batch has one dimension more. Values in [0, 1], or
-                    uint8.
+                    1, 3 or 4 channels; a batch has one dimension more. Floats in [0, 1], or
+                    integers in [0, 255], of uint16 in [0, 65535]. PIL images of any mode; of mode I
+                    with 16 bits, of mode F with values in [0, 1].
         query_map, reference_map (Tensor or array): Their maps, as ``attribute_pair`` returns
                     them: (B, 1, h, w), (B, h, w) or (h, w), any size.
         titles (list of str, optional): One for each pair.
@@ -235,6 +238,7 @@ def explanation_figure(
     The query, its maps (K, h, w) for K references in rows by their labels, and below these the references with their
     own.
     """
+    query, references = as_rgb(query), [as_rgb(image) for image in references]
     columns, rows = len(references) + 1, len(maps) + len(reference_maps)
     figure = _figure(columns, rows, use_pyplot=False)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -269,11 +273,6 @@ def _each_channel(name: str, values: Sequence[float] | None, default: float, cha
             f"Expected `mean` and `std` to have one number for each of {channels} channels, but got {name} {values!r}."
         )
     return numbers
-
-
-def _copy(values: NDArray[Any]) -> NDArray[Any]:
-    """An array that torch can take: writable, without negative strides."""
-    return np.array(values, order="C")
 
 
 def _range(values: Tensor) -> str:
@@ -312,10 +311,9 @@ def _titles(titles: Sequence[str] | None, rows: int) -> Sequence[str]:
 
 def _maps(name: str, values: Values) -> list[Tensor]:
     """Maps (h, w), in float64 on the CPU."""
-    array = isinstance(values, np.ndarray) and values.dtype.kind in "fiub"
-    if not array and (not isinstance(values, Tensor) or values.is_complex()):
+    if not isinstance(values, (Tensor, np.ndarray)):
         raise TypeError(f"Expected `{name}` to be a real tensor or array, but got {describe(values)}.")
-    maps = (values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(_copy(values))).double()
+    maps = torch.from_numpy(np.array(_real(name, values), np.float64, order="C"))  # without negative strides
     if maps.ndim == 2:
         maps = maps[None]
     if maps.ndim == 4 and maps.shape[1] == 1:
@@ -342,11 +340,14 @@ def _pictures(
 
 def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        try:
+            return as_rgb(image)
+        except ValueError as error:
+            raise ValueError(f"Cannot draw `{name}`: {error}.") from error
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"Expected `{name}` to be a tensor, an array or a PIL image, but got {describe(image)}.")
-    given = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(_copy(image))
-    pixels: NDArray[Any] = given.float().numpy()
+    pixels = _real(name, image)
+    white = WHITE.get(pixels.dtype.name, 1 if pixels.dtype.kind in "fb" else 255)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     channels = [axis for axis in (0, -1) if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4)]
@@ -358,17 +359,29 @@ def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Seque
     # Where both ends could be the channels, tensors have them first, arrays last.
     pixels = np.moveaxis(pixels, channels[0 if isinstance(image, Tensor) else -1], -1)
     scale, shift = (_each_channel(n, v, d, pixels.shape[2]) for n, v, d in (("std", std, 1), ("mean", mean, 0)))
-    if given.is_floating_point():
+    is_float = pixels.dtype.kind == "f"
+    pixels = pixels.astype(np.float64)
+    if is_float:
         pixels = pixels * scale + shift
-    elif given.dtype != torch.bool:
-        pixels = pixels / 255
-    pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
-    low, high = pixels.min(), pixels.max()
-    if low < -ROUNDING or high > 1 + ROUNDING:
+    finite = np.isfinite(pixels)
+    low, high = pixels.min(where=finite, initial=np.inf), pixels.max(where=finite, initial=-np.inf)
+    if low < -ROUNDING or high > white + ROUNDING or (white > 255 >= high > 0):  # 16 bits, or perhaps 8
         warn(
-            f"`{name}` has values from {low:.3g} to {high:.3g}, not from 0 to 1; they are stretched to be seen. Pass"
-            " the mean and std that it was normalised with."
+            f"`{name}` has values from {low:.6g} to {high:.6g}, not from 0 to {white}; they are stretched to be seen."
+            f" Pass {'the mean and std that it was normalised with' if is_float else 'uint8, or values from 0 to 1'}."
         )
         pixels = (pixels - low) / (high - low or 1)
-    pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3]).convert("RGB")
+    else:
+        pixels = pixels / white
+    levels = to_bytes(np.where(finite, pixels, 0))
+    return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels[..., :3]).convert("RGB")
+
+
+def _real(name: str, values: Values) -> NDArray[Any]:
+    """Real numbers as an array."""
+    if isinstance(values, Tensor):
+        given = values.detach().cpu().as_subclass(Tensor)
+        values = (given.double() if given.is_floating_point() else given).numpy()
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"Expected `{name}` to be a real tensor or array, but got values of {values.dtype}.")
+    return values

@@ -18,8 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from PIL.Image import MODES as MODES_OF_PILLOW
 
 from captum_fam import SimilarityScore, compare_attributions, visualize_comparison, visualize_pair
+from captum_fam.images import read_image
+from captum_fam.visualization import explanation_figure
 
 # What matplotlib or numpy warn of is an error here.
 pytestmark = [pytest.mark.filterwarnings("error::UserWarning"), pytest.mark.filterwarnings("error::RuntimeWarning")]
@@ -758,3 +761,217 @@ def test_an_image_of_bytes_was_never_normalised():
     _, axes = comparison(pixels, mean=[0.5] * 3, std=[0.2] * 3)
     _, plain = comparison(pixels)
     np.testing.assert_array_equal(axes[0, 0].images[0].get_array(), plain[0, 0].images[0].get_array())
+
+
+# Pictures of every kind: hand-computed means of what is drawn
+
+HALVES = np.zeros((64, 64), bool)
+HALVES[:, 32:] = True  # black and white, or the least and the largest value: its mean is 127.5
+TONE = np.full((64, 64), 100, np.uint8)
+COLOUR = np.dstack([np.full((64, 64), value, np.uint8) for value in (200, 100, 50)])
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)  # its mean is half of the range
+
+
+def palette(transparency=None):
+    image = Image.fromarray(COLOUR).convert("P", palette=Image.Palette.ADAPTIVE)
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+def of_mode(mode, like=COLOUR):
+    return Image.fromarray(like).convert(mode)
+
+
+def with_alpha(pixels, mode):
+    """Half transparent: what it looks like on no ground at all is its own colour."""
+    return Image.fromarray(np.dstack([pixels, np.full((64, 64), 128, np.uint8)])).convert(mode)
+
+
+# Of each mode of Pillow a picture, the mean of each channel that is right, and how far a conversion may round.
+MODES = {
+    "1": (Image.fromarray(HALVES), (127.5,) * 3, 0),
+    "L": (Image.fromarray(TONE), (100,) * 3, 0),
+    "LA": (with_alpha(TONE, "LA"), (100,) * 3, 0),
+    "La": (with_alpha(TONE, "LA").convert("La"), (100,) * 3, 1),
+    "P": (palette(), (200, 100, 50), 0),
+    "P with a transparent colour": (palette(0), (200, 100, 50), 0),
+    "P with an opacity for each colour": (palette(bytes([128])), (200, 100, 50), 0),
+    "PA": (palette().convert("PA"), (200, 100, 50), 4),  # Pillow puts it in its web palette
+    "RGB": (Image.fromarray(COLOUR), (200, 100, 50), 0),
+    "RGBX": (of_mode("RGBX"), (200, 100, 50), 0),
+    "RGBA": (with_alpha(COLOUR, "RGBA"), (200, 100, 50), 0),
+    "RGBa": (with_alpha(COLOUR, "RGBA").convert("RGBa"), (200, 100, 50), 1),
+    "CMYK": (of_mode("CMYK"), (200, 100, 50), 0),
+    "YCbCr": (of_mode("YCbCr"), (200, 100, 50), 2),
+    "HSV": (of_mode("HSV"), (200, 100, 50), 2),
+    "LAB": (of_mode("LAB"), (200, 100, 50), 2),
+    "I;16": (Image.fromarray(RAMP.astype(np.uint16)), (127.5,) * 3, 0.5),
+    "I;16B": (Image.fromarray(RAMP.astype(">u2")), (127.5,) * 3, 0.5),
+    "I;16L": (Image.new("I;16L", (64, 64), 25700), (100,) * 3, 0),
+    "I;16N": (Image.new("I;16N", (64, 64), 25700), (100,) * 3, 0),
+    "I": (Image.fromarray(RAMP.astype(np.int32)), (127.5,) * 3, 0.5),
+    "I, all black": (Image.new("I", (64, 64), 0), (0,) * 3, 0),
+    "F": (Image.fromarray((RAMP / 65535).astype(np.float32)), (127.5,) * 3, 0.5),
+    "F, with what is not finite": (Image.fromarray(np.where(HALVES, 0.4, NAN).astype(np.float32)), (51,) * 3, 0.1),
+}
+
+
+def explained(image, values):
+    """Both places of a picture in the figure of the command line."""
+    maps = {"map": torch.as_tensor(values)[None]}
+    figure = explanation_figure(image, [image], maps, maps, ["query"], ["reference"])
+    return figure, np.asarray(figure.axes[:4]).reshape(2, 2)
+
+
+each_figure = pytest.mark.parametrize("draw", [DRAWINGS["pair"], explained], ids=["pair", "explanation"])
+
+
+@each_figure
+@pytest.mark.parametrize(("image", "expected", "rounding"), MODES.values(), ids=MODES)
+def test_a_picture_of_any_mode_is_drawn_right(draw, image, expected, rounding):
+    _, axes = draw(image, MAP)
+    means = photo(axes[0, 0]).mean((0, 1))
+    np.testing.assert_allclose(means, expected, atol=rounding + 1e-9)
+    gray = float(np.dot(means, (0.299, 0.587, 0.114)))  # below its map
+    assert photo(axes[0, 1]).mean() == pytest.approx(gray, abs=1)
+
+
+def test_every_mode_of_pillow_is_drawn_above():
+    assert {image.mode for image, _, _ in MODES.values()} == set(MODES_OF_PILLOW) - {"BGR;15", "BGR;16", "BGR;24"}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("name", ["I;16", "I", "F", "L", "1", "P with an opacity for each colour", "LAB", "CMYK"])
+def test_the_command_line_reads_the_same_pixels(tmp_path, suffix, name):
+    image = MODES[name][0]
+    if suffix == "png" and name in ("I", "F", "LAB", "CMYK"):
+        pytest.skip("PNG has no such mode")
+    image.save(tmp_path / f"picture.{suffix}")
+    _, axes = pair(image, MAP)
+    read = np.asarray(read_image(tmp_path / f"picture.{suffix}").resize((512, 512)))
+    np.testing.assert_array_equal(photo(axes[0, 0]), read)
+
+
+UNKNOWN = {
+    "I above 16 bits": (np.int32, [0, 65536]),
+    "I below 0": (np.int32, [-1, 65535]),
+    "I that may be of 8 bits": (np.int32, [0, 255]),
+    "F above 1": (np.float32, [0, 1.5]),
+    "F below 0": (np.float32, [-0.5, 1]),
+    "F of 8 bits": (np.float32, [0, 255]),
+}
+
+
+@each_figure
+@pytest.mark.parametrize(("dtype", "values"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_picture_of_no_known_range_is_refused_with_what_to_pass(draw, dtype, values):
+    image = Image.fromarray(np.array([values], dtype))
+    said = rf"mode {image.mode}.*values from {values[0]:g} to {values[1]:g}.*from 0 to 1"
+    with pytest.raises(ValueError, match=said):
+        draw(image, MAP)
+
+
+@pytest.mark.parametrize(("dtype", "values"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_file_of_no_known_range_is_refused_by_its_name(tmp_path, dtype, values):
+    path = tmp_path / "picture.tiff"
+    Image.fromarray(np.array([values], dtype)).save(path)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(path))}.*values from {values[0]:g} to {values[1]:g}.*0 to 1"
+    ):
+        read_image(path)
+
+
+@pytest.mark.parametrize("name", ["query", "reference", "images"])
+def test_a_refused_picture_is_named(name):
+    image = Image.new("F", (8, 8), 255)
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        pair(**{name: image}) if name != "images" else comparison(image)
+
+
+class Kept(torch.Tensor):
+    """Stays what it is in whatever is done with it."""
+
+
+# What numbers from 0 to 1 are in every dtype: a share of the largest value that stands for white.
+EVERY_DTYPE = {
+    **{f"array of {d}": (1, d) for d in ("f2", "f4", "f8", ">f4", ">f8", "longdouble")},
+    **{f"array of {d}": (255, d) for d in ("u1", "i2", "i4", "i8", "u4", "u8", ">i4")},
+    **{f"array of {d}": (65535, d) for d in ("u2", ">u2")},
+    **{f"tensor of {d}": (1, d) for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)},
+    **{f"tensor of {d}": (255, d) for d in (torch.uint8, torch.int16, torch.int32, torch.int64)},
+    "tensor of torch.uint16": (65535, torch.uint16),
+}
+
+
+@pytest.mark.parametrize(("white", "dtype"), EVERY_DTYPE.values(), ids=EVERY_DTYPE)
+def test_numbers_of_any_dtype_are_drawn_from_black_to_white(white, dtype):
+    def given(shares):
+        numbers = np.asarray(shares, np.float64) * white
+        return torch.from_numpy(numbers).to(dtype) if isinstance(dtype, torch.dtype) else numbers.astype(dtype)
+
+    _, axes = pair(given(np.linspace(0, 1, 48 * 64).reshape(48, 64)), given(MAP / MAP.max()))
+    drawn = photo(axes[0, 0])[..., 0]
+    assert drawn.mean() == pytest.approx(127.5, abs=1)  # the mean of an even ramp
+    assert (drawn[0, 0], drawn[-1, -1]) == (0, 255)
+    share = opacity(axes[0, 1]) / opacity(axes[0, 1]).max()
+    np.testing.assert_allclose(share, np.sqrt(enlarged(MAP) / enlarged(MAP).max()), atol=0.01)
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("as_given", [np.full, torch.full], ids=["array", "tensor"])
+def test_truth_values_are_white_and_black(as_given, value):
+    _, axes = pair(as_given((8, 8), value), MAP)
+    assert (photo(axes[0, 0]) == 255 * value).all()
+
+
+@pytest.mark.parametrize("largest", [255, 1])
+def test_sixteen_bits_that_may_be_eight_are_not_drawn_black_without_a_word(largest):
+    values = np.where(HALVES, largest, 0).astype(np.uint16)
+    with pytest.warns(UserWarning, match=rf"`query` has values from 0 to {largest}, not from 0 to 65535.*uint8"):
+        _, axes = pair(values, MAP)
+    assert photo(axes[0, 0]).mean() == 127.5
+
+
+@pytest.mark.parametrize("values", [(0, 65535), (-255, 255), (0, 256)], ids=str)
+def test_integers_beyond_bytes_are_stretched_with_a_warning_about_their_own_values(values):
+    image = np.where(HALVES, values[1], values[0]).astype(np.int32)
+    with pytest.warns(UserWarning, match=rf"values from {values[0]} to {values[1]}, not from 0 to 255.*uint8"):
+        _, axes = pair(image, MAP)
+    assert photo(axes[0, 0]).mean() == 127.5
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_values_that_are_not_finite_do_not_change_how_the_others_are_stretched(bad):
+    image = np.where(HALVES, 300.0, 100.0)
+    image[0, 0] = bad
+    with pytest.warns(UserWarning, match="values from 100 to 300"):
+        _, axes = pair(image, MAP)
+    drawn = photo(axes[0, 0])
+    assert (drawn[-1, 0, 0], drawn[-1, -1, 0]) == (0, 255)
+    assert (drawn[0, 0] == 0).all()
+
+
+def test_values_beyond_single_precision_are_drawn():
+    with pytest.warns(UserWarning, match=r"values from 0 to 1e\+60"):
+        _, axes = pair(np.where(HALVES, 1e60, 0.0), MAP)
+    assert photo(axes[0, 0]).mean() == 127.5
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.ones((8, 8), complex), torch.ones(8, 8) * 1j, np.full((8, 8), "a"), np.full((8, 8), None)],
+    ids=["complex array", "complex tensor", "text", "objects"],
+)
+@pytest.mark.parametrize("name", ["query", "query_map"])
+def test_what_is_no_real_number_is_refused_by_name(name, image):
+    with pytest.raises(TypeError, match=f"`{name}` to be .*real"):
+        pair(**{name: image})
+
+
+@each_drawing
+def test_maps_of_a_subclass_of_tensor_are_drawn(draw):
+    _, axes = draw(PHOTO, SIGNED.as_subclass(Kept))
+    _, plain = draw(PHOTO, SIGNED)
+    np.testing.assert_array_equal(opacity(axes[0, 1]), opacity(plain[0, 1]))
+    assert axes[0, 1].get_xlabel() == plain[0, 1].get_xlabel()
