@@ -1,5 +1,6 @@
 """Feature Activation Map and its companions: explanations of similarity scores, for Captum users."""
 
+from captum_fam import _interrupt  # noqa: F401  # first: Ctrl-C may come while torch is imported
 from captum_fam.adapters import explanation_func, to_input_space
 from captum_fam.comparison import compare_attributions
 from captum_fam.methods.class_activation_map import ClassActivationMap

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_fam import __version__
+from captum_fam import __version__, _interrupt
+from captum_fam._files import printable, recorded_warnings, utf8
 from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import planes, ready_encoder, running
@@ -49,7 +50,8 @@ def demo(output: Path) -> None:
     figure, table = demo_figure()
     write_png(figure, output)
     click.echo("\n".join(table))
-    click.echo(f"\nwrote {output}")
+    click.echo()
+    _say(f"wrote {output}")
 
 
 def _encoder_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -60,7 +62,8 @@ def _encoder_options(function: Callable[..., None]) -> Callable[..., None]:
             default="bundled",
             show_default=True,
             help="bundled, torchvision:NAME, timm:NAME, hf:PATH (a folder of transformers, or a name on"
-            " huggingface.co) or module.path:factory.",
+            " huggingface.co) or module.path:factory, a function without arguments: its code is run, of a module in the"
+            " current folder first.",
         ),
         click.option("--weights", type=Path, help="State dict of the encoder, as torch.save writes it."),
         click.option(
@@ -177,22 +180,22 @@ def explain(
         f"for {i + 1}: {similarity} {score:.3f}" + (f", margin {margins[i]:+.3f}" if margins else "")
         for i, score in enumerate(scores)
     ]
-    named = [f"{i + 1}: {_short(path.name)}" for i, path in enumerate(references)]
+    named = [f"{i + 1}: {_short(path)}" for i, path in enumerate(references)]
     write_png(explanation_figure(images[0], images[1:], rows, reference_rows, captions, named), output)
     if as_json:
         report = {
-            "figure": str(output),
-            "encoder": encoder,
-            "layer": layer_name,
+            "figure": utf8(output),
+            "encoder": utf8(encoder),
+            "layer": utf8(layer_name),
             "route": route,
             "similarity": similarity,
             "contrast": contrast,
             "size": loaded.size,
-            "query": str(query),
+            "query": utf8(query),
             "references": [
                 {
                     "number": i + 1,
-                    "path": str(path),
+                    "path": utf8(path),
                     "score": _number(scores[i]),
                     "margin": _number(margins[i]) if margins else None,
                     "map": _statistics(rows[first][i]),
@@ -207,12 +210,12 @@ def explain(
         click.echo(json.dumps(report, indent=2, allow_nan=False))
         return
     found = "" if layer else ", the last with a map"
-    click.echo(f"encoder {encoder}, layer {layer_name} ({type(loaded.layer).__name__}){found}; {route} weights")
+    _say(f"encoder {encoder}, layer {layer_name} ({type(loaded.layer).__name__}){found}; {route} weights")
     for i, path in enumerate(references):
-        click.echo(
+        _say(
             f"{i + 1}  {similarity} {scores[i]: .4f}" + (f"  margin {margins[i]: .4f}" if margins else "") + f"  {path}"
         )
-    click.echo(f"wrote {output}")
+    _say(f"wrote {output}")
 
 
 @command.command()
@@ -258,15 +261,15 @@ def compare(
         )
         integrated = IntegratedDecomposition.__name__
         own = IntegratedDecomposition(score).layer_of(loaded.tensors) if integrated in maps else ""
-    titles = [f"query: {_short(query.name)}\n{similarity} {value:.3f}", f"reference: {_short(reference.name)}"]
+    titles = [f"query: {_short(query)}\n{similarity} {value:.3f}", f"reference: {_short(reference)}"]
     figure, _ = visualize_comparison(images, maps, titles=titles, use_pyplot=False)
     write_png(figure, output)
     found = "" if layer else ", the last with a map"
-    click.echo(f"encoder {encoder}, layer {loaded.layer_name} ({type(loaded.layer).__name__}){found}")
+    _say(f"encoder {encoder}, layer {loaded.layer_name} ({type(loaded.layer).__name__}){found}")
     if own:
-        click.echo(f"{integrated}: layer {own}, which it found")
-    click.echo(f"{similarity} {value: .4f}  {', '.join(maps)}")
-    click.echo(f"wrote {output}")
+        _say(f"{integrated}: layer {own}, which it found")
+    _say(f"{similarity} {value: .4f}  {', '.join(maps)}")
+    _say(f"wrote {output}")
 
 
 @command.command()
@@ -306,29 +309,32 @@ def batch(pairs: Path, output: Path, **options: Any) -> None:
     found = explain_pairs(pairs, output, **options)
     if not found.explained:
         raise ValueError(f"none of {found.failed} pairs could be explained, see {output}; the first: {found.error}")
-    click.echo(f"encoder {options['encoder']}, layer {found.layer}")
-    click.echo(
-        f"explained {found.explained} pairs, {found.failed} failed" + (f": {found.error}" if found.error else "")
-    )
-    click.echo(f"wrote {output}")
+    _say(f"encoder {options['encoder']}, layer {found.layer}")
+    _say(f"explained {found.explained} pairs, {found.failed} failed" + (f": {found.error}" if found.error else ""))
+    _say(f"wrote {output}")
 
 
 def main() -> None:
     """Runs the command; an error is one line on stderr and exit status 2."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of each glyph that a font lacks
-    with warnings.catch_warnings(record=True) as caught:
-        try:
+    try:
+        with _interrupt.raised(), recorded_warnings() as warned:
             status = command.main(sys.argv[1:] or ["--help"], "captum-fam", standalone_mode=False) or 0
-        except click.Abort:
-            click.echo("captum-fam: interrupted", err=True)
-            status = 130
-        except Exception as error:
-            click.echo(f"captum-fam: {_message(error)}", err=True)
-            status = 2
-    if not status:
-        for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
-            click.echo(f"captum-fam: warning: {' '.join(message.split())}", err=True)
+            for text, path in () if status else warned:
+                _say(f"captum-fam: warning: {text}" + (f" ({path})" if path else ""), err=True)
+    except (click.Abort, KeyboardInterrupt):
+        _say("captum-fam: interrupted", err=True)
+        status = _interrupt.STATUS
+    except Exception as error:
+        _say(f"captum-fam: {_message(error)}", err=True)
+        status = 2
     sys.exit(status)
+
+
+def _say(line: object, err: bool = False) -> None:
+    """A line of ours, with names and messages of others in it."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def _message(error: Exception) -> str:
@@ -357,7 +363,8 @@ def _margins(scores: list[float], other: Any) -> list[float]:
     return [score - scores[other] for score in scores]
 
 
-def _short(name: str, longest: int = 30) -> str:
+def _short(path: Path, longest: int = 30) -> str:
+    name = printable(path.name)
     return name if len(name) <= longest else f"{name[: longest // 2]}\N{HORIZONTAL ELLIPSIS}{name[-longest // 2 :]}"
 
 

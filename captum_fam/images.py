@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from captum_fam._files import irregular, reading
+
 if TYPE_CHECKING:  # workers read images, and need not import it
     from matplotlib.figure import Figure
 
@@ -29,16 +31,19 @@ def read_image(path: Path) -> Image.Image:
         ValueError: there is no such file, or it is no image that can be read.
     """
     try:
-        with Image.open(path) as image:
-            return as_rgb(ImageOps.exif_transpose(image))
+        other = irregular(path)
+        if not other:
+            with reading(path), Image.open(path) as image:
+                return as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}: check the path") from error
     except UnknownRangeError as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # broken files make Pillow raise many kinds
         raise ValueError(
             f"cannot read {path} as an image: pass a file that Pillow opens, such as PNG or JPEG"
         ) from error
+    raise ValueError(f"cannot read {path} as an image: it is {other}, pass a file such as PNG or JPEG")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -103,7 +108,7 @@ def check_png(output: Path, inputs: Sequence[Path] = ()) -> None:
         partial = _partial(output)
         partial.touch()
         partial.unlink()
-        writable = not output.is_dir()
+        writable = not output.exists() or not irregular(output)
     except OSError:
         writable = False
     if not writable:

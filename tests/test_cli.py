@@ -237,7 +237,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do_and_leaves_no_file(
     }.items():
         torch.save(content, tmp_path / f"{name}.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
+    Image.new("F", (8, 8), 300).save(tmp_path / "float.tiff")
     monkeypatch.chdir(tmp_path)
     before = {p for folder in (tmp_path, photos) for p in folder.iterdir() if p.name != "__pycache__"}
     names = {

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_fam._files import FOLDER, irregular
 from captum_fam.bundled import BundledEncoder, bundled_encoder
 from captum_fam.engine.layers import last_map
 
@@ -51,7 +53,8 @@ def load_encoder(name: str, weights: Path | None = None, size: int | None = None
     """
     The encoder of a name: ``bundled``, ``torchvision:NAME`` or ``timm:NAME`` without its
     classifier, ``hf:PATH`` (of a folder or of huggingface.co, for transformers), or
-    ``module.path:factory``, a function without arguments that returns a module.
+    ``module.path:factory``, a function without arguments that returns a module. Its module's code
+    is run, that of a module in the current folder first.
 
     ``size`` is that of the images that it will get, if they are not of its own: some models
     must be told.
@@ -134,7 +137,7 @@ def _timm(name: str, architecture: str, weights: Path | None, size: int | None) 
             model = timm.create_model(architecture, pretrained=weights is None, num_classes=0)
     except Exception as error:  # of timm, the hub or its client
         raise ValueError(
-            f"cannot download the weights of {name} ({one_line(error)}): pass a state dict as --weights FILE"
+            f"cannot download the weights of {name} ({_first_sentence(error)}): pass a state dict as --weights FILE"
         ) from error
     if weights is not None:
         classifier = model.pretrained_cfg.get("classifier") or ()
@@ -184,6 +187,11 @@ class _TransformersEncoder(nn.Module):
 
 def _transformers(name: str, path: str, weights: Path | None) -> LoadedEncoder:
     transformers = _optional("transformers")
+    for file in Path(path).iterdir() if Path(path).is_dir() else ():
+        if file.exists() and irregular(file) not in ("", FOLDER):
+            raise ValueError(
+                f"cannot load {name}: {file} is {irregular(file)}, pass a folder that save_pretrained wrote"
+            )
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -194,10 +202,10 @@ def _transformers(name: str, path: str, weights: Path | None) -> LoadedEncoder:
             else:
                 model = transformers.AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # of transformers, the hub or its client
-        raise ValueError(
-            f"cannot load {name} ({one_line(error)}): pass a folder that save_pretrained wrote, or a model's name on"
-            " huggingface.co"
-        ) from error
+        cure = "a folder that save_pretrained wrote, or a model's name on huggingface.co"
+        if "trust_remote_code" in str(error):  # no option of ours
+            cure = "module.path:factory, for a factory of your own that runs it"
+        raise ValueError(f"cannot load {name} ({_first_sentence(error)}): pass {cure}") from error
     if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
         raise ValueError(f"{name} is a {type(model).__name__}, which takes no images: pass a model that does")
     pooler = "pooler.dense."  # of checkpoints without one, transformers makes a random one
@@ -224,6 +232,11 @@ def _transformers(name: str, path: str, weights: Path | None) -> LoadedEncoder:
     else:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return LoadedEncoder(encoder, size or IMAGENET_SIZE, tuple(mean), tuple(std))
+
+
+def _first_sentence(error: Exception) -> str:
+    """Without the advice of a library to those who call it, which is not for users of the command."""
+    return re.split(r"(?<=[.!]) ", one_line(error))[0]
 
 
 def _side(size: Any) -> int | None:
@@ -284,13 +297,16 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
 def _load(model: nn.Module, file: Path, optional: str | tuple[str, ...] = ()) -> list[str]:
     """Loads a state dict; keys that start with ``optional`` may be missing, and are returned, or too many."""
     try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+        other = irregular(file)
+        state: Any = None if other else torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"there is no weights file {file}") from error
     except Exception as error:  # the unpickler raises many kinds
         raise ValueError(
             f"cannot read {file} as a state dict: save one with torch.save(model.state_dict(), file)"
         ) from error
+    if other:
+        raise ValueError(f"cannot read {file} as a state dict: it is {other}, pass a file that torch.save wrote")
     nested = [k for k, v in state.items() if isinstance(v, dict)] if isinstance(state, dict) else []
     if nested:
         raise ValueError(

@@ -70,7 +70,7 @@ def running(encoder: str, size: int | None, advice: str = "--size, or another --
             yield
     except ValueError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         images = f"images of {size} pixels" if size else "images of its default size"
         raise ValueError(f"{encoder} failed on {images} ({one_line(error)}): try {advice}") from error
 
