@@ -10,12 +10,12 @@ import pytest
 import reference as oracle
 import torch
 import torchvision
-from encoders import HeadEncoder, PooledEncoder, TwoInputEncoder, random, seeded
+from encoders import HeadEncoder, OfActivations, PooledEncoder, TwoInputEncoder, random, seeded
 from helpers import close, silent
 from torch import nn
 from torchvision import tv_tensors
 
-from captum_fam import FeatureActivationMap, SimilarityScore, channel_contributions
+from captum_fam import FeatureActivationMap, SimilarityDecomposition, SimilarityScore, channel_contributions
 
 INPUTS = random(3, 3, 8, 8)
 REFERENCES = random(4, 6, seed=2)
@@ -137,6 +137,115 @@ def test_alignment_is_recognised_in_half_precision(dtype):
     fam = explainer(copy.deepcopy(ALIGNED).to(dtype))
     with torch.inference_mode():  # which the jacobian route refuses
         fam.attribute(INPUTS.to(dtype), 0, reference_embedding=REFERENCES.to(dtype))
+
+
+# Unit vectors may differ by this much because of rounding, and are equal all the same.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+A_OF_TWO = torch.tensor([[[[3.0, 1.0], [2.0, 6.0]], [[0.0, 4.0], [8.0, 4.0]]]])  # its mean is (3, 4)
+
+
+def turned(distance, dtype):
+    """An encoder (B, 2, h, w) -> (B, 2), whose unit embedding is that far from the unit mean, and its matrix."""
+    angle = 2 * np.arcsin(distance / 2)
+    matrix = torch.tensor([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]], dtype=dtype)
+    encoder = OfActivations(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2, bias=False)).to(dtype)
+    with torch.no_grad():
+        encoder[-1].weight.copy_(matrix)
+    return encoder, matrix.double().numpy()
+
+
+@each_dtype
+@pytest.mark.parametrize("far", [3, 10, None], ids=["3 roundings", "10 roundings", "a right angle"])
+def test_what_has_as_many_dimensions_as_channels_but_is_not_aligned_takes_its_gradient(dtype, far):
+    encoder, W = turned(2**0.5 if far is None else far * ROUNDING[dtype], dtype)
+    s = torch.tensor([[1.0, -0.5]], dtype=dtype)
+    for method in (FeatureActivationMap, SimilarityDecomposition):
+        assert method(encoder, encoder.layer).route(A_OF_TWO.to(dtype)) == "jacobian"
+    maps = SimilarityDecomposition(encoder, encoder.layer, similarity="dot").attribute(
+        A_OF_TWO.to(dtype), reference_embedding=s
+    )
+    by_hand = np.einsum("d,dk,khw->hw", [1.0, -0.5], W, A_OF_TWO[0].double().numpy())  # N f.v_i, with v_i = W A_i / N
+    exactly = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert_maps_near(maps[0, 0], torch.from_numpy(by_hand), dtype, exactly)
+
+
+@each_dtype
+def test_what_differs_by_less_than_a_rounding_is_aligned(dtype):
+    encoder, _ = turned(ROUNDING[dtype] / 4 if dtype == torch.bfloat16 else ROUNDING[dtype] / 2, dtype)
+    assert FeatureActivationMap(encoder, encoder.layer).route(A_OF_TWO.to(dtype)) == "aligned"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("distance", "route"), [(1e-2, "jacobian"), (0.9, "jacobian"), (1e-7, "aligned")])
+def test_values_that_cancel_in_the_mean_do_not_hide_that_it_is_not_aligned(dtype, distance, route):
+    encoder, _ = turned(distance, dtype)
+    A = A_OF_TWO + torch.tensor([[[[1e4, -1e4], [1e4, -1e4]]]])
+    assert FeatureActivationMap(encoder, encoder.layer).route(A.to(dtype)) == route
+
+
+# z_d is the sum of w_di a_i: whole numbers, and so every value of the map. Gradients are 64 and more: with the gain
+# against underflow they are beyond float16, without it they are exact.
+STEEP_W = 64.0 * torch.tensor([[1, -2, 3, 0], [2, 1, -1, 4]])
+STEEP_A = torch.tensor([[[[0.5, 0.25], [0.125, 1.0]]], [[[1.0, 0.0], [0.5, 0.25]]]])
+
+
+def steep(dtype=torch.float16):
+    encoder = OfActivations(nn.Flatten(), nn.Linear(4, 2, bias=False)).to(dtype)
+    with torch.no_grad():
+        encoder[-1].weight.copy_(STEEP_W)
+    return encoder
+
+
+def by_hand(references):
+    """N sum_d s_d w_di a_i (B, K, h, w), in float64."""
+    rows = np.einsum("kd,di,bi->bki", references, STEEP_W.double().numpy(), STEEP_A.flatten(1).double().numpy())
+    return torch.from_numpy(4 * rows).unflatten(2, (2, 2))
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_float16_falls_back_from_its_gain_where_gradients_would_overflow(K):
+    references = np.array([[1.0, -1.0], [0.5, 2.0], [-2.0, 0.0]])[:K]
+    encoder = steep()
+    decomposition = SimilarityDecomposition(encoder, encoder.layer, similarity="dot")
+    with silent():
+        maps = decomposition.attribute_all(
+            STEEP_A.half(), reference_embedding=torch.tensor(references, dtype=torch.float16)
+        )
+    assert maps.dtype == torch.float16
+    torch.testing.assert_close(maps.double(), by_hand(references), rtol=0, atol=0)
+    one = decomposition.attribute(STEEP_A.half(), 0, reference_embedding=torch.tensor(references).half())
+    torch.testing.assert_close(one[:, 0].double(), by_hand(references)[:, 0], rtol=0, atol=0)
+
+
+def test_float16_scales_the_gradients_of_each_input_by_themselves():
+    # References of unlike sizes: with one scale for both, the second one's would be rounded to zero.
+    encoder, references = steep(), np.array([[16.0, -16.0], [2.0**-24, 2.0**-23]])
+    maps = SimilarityDecomposition(encoder, encoder.layer, similarity="dot").attribute(
+        STEEP_A.half(), reference_embedding=torch.tensor(references).float()
+    )
+    wanted = by_hand(references)
+    torch.testing.assert_close(maps[:, 0].double(), wanted[[0, 1], [0, 1]], rtol=0, atol=0)
+
+
+class FloatHead(nn.Module):
+    """A layer in float16, and after it a head in float32 whose gradients float16 would round to zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Identity(), nn.Linear(4, 2, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(STEEP_W * 2.0**-32)
+
+    def forward(self, x):
+        return self.head(self.layer(x).float().flatten(1))
+
+
+def test_a_float16_layer_keeps_tiny_gradients_of_a_wider_head():
+    encoder, references = FloatHead(), np.array([[1.0, -1.0], [0.5, 2.0]])
+    maps = SimilarityDecomposition(encoder, encoder.layer, similarity="dot").attribute_all(
+        STEEP_A.half(), reference_embedding=torch.tensor(references * 2.0**26).float()
+    )
+    torch.testing.assert_close(maps.double(), by_hand(references) / 64, rtol=0, atol=0)
 
 
 class Image(torch.Tensor):
