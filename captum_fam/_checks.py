@@ -47,6 +47,15 @@ def check_callable(name: str, value: object) -> None:
         raise TypeError(f"Expected `{name}` to be a module or a function, but got {describe(value)}.")
 
 
+def check_hookable(name: str, value: object) -> None:
+    """Refuses TorchScript, whose modules run past hooks, or take none."""
+    if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptMethod)):
+        raise TypeError(
+            f"Expected `{name}` to be a module or a function of Python, but got TorchScript ({type(value).__name__}),"
+            " in which hooks do not work; pass the Python model and a layer of it, or take Relax, which needs no layer."
+        )
+
+
 def check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         error = TypeError if not isinstance(value, int) or isinstance(value, bool) else ValueError

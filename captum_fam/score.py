@@ -58,7 +58,7 @@ class SimilarityScore(nn.Module):
         self.encoder = encoder
         self.similarity = similarity
         self.output_selector = output_selector
-        self.register_buffer("reference_embedding", reference_embedding.detach())
+        self.register_buffer("reference_embedding", reference_embedding.detach().clone())
 
     def forward(self, *inputs: Any) -> Tensor:
         r"""

@@ -11,12 +11,14 @@ from torch.utils.checkpoint import CheckpointError
 
 from captum_fam import _captum
 from captum_fam._checks import check_rows, describe
+from captum_fam.engine.checkpoints import in_reentrant_part
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.constants import ConstantWeights, WeightsNeededError
 from captum_fam.engine.path import Path
 from captum_fam.engine.recording import Encoder, Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import (
+    Guard,
     buffers_restored,
     compiled_parts_off,
     has_batch_statistics,
@@ -53,15 +55,16 @@ def record(
     """
     way = way or Way(constants=False)
     forward = _Forward(encoder, layers, inputs, additional_forward_args, layer_input, graph, way, path)
-    with buffers_restored(encoder.forward_func):
-        report.warnings += warnings_of_training(encoder.forward_func)
-        embedding = forward.run()
+    with buffers_restored(encoder.forward_func) as guard:
+        embedding = forward.run(guard)
+        report.warnings += warnings_of_training(encoder.forward_func, guard.called)
         names = [name_of(encoder.forward_func, layer) for layer in layers]
         tensors = forward.tensors(names, report)
         has_graph = forward.graph and not embedding.is_inference()
         recording = Recording(
             encoder, inputs, additional_forward_args, layer_input, embedding, names, tensors, has_graph, report, path
         )
+        recording.checkpointed = forward.checkpointed
         yield recording
         recording.settle()
 
@@ -72,6 +75,7 @@ class _Forward:
 
     Attributes:
         graph: whether what comes after the layers is recorded for backward.
+        checkpointed: whether a layer lies in a checkpointed part, which keeps no graph.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class _Forward:
     ) -> None:
         func = encoder.forward_func
         self.graph = graph
+        self.checkpointed = False
         self._encoder = encoder
         self._layers = layers
         self._inputs = inputs
@@ -107,8 +112,9 @@ class _Forward:
         self._found: dict[nn.Module, dict[torch.device, Tensors]] = {}
         self._again: set[nn.Module] = set()
 
-    def run(self) -> Tensor:
+    def run(self, guard: Guard) -> Tensor:
         """The embeddings (B, D); on a path those of all points, one after another."""
+        self._guard = guard
         if self._path is None:
             return self._pass()
         embedding = self._all_points()
@@ -144,9 +150,11 @@ class _Forward:
         """What each of the layers gave, by device, in the order of the batch."""
         for layer, name in dict(zip(self._layers, names)).items():
             if layer not in self._found:
+                scripted = any(isinstance(m, torch.jit.ScriptModule) for m in self._guard.held)
                 raise ValueError(
                     f"Expected `layer` to be a module that the forward pass calls, but {name} was not called; pass a"
                     " module of this very model that its forward pass calls (an element of a ModuleList, not the list)."
+                    + (" In what is TorchScript of it, hooks do not work: pass the Python model." if scripted else "")
                 )
             if layer in self._again:
                 report.warnings.append(
@@ -160,6 +168,7 @@ class _Forward:
     def _pass(self, last: dict[Any, int] | None = None) -> Tensor:
         """The embeddings of one pass; ``last`` numbers the calls of the layer in which the point goes on from it."""
         encoder, inputs = self._encoder, self._inputs
+        self._guard.begin()
         self._calls: dict[Any, int] = {}
         self._last = last
         self._weights: list[ConstantWeights] = []
@@ -182,7 +191,8 @@ class _Forward:
                 embedding = select_embedding(output, encoder.output_selector)
         if not self._in_one_batch():
             return check_rows("inputs", inputs, embedding)
-        if len(embedding) != self._points * len(inputs[0]):
+        mixed = has_batch_statistics(encoder.forward_func, self._guard.called)
+        if mixed or len(embedding) != self._points * len(inputs[0]):
             raise NotInOneBatchError
         return embedding
 
@@ -197,6 +207,7 @@ class _Forward:
             self.graph = False
         if self.graph:
             torch.set_grad_enabled(True)
+            self.checkpointed |= in_reentrant_part()
         value = args if self._layer_input else output
         items = list(value) if isinstance(value, (tuple, list)) else [value]
         chosen = [i for i, a in enumerate(items) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim]

@@ -97,7 +97,11 @@ def maps_on_the_way(
     given = cut(inputs, few) if len(inputs[0]) else tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)
     leaves, rows = [t.detach().clone() for t in given], len(given[0])
     images = tuple(t.requires_grad_().clone() if t.is_floating_point() else t for t in leaves)
-    hooks = [m.register_forward_hook(lambda *call, n=n: note(n, call[-1])) for n, m in modules.items()]
+    hooks = [
+        m.register_forward_hook(lambda *call, n=n: note(n, call[-1]))
+        for n, m in modules.items()
+        if not isinstance(m, torch.jit.ScriptModule)  # which takes no hooks
+    ]
     with buffers_restored(forward_func), torch.enable_grad():  # backward before that: it may need the buffers
         try:
             with compiled_parts_off():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_fam import _captum
 from captum_fam._checks import describe
+from captum_fam.engine.checkpoints import CUT, checkpointing_named
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.layers import last_map
 from captum_fam.engine.path import Path
@@ -64,6 +65,7 @@ class Recording:
         sizes: how many each layer gave.
         partial: for each of them, whether the layer gave more, such as tokens that are no patches.
         has_graph: whether the pass was recorded for backward, from the layers on.
+        checkpointed: whether a layer lies in a part of the encoder that keeps no graph (see checkpoints.py).
         report: of the call that the pass is a part of.
     """
 
@@ -91,6 +93,7 @@ class Recording:
         at_points = self._by_point(self._embedding.detach().clone())
         self.embedding, self.on_path = at_points[0], at_points[1:]
         self.has_graph = has_graph
+        self.checkpointed = False
         self.report = report
         self._encoder = encoder
         self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
@@ -126,8 +129,7 @@ class Recording:
 
     def gradients(self, u: Tensor) -> Iterator[list[Tensor]]:
         """For each of R rows of u (B, R, D), the gradients of u.z, one (B, C, *spatial) for each of the activations."""
-        if not self.has_graph:
-            raise RuntimeError(_NO_GRAPH)
+        self._check_graph()
         flat = self._flat()
         at_once = max(1, _AT_ONCE // max(1, *(a.numel() for a in flat)))
         for rows in u.split(at_once, 1):
@@ -147,8 +149,7 @@ class Recording:
         v (B, D, N) for each of the activations, by one forward-mode product for each place: the derivative of
         sum_k A_ki d(u.z)/dA_ki by u. None where the encoder has no second derivative.
         """
-        if not self.has_graph:
-            raise RuntimeError(_NO_GRAPH)
+        self._check_graph()
         flat = self._flat()
         u = torch.zeros_like(self.embedding, requires_grad=True)
         try:
@@ -164,6 +165,12 @@ class Recording:
         self._used_by(found)
         self._asked = torch.linspace(1, 2, u.shape[1], dtype=u.dtype, device=u.device).expand(u.shape)
         return found
+
+    def _check_graph(self) -> None:
+        if not self.has_graph:
+            raise RuntimeError(_NO_GRAPH)
+        if self.checkpointed:
+            raise ValueError(CUT)
 
     def _used_by(self, gradients: list[Tensor]) -> None:
         found = [g.any() for g in gradients]
@@ -284,7 +291,8 @@ def _vector_jacobian_products(output: Tensor, by: list[Tensor], rows: Tensor) ->
             return torch.autograd.grad(output, by, rows, is_grads_batched=True, **options)
         except RuntimeError:  # an operation that torch cannot batch
             pass
-    found = [torch.autograd.grad(output, by, row, **options) for row in rows]
+    with checkpointing_named():
+        found = [torch.autograd.grad(output, by, row, **options) for row in rows]
     if len(found) == 1:
         return [None if g is None else g[None] for g in found[0]]
     return [None if of_one[0] is None else torch.stack(of_one) for of_one in zip(*found)]

@@ -1,14 +1,19 @@
 """The model, left as it was by whatever runs it."""
 
+import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
+from types import FunctionType, ModuleType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 from captum_fam import _captum
 from captum_fam._checks import check_rows
@@ -16,6 +21,9 @@ from captum_fam.score import select_embedding
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# Objects around a forward function among which its modules are looked for.
+_SHOWN = 1000
 
 
 def eagerly(function: Callable[P, T]) -> Callable[P, T]:
@@ -35,25 +43,31 @@ class _Shared:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[object, tuple[AbstractContextManager[Any], list[None]]] = {}
+        self._held: dict[object, tuple[AbstractContextManager[Any], list[int]]] = {}
 
     @contextmanager
-    def hold(self, key: object, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    def hold(self, key: object, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[Any]:
+        thread = threading.get_ident()
         with self._lock:
             if key not in self._held:
                 context = make()
                 context.__enter__()
                 self._held[key] = context, []
             context, users = self._held[key]
-            users.append(None)
+            users.append(thread)
         try:
-            yield
+            yield context
         finally:
             with self._lock:
-                users.pop()
+                users.remove(thread)
                 if not users:
                     del self._held[key]
                     context.__exit__(None, None, None)
+
+    def is_alone(self, key: object) -> bool:
+        """Whether no other thread holds what this one does."""
+        with self._lock:
+            return set(self._held[key][1]) == {threading.get_ident()}
 
 
 _SHARED = _Shared()
@@ -72,10 +86,16 @@ def embed(
     inputs: tuple[Tensor, ...],
     additional_forward_args: Any,
     output_selector: Callable[[Any], Tensor] | None,
+    warned: list[str] | None = None,
 ) -> Tensor:
-    """The embeddings (B, D) of the argument of that name, without a graph and without hooks."""
-    with torch.no_grad(), buffers_restored(forward_func):
+    """
+    The embeddings (B, D) of the argument of that name, without a graph. What ``warned`` lacks of a model in training
+    mode is added.
+    """
+    with torch.no_grad(), buffers_restored(forward_func) as guard:
         output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
+        if warned is not None:
+            warned += [w for w in warnings_of_training(forward_func, guard.called) if w not in warned]
         return check_rows(name, inputs, select_embedding(output, output_selector)).detach().clone()
 
 
@@ -92,28 +112,139 @@ def name_of(forward_func: Callable[..., Any], layer: nn.Module) -> str:
     return f"{names[layer]!r} ({type(layer).__name__})" if layer in names else type(layer).__name__
 
 
+def roots_of(forward_func: Callable[..., Any]) -> list[nn.Module]:
+    """
+    The modules that a forward function shows before it runs: itself, or what it binds, encloses, names and keeps. The
+    nearest come first, and the search ends after so many objects.
+    """
+    found: list[nn.Module] = []
+    met: dict[int, Any] = {}  # kept, so that no other object takes its number
+    waiting = deque[Any]([forward_func])
+    while waiting and len(met) < _SHOWN:
+        value = waiting.popleft()
+        if id(value) in met or not gc.is_tracked(value):  # what is not tracked holds nothing
+            continue
+        met[id(value)] = value
+        if issubclass(type(value), nn.Module):  # isinstance asks a proxy for what it stands for
+            found.append(value)
+        waiting += _held_by(value)
+    return found
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    kind = type(value)
+    if issubclass(kind, (type, ModuleType, Tensor, nn.Parameter)):
+        return ()
+    if issubclass(kind, nn.Module):  # whose children are found by its own list of modules
+        return [held for name, held in vars(value).items() if not name.startswith("_")]
+    if issubclass(kind, FunctionType):
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        return [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value), *named]
+    return gc.get_referents(value)
+
+
 @contextmanager
-def buffers_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
+def buffers_restored(forward_func: Callable[..., Any]) -> Iterator["Guard"]:
     """
-    A model in training mode updates its running statistics in every forward pass: it updates copies, so that a
-    backward pass of the caller's that waits for the originals finds them untouched.
+    A forward pass changes copies of a model's buffers (running statistics, counters, queues), so that a backward pass
+    of the caller's that waits for the originals finds them untouched.
     """
-    model = model_of(forward_func)
     with ExitStack() as stack:
-        for module in model.modules() if model is not None else ():
-            if module.training and any(b is not None for b in module._buffers.values()):
-                stack.enter_context(_SHARED.hold(module, partial(_copied_buffers, module)))
-        yield
+        guard, roots = Guard(stack), roots_of(forward_func)
+        for root in roots:
+            guard.hold(root)
+        if any("_orig_mod" in module._modules for module in guard.held):  # torch.compile warns of hooks on all modules
+            guard.called.update(dict.fromkeys(roots))
+        else:
+            stack.enter_context(compiled_parts_off())  # compiled in the meantime, a part would keep the hook
+            stack.callback(register_module_forward_pre_hook(guard.before).remove)
+        yield guard
 
 
-@contextmanager
-def _copied_buffers(module: nn.Module) -> Iterator[None]:
-    originals = dict(module._buffers)
-    module._buffers.update({name: None if b is None else b.detach().clone() for name, b in originals.items()})
-    try:
-        yield
-    finally:
-        module._buffers.update(originals)
+class Guard:
+    """
+    The buffers of the modules that are known, or that are called.
+
+    Attributes:
+        held: the modules whose buffers are copies; None for those that have none.
+        called: modules that this thread has called: those behind a function may show themselves no earlier.
+    """
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.held: dict[nn.Module, _Buffers | None] = {}
+        self.called: dict[nn.Module, None] = {}
+        self._stack, self._thread, self._is_new = stack, threading.get_ident(), True
+        self._copies: dict[int, Tensor] = {}
+
+    def before(self, module: nn.Module, _: Any) -> None:
+        """The hook before the forward pass of any module."""
+        if threading.get_ident() == self._thread and module not in self.called:
+            self.called[module] = None
+            self.hold(module)
+
+    def hold(self, model: nn.Module) -> None:
+        for module in () if model in self.held else model.modules():
+            if module not in self.held:
+                self.held[module] = None
+                if len(module._buffers):
+                    held = self._stack.enter_context(_SHARED.hold(module, partial(_Buffers, module, self._copies)))
+                    self.held[module] = held
+                    if held.copies is not self._copies:
+                        self._copy(module, held)
+
+    def begin(self) -> None:
+        """Before each pass: what the pass before has made of the buffers is not seen by this one."""
+        if not self._is_new:
+            self._copies.clear()
+            for module, held in self.held.items():
+                if held is not None:
+                    self._copy(module, held)
+        self._is_new = False
+
+    def _copy(self, module: nn.Module, held: "_Buffers") -> None:
+        if _SHARED.is_alone(module):
+            held.copy(self._copies)
+
+
+class _Buffers:
+    """
+    A module's buffers, as they are before and after. Where a pass replaces one, as caches are that grow, what the
+    module notes beside it goes back with it.
+
+    Attributes:
+        copies: in use, by the id of their originals, which modules may share.
+    """
+
+    def __init__(self, module: nn.Module, copies: dict[int, Tensor]) -> None:
+        self._module, self._attributes, self.copies = module, dict(vars(module)), copies
+        self._own = self._originals = dict(module._buffers.items())
+
+    def __enter__(self) -> None:
+        self.copy(self.copies)
+
+    def copy(self, copies: dict[int, Tensor]) -> None:
+        self.__exit__()
+        for b in self._originals.values():
+            if b is not None and id(b) not in copies:
+                copies[id(b)] = b if is_lazy(b) else b.detach().clone()
+        self._own = {name: None if b is None else copies[id(b)] for name, b in self._originals.items()}
+        self._put(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        attributes, left = vars(self._module), self._module._buffers
+        if left.keys() != self._own.keys() or any(left[name] is not own for name, own in self._own.items()):
+            for name in attributes.keys() - self._attributes.keys():
+                del attributes[name]
+            attributes.update(self._attributes)
+        self._put(self._originals)
+
+    def _put(self, buffers: dict[str, Tensor | None]) -> None:
+        if isinstance(self._module, torch.jit.ScriptModule):  # its buffers are elsewhere
+            for name, value in buffers.items():
+                setattr(self._module, name, value)
+        else:
+            own = self._attributes["_buffers"]
+            vars(self._module)["_buffers"] = own if buffers is self._originals else dict(buffers)
 
 
 @contextmanager
@@ -122,8 +253,7 @@ def attributes_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
     Attributes that other code leaves on a model's modules, or takes from them, are put right;
     after a failure, so are the hooks that it left.
     """
-    model = model_of(forward_func)
-    modules = list(model.modules()) if model is not None else []
+    modules = {m for root in roots_of(forward_func) for m in root.modules()}
     saved = [(m, dict(vars(m)), {n: set(v) for n, v in vars(m).items() if n.endswith("_hooks")}) for m in modules]
     try:
         yield
@@ -147,22 +277,17 @@ def _is_ours(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("captum_fam.")
 
 
-def has_batch_statistics(forward_func: Callable[..., Any]) -> bool:
+def has_batch_statistics(forward_func: Callable[..., Any], called: Collection[nn.Module] = ()) -> bool:
     """Whether the examples of a batch are not independent: some batch norm takes its statistics from them."""
-    model = model_of(forward_func)
-    norms = [
-        m for m in (model.modules() if model is not None else ()) if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    ]
+    norms = filter(_is_batch_norm, _modules_of(forward_func, called))
     return any(m.training or m.running_mean is None for m in norms)
 
 
-def warnings_of_training(forward_func: Callable[..., Any]) -> list[str]:
-    model = model_of(forward_func)
-    training = [m for m in model.modules() if m.training] if model is not None else []
+def warnings_of_training(forward_func: Callable[..., Any], called: Collection[nn.Module]) -> list[str]:
+    """What the user is told of a model in training mode; ``called`` has the modules behind a function."""
+    training = [m for m in _modules_of(forward_func, called) if getattr(m, "training", False)]  # frozen TorchScript
     causes = {
-        "batch norm: each map depends on the other inputs of the batch": any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in training
-        ),
+        "batch norm: each map depends on the other inputs of the batch": any(map(_is_batch_norm, training)),
         "dropout: each call gives other maps": any(map(_drops, training)),
     }
     return [
@@ -170,9 +295,26 @@ def warnings_of_training(forward_func: Callable[..., Any]) -> list[str]:
     ]
 
 
+def _modules_of(forward_func: Callable[..., Any], called: Collection[nn.Module]) -> set[nn.Module]:
+    model, found = model_of(forward_func), set[nn.Module]()
+    for root in called if model is None else (model, *called):
+        if root not in found:
+            found.update(root.modules())
+    return found
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in _name_in_script(module)
+
+
+def _name_in_script(module: nn.Module) -> str:
+    """What a module is called before TorchScript is made of it, if that is so."""
+    return str(module.original_name) if isinstance(module, torch.jit.ScriptModule) else ""
+
+
 def _drops(module: nn.Module) -> bool:
     """Whether a module drops values, or whole paths as those of timm, transformers and torchvision do."""
-    name = type(module).__name__
+    name = _name_in_script(module) or type(module).__name__
     if not (isinstance(module, nn.modules.dropout._DropoutNd) or "Drop" in name or name == "StochasticDepth"):
         return False
     return any(

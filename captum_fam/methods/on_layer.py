@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from captum_fam._checks import check_callable, describe
+from captum_fam._checks import check_callable, check_hookable, describe
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.forward import record
 from captum_fam.engine.path import Path
 from captum_fam.engine.recording import Encoder, Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.ways import Way
-from captum_fam.methods.similarity_attribution import Selector, SimilarityAttribution
+from captum_fam.methods.similarity_attribution import Selector, SimilarityAttribution, uncompiled
 from captum_fam.similarity import Similarity
 
 T = TypeVar("T")
@@ -40,12 +40,19 @@ class OnLayer(SimilarityAttribution):
         if reshape_transform is not None:
             check_callable("reshape_transform", reshape_transform)
         super().__init__(forward_func, layer, device_ids, similarity=similarity, output_selector=output_selector)
+        check_hookable("forward_func", self._behind())
         self.reshape_transform = reshape_transform
 
     def _layers(self, inputs: Tensors, additional_forward_args: object | None) -> list[nn.Module]:
         """The layers that explain these inputs."""
         _check_layer(self.layer)
         return self.layer if isinstance(self.layer, list) else [self.layer]
+
+    def _behind(self) -> Any:
+        """The encoder, without what is wrapped around it."""
+        score, func = self._score(), uncompiled(self.forward_func)
+        func = uncompiled(score.encoder) if score is not None else func
+        return func.module if isinstance(func, nn.DataParallel) else func
 
     def _needs_graph(self) -> bool:
         """Whether the maps may need the gradient of the embedding with respect to the layer."""
@@ -83,6 +90,8 @@ class OnLayer(SimilarityAttribution):
 
 def _check_layer(layer: object) -> None:
     layers = layer if isinstance(layer, list) else [layer]
+    for m in layers:
+        check_hookable("layer", m)
     if not layers or not all(isinstance(m, nn.Module) for m in layers):
         hint = "; pass model.get_submodule(name)" if any(isinstance(m, str) for m in layers) else ""
         got = f"a list of {[type(m).__name__ for m in layers]}" if isinstance(layer, list) else describe(layer)

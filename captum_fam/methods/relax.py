@@ -16,7 +16,6 @@ from captum_fam._checks import check_positive, describe, format_inputs, warn_onc
 from captum_fam.adapters import resize
 from captum_fam.engine.question import usable
 from captum_fam.engine.report import of_unusable
-from captum_fam.engine.untouched import warnings_of_training
 from captum_fam.methods.similarity_attribution import Inputs, Selector, SimilarityAttribution
 from captum_fam.similarity import Similarity, nonzero
 
@@ -154,7 +153,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         B, size = len(x), x.shape[2:]
         if not B:
             return x.new_empty(0, 1, *size)
-        warned = warnings_of_training(self._encoder())
+        warned: list[str] = []
         bad = ~usable(question.s)
         zero = bad[question.own[:, 0].to(bad.device)].to(x.device)
         if zero.any():
@@ -175,7 +174,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
                 mask, rows = index // B, (index % B).to(x.device)
                 masks = masks_of(cells[mask], shifts[mask], size).to(shown)
                 changed = (x[rows] * masks[:, None]).to(x.dtype)
-                z = self._embed_changed(changed, rows, B, additional_forward_args)
+                z = self._embed_changed(changed, rows, B, additional_forward_args, warned)
                 scores = self._scores(z, rows, question, warned)
                 scores = scores.to(masks)[:, 0]
                 total.index_add_(0, rows, scores)

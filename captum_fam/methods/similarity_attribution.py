@@ -161,10 +161,17 @@ class SimilarityAttribution(Attribution):
             )
         return less_of(contrast, threshold, self._similarity(), references, inputs)
 
-    def _embed_changed(self, changed: Tensor, rows: Tensor, inputs: int, additional_forward_args: Any) -> Tensor:
-        """Embeddings (N, D) of changed inputs (N, ...), each made from the input of that row."""
+    def _embed_changed(
+        self,
+        changed: Tensor,
+        rows: Tensor,
+        inputs: int,
+        additional_forward_args: Any,
+        warned: list[str] | None = None,
+    ) -> Tensor:
+        """Embeddings (N, D) of changed inputs (N, ...), each made from the input of that row; ``warned``: see embed."""
         args = cut_arguments(additional_forward_args, rows, inputs)
-        return widen(embed(self._encoder(), "inputs", (changed,), args, self._selector()))
+        return widen(embed(self._encoder(), "inputs", (changed,), args, self._selector(), warned))
 
     def _scores(
         self,

@@ -11,7 +11,7 @@ from captum_fam._captum import TargetType, run_forward
 from captum_fam._checks import check_callable, check_positive, describe, reference_index, warn_once
 from captum_fam.adapters import resize
 from captum_fam.engine.chunks import cut_arguments
-from captum_fam.engine.untouched import warnings_of_training
+from captum_fam.engine.untouched import buffers_restored, warnings_of_training
 from captum_fam.score import SimilarityScore
 
 Baselines: TypeAlias = str | float | Tensor
@@ -114,17 +114,19 @@ def scores_of(
     check_callable("forward_func", forward_func)
     limit = max(len(inputs), 1) if max_examples_per_batch is None else max_examples_per_batch
     check_positive("max_examples_per_batch", limit)
-    warn_once(warnings_of_training(forward_func))
     if not len(inputs):
         return torch.zeros(len(targets), 0, n_steps, device=inputs.device)
-    found = []
+    found, warned = [], list[str]()
     with torch.no_grad():
         for index in torch.arange(len(inputs) * n_steps, device=inputs.device).split(limit):
             step, row = index // len(inputs), index % len(inputs)
             args = cut_arguments(additional_forward_args, row, len(inputs))
             changed = perturb(row, step).to(inputs.dtype)
-            output = run_forward(forward_func, changed, None, args)
+            with buffers_restored(forward_func) as guard:
+                output = run_forward(forward_func, changed, None, args)
+                warned += [w for w in warnings_of_training(forward_func, guard.called) if w not in warned]
             found.append(torch.stack([_select(forward_func, output, *t, row, len(inputs)) for t in targets.items()]))
+    warn_once(warned)
     scores: Tensor = torch.cat(found, 1).unflatten(1, (n_steps, len(inputs))).mT
     return scores
 

@@ -75,9 +75,9 @@ def removal_effects(
         ]
         return widen(torch.cat(parts))
 
-    warn_once(warnings_of_training(encoder))
-    with torch.no_grad(), buffers_restored(encoder):
+    with torch.no_grad(), buffers_restored(encoder) as guard:
         s = embed(scenes.references)
         images = (scenes.images, *(scenes.without(j + 1) for j in range(scenes.labels.shape[1])))
         scores = [channel_contributions(embed(x), s, similarity).sum(-1) for x in images]
+    warn_once(warnings_of_training(encoder, guard.called))
     return torch.stack([scores[0] - score for score in scores[1:]], 1)
