@@ -89,7 +89,8 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         super().__init__(
             forward_func, layer, device_ids, output_selector=output_selector, reshape_transform=reshape_transform
         )
-        self.background = None if background is None else _images("background", background)
+        images = () if background is None else _images("background", background)
+        self.background = tuple(t.detach().clone() for t in images) or None  # the caller's may change
 
     @log_usage(part_of_slo=True)
     def attribute(

@@ -56,7 +56,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
         super().__init__(*args, **options)
         self.channel_weights = channel_weights
         self.n_steps = n_steps
-        self.baseline = baseline
+        self.baseline = baseline.detach().clone() if isinstance(baseline, Tensor) else baseline
 
     def has_convergence_delta(self) -> bool:
         return self.n_steps is not None

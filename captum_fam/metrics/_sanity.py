@@ -1,11 +1,12 @@
 """Does the map depend on what it should: the model's weights, the reference, the method?"""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
 
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_callable, check_positive, describe
@@ -292,16 +293,23 @@ def _randomize(module: nn.Module, seed: int) -> None:
 
 @contextmanager
 def _weights_restored(model: nn.Module) -> Iterator[None]:
-    """Each module holds the tensors that it held, with the values that they had."""
+    """
+    Each module holds the tensors that it held, with the values that they had, so that a backward pass of the caller's
+    that waits finds nothing changed.
+    """
     slots_of = [slots for module in model.modules() for slots in (module._parameters, module._buffers)]
     held: list[tuple[Any, dict[str, Tensor | None]]] = [(slots, dict(slots)) for slots in slots_of]
     kept = [(t, t.detach().clone()) for _, tensors in held for t in tensors.values() if t is not None]
-    try:
-        yield
-    finally:
-        for slots, tensors in held:
-            slots.clear()
-            slots.update(tensors)
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
+    with ExitStack() as stack:
+        for tensor, _ in kept:
+            if not tensor.is_inference():  # which has no version
+                stack.enter_context(_unsafe_preserve_version_counter(tensor))
+        try:
+            yield
+        finally:
+            for slots, tensors in held:
+                slots.clear()
+                slots.update(tensors)
+            with torch.no_grad():
+                for tensor, value in kept:
+                    tensor.copy_(value)
