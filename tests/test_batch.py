@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,13 @@ from captum_fam.batch import _engines, _part  # noqa: E402
 NAMES = ["astronaut.jpg", "cat.jpg", "coffee.jpg", "rocket.jpg", "sub/motorcycle.png"]
 PAIRS = [(query, reference) for query in NAMES for reference in NAMES]
 PROJECT = Path(batch.__file__).parents[2]
-COMMAND = [sys.executable, "-c", "from captum_fam.cli import main; main()", "batch"]
+CODE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run where it is ignored, as under nohup
+from captum_fam.cli import main
+main()
+"""
+COMMAND = [sys.executable, "-c", CODE, "batch"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT), "RAY_USAGE_STATS_ENABLED": "0"}
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 
@@ -229,7 +236,9 @@ def test_if_no_pair_can_be_explained_the_command_fails_with_the_first_error(phot
     assert err.count("\n") == 1
 
 
-FACTORIES = """
+FACTORIES = '''
+import os
+import threading
 import torch
 from torch import nn
 
@@ -273,7 +282,17 @@ class Failing(nn.Module):
     def forward(self, x): raise KeyError("pixels")
 
 def failing(): return Failing()
-"""
+
+class Waiting(Layer):
+    """At a bright image, for ever."""
+    def forward(self, x):
+        if x.mean() > 1.5:
+            open(f"at_work-{os.getpid()}", "w").close()
+            threading.Event().wait()
+        return super().forward(x)
+
+def waiting(): return Waiting(1.0)
+'''
 
 
 @pytest.fixture
@@ -428,7 +447,7 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(photos, tmp_path, 
     run(*arguments)
     before, content = stamps(tmp_path / "out"), (tmp_path / "out" / "part-000003.parquet").read_bytes()
     (tmp_path / "out" / "part-000003.parquet").unlink()
-    (tmp_path / "out" / "_tmp-1-2").write_text("left by a run that was killed")
+    (tmp_path / "out" / f"_tmp-1-{'0a' * 16}").write_text("left by a run that was killed")
     status, out, _ = run(*arguments)
     after = stamps(tmp_path / "out")
     assert status == 0
@@ -500,11 +519,12 @@ def job(photos, tmp_path_factory):
     return [str(pairs), "--root", str(photos), *work]
 
 
-def start(job, output, *arguments):
+def start(job, output, *arguments, folder=None):
     """The command as users run it, in a session of its own, by which its processes are found."""
     return subprocess.Popen(
         [*COMMAND, *job, "-o", str(output), *arguments],
         env=ENVIRONMENT,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -656,12 +676,15 @@ def test_a_worker_that_dies_is_one_line_and_the_next_run_finishes(job, undisturb
 
 
 @linux
-def test_an_interrupt_ends_all_at_once(job, tmp_path):
-    process = start(job, tmp_path / "out")
-    assert until(lambda: list(tmp_path.glob("out/part-*")))
+def test_an_interrupt_ends_all_at_once(photos, factories):
+    Image.new("RGB", (8, 8), (255,) * 3).save(factories / "bright.png")
+    pairs = write(factories / "pairs.csv", [PAIRS[0], *[(str(factories / "bright.png"), NAMES[0])] * 5])
+    job = [str(pairs), "--root", str(photos), "--encoder", "batch_factories:waiting", "--layer", "features"]
+    process = start(job, factories / "out", "--part-size", "1", "--workers", "2", folder=factories)
+    assert until(lambda: list(factories.glob("out/part-*")) and len(list(factories.glob("at_work-*"))) == 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=60)
-    assert len(stamps(tmp_path / "out")) < PARTS
+    assert list(stamps(factories / "out")) == ["part-000000.parquet"]
     assert (process.returncode, out, err.strip()) == (130, "", "captum-fam: interrupted")
     assert until(lambda: not living(process.pid), 5)
 
@@ -725,6 +748,54 @@ def test_killed_many_times_during_the_work_it_ends_as_if_undisturbed(
     job, undisturbed, forked, forked_duration, tmp_path, seed
 ):
     ends_as_if_undisturbed(forked, job, undisturbed[0], forked_duration, tmp_path / "out", seed, kills=8)
+
+
+class FakeRay(types.ModuleType):
+    """Ray where no Ray need start: it fails as told, and says what has been shut down."""
+
+    def __init__(self, start=None, rows=()):
+        super().__init__("ray")
+        self.start, self.rows, self.down = start, rows, 0
+        self.exceptions = types.SimpleNamespace(RayError=type("RayError", (Exception,), {}))
+        self.data = types.ModuleType("ray.data")
+        self.data.DataContext = types.SimpleNamespace(get_current=types.SimpleNamespace)
+        self.data.ActorPoolStrategy = self.data.from_items = lambda *_, **__: self
+
+    def is_initialized(self):
+        return False
+
+    def init(self, **_):
+        if self.start:
+            raise self.start
+
+    def cluster_resources(self):
+        return {"CPU": 2}
+
+    def map_batches(self, *_, **__):
+        return self
+
+    def iter_rows(self):
+        yield from self.rows
+        raise self.exceptions.RayError("The actor died.\nTraceback (most recent call last):")
+
+    def shutdown(self):
+        self.down += 1
+
+
+def test_ray_that_does_not_start_or_that_ends_is_one_line(photos, tmp_path, run, monkeypatch):
+    pairs = write(tmp_path / "pairs.csv", PAIRS[:2])
+    slow = Exception("The current node timed out during startup. This could happen because.\nlogs of the raylet")
+    for ray, words in (
+        (FakeRay(slow), "Ray did not start (Exception: The current node timed out during startup. This could happen"),
+        (FakeRay(), "Ray ended the job (RayError: The actor died.): start again, which finishes what is left"),
+    ):
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setitem(sys.modules, "ray.data", ray.data)
+        status, out, err = run(pairs, "-o", tmp_path / "out", "--root", photos, "--engine", "ray")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert words in err
+        assert "--engine local" in err
+        assert ray.down == 1
 
 
 def test_ray_writes_the_same_files(job, undisturbed, tmp_path):

@@ -303,6 +303,42 @@ def test_a_mistake_is_one_line(run, two, tmp_path, folder, arguments, advice):  
     assert not list(tmp_path.iterdir())
 
 
+CODE = {"auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+ADVICE = {
+    "code of its own": (
+        {"model_type": "mine", **CODE},
+        {},
+        "contains custom code",
+        "module.path:factory, for a factory",
+    ),
+    "weights that are none": (
+        {"model_type": "vit", **LAYERS},
+        {"pytorch_model.bin": "x"},
+        "Weights only load failed.",
+        "a folder that save_pretrained wrote",
+    ),
+    "a type that is unknown": ({"model_type": "mine"}, {}, "does not recognize", "a folder that save_pretrained wrote"),
+}
+
+
+@pytest.mark.parametrize(("config", "files", "reason", "advice"), ADVICE.values(), ids=ADVICE)
+def test_advice_of_transformers_to_its_callers_is_left_out(tmp_path, config, files, reason, advice):
+    for name, content in {"config.json": json.dumps(config), **files}.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{reason}.*: pass {advice}") as caught:
+        load_encoder(f"hf:{tmp_path}")
+    assert not [no for no in ("trust_remote_code", "weights_only", "pip install", "token=") if no in str(caught.value)]
+
+
+def test_advice_of_a_hub_to_its_callers_is_left_out(monkeypatch):
+    def gated(*_, **__):
+        raise OSError("You are trying to access a gated repo. Make sure to pass `token=<your_token>`.")
+
+    monkeypatch.setattr("timm.create_model", gated)
+    with pytest.raises(ValueError, match=r"\(OSError: You are trying to access a gated repo\.\): pass a state dict"):
+        load_encoder("timm:test_vit")
+
+
 @pytest.mark.parametrize(("package", "encoder"), [("timm", "timm:resnet18"), ("transformers", "hf:some/model")])
 def test_a_package_that_is_not_installed_is_named_with_its_extra(
     run,  # noqa: F811

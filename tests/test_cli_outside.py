@@ -1,5 +1,7 @@
 """What the command meets outside: names, files that are none, warnings of Pillow, and Ctrl-C at any moment."""
 
+# ruff: noqa: F811  # fixtures of other tests
+
 import json
 import os
 import signal
@@ -69,7 +71,7 @@ def test_any_text_can_be_shown_and_written(text):
 
 @posix
 @pytest.mark.parametrize("command", ["explain", "compare"])
-def test_a_name_with_escape_sequences_does_not_reach_the_terminal(run, cat, tmp_path, command):  # noqa: F811
+def test_a_name_with_escape_sequences_does_not_reach_the_terminal(run, cat, tmp_path, command):
     method = ("--method", "FeatureActivationMap") if command == "compare" else ()
     query, reference = cat(f"{RED}.png"), cat(f"{RED}2.png")
     status, out, err = run(command, query, reference, *method)
@@ -123,7 +125,7 @@ def loud(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", MISTAKES.values(), ids=MISTAKES)
-def test_an_error_does_not_reach_the_terminal_raw(run, cat, tmp_path, loud, arguments):  # noqa: F811
+def test_an_error_does_not_reach_the_terminal_raw(run, cat, tmp_path, loud, arguments):
     torch.save({"\x1b[2J": torch.zeros(1)}, tmp_path / "keys.pt")
     names = {"tmp": tmp_path, "cat": cat("cat.png")}
     status, out, err = run("explain", *(a.format(**names) for a in arguments))
@@ -132,7 +134,7 @@ def test_an_error_does_not_reach_the_terminal_raw(run, cat, tmp_path, loud, argu
     assert "[2J" in err
 
 
-def test_a_warning_does_not_reach_the_terminal_raw(run, cat, loud):  # noqa: F811
+def test_a_warning_does_not_reach_the_terminal_raw(run, cat, loud):
     path = cat("cat.png")
     status, _, err = run("explain", path, path, "--encoder", "loud_outside:warning", "--size", 32)
     assert status == 0
@@ -140,7 +142,7 @@ def test_a_warning_does_not_reach_the_terminal_raw(run, cat, loud):  # noqa: F81
     assert not obeyed(err)
 
 
-def test_an_encoder_that_exits_is_an_error(run, cat, loud):  # noqa: F811
+def test_an_encoder_that_exits_is_an_error(run, cat, loud):
     path = cat("cat.png")
     status, out, err = run("explain", path, path, "--encoder", "loud_outside:leaving")
     assert (status, out) == (2, "")
@@ -149,7 +151,7 @@ def test_an_encoder_that_exits_is_an_error(run, cat, loud):  # noqa: F811
 
 @posix
 @pytest.mark.parametrize("command", ["explain", "compare"])
-def test_a_name_that_is_no_utf8_is_explained(run, tmp_path, cat, command):  # noqa: F811
+def test_a_name_that_is_no_utf8_is_explained(run, tmp_path, cat, command):
     folder = tmp_path / os.fsdecode(b"\xfe")
     folder.mkdir()
     paths = [cat(folder / os.fsdecode(b"\xff$%d.png" % i)) for i in range(2)]
@@ -168,7 +170,7 @@ def test_a_name_that_is_no_utf8_is_explained(run, tmp_path, cat, command):  # no
 
 
 @pytest.mark.parametrize("command", ["explain", "compare"])
-def test_a_name_between_dollars_is_no_formula(run, cat, tmp_path, command):  # noqa: F811
+def test_a_name_between_dollars_is_no_formula(run, cat, tmp_path, command):
     method = ("--method", "FeatureActivationMap") if command == "compare" else ()
     path = cat("$x^$.png")
     assert run(command, path, path, *method)[0] == 0
@@ -203,7 +205,7 @@ OTHERS = ["a pipe", "a folder", "a socket", "a device", "a pipe, by a link"]
 
 @posix
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_file_is_refused_at_once(run, cat, others, kind):  # noqa: F811
+def test_what_is_no_file_is_refused_at_once(run, cat, others, kind):
     path = cat("cat.png")
     what = kind.partition(",")[0]
     for arguments in ([others[kind], path], [path, others[kind]], [path, path, "--weights", others[kind]]):
@@ -243,7 +245,7 @@ def damaged(path):
     return path
 
 
-def test_a_warning_of_pillow_names_its_file_once(run, cat, tmp_path):  # noqa: F811
+def test_a_warning_of_pillow_names_its_file_once(run, cat, tmp_path):
     first, second = damaged(tmp_path / "first.jpg"), damaged(tmp_path / "second.jpg")
     status, _, err = run("explain", first, second, first, cat("whole.png"))
     assert status == 0
@@ -252,7 +254,7 @@ def test_a_warning_of_pillow_names_its_file_once(run, cat, tmp_path):  # noqa: F
     assert all(line.startswith("captum-fam: warning: Corrupt EXIF data") for line in lines)
 
 
-def test_a_warning_of_a_large_image_names_it(run, cat, monkeypatch):  # noqa: F811
+def test_a_warning_of_a_large_image_names_it(run, cat, monkeypatch):
     path = cat("large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
     status, _, err = run("explain", path, path)
@@ -397,7 +399,7 @@ def test_a_second_interrupt_waits_for_nothing(tmp_path, command, cat):
     assert process.returncode == 130
 
 
-def test_an_interrupt_during_the_work_is_one_line_and_the_handler_is_put_back(run, cat, monkeypatch):  # noqa: F811
+def test_an_interrupt_during_the_work_is_one_line_and_the_handler_is_put_back(run, cat, monkeypatch):
     def interrupted(*_):
         signal.raise_signal(signal.SIGINT)
 
@@ -418,6 +420,6 @@ def test_a_program_that_imports_the_package_keeps_its_interrupts():
     assert process.communicate(timeout=120)[1] == ""
 
 
-def test_the_help_says_that_a_factory_is_code_that_is_run(run):  # noqa: F811
+def test_the_help_says_that_a_factory_is_code_that_is_run(run):
     for command in ("explain", "compare", "batch"):
         assert "code is run, of a module in the current folder first" in " ".join(run(command, "--help")[1].split())

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from captum_fam._checks import check_positive
+from captum_fam._files import irregular
 from captum_fam.batch._engines import ENGINES
-from captum_fam.batch._job import digest, locked, prepare
-from captum_fam.batch._part import part_file
+from captum_fam.batch._job import digest, locked, prepare, seal
+from captum_fam.batch._part import layers_of, part_file
 
 __all__ = ["BatchResult", "explain_pairs"]
 
@@ -117,33 +118,45 @@ def explain_pairs(
         check_positive(name, value)
     if engine not in ENGINES:
         raise ValueError(f"Expected `engine` to be {' or '.join(map(repr, ENGINES))}, but got {engine!r}.")
-    for path, found in ((pairs, pairs.is_file()), (weights, weights is None or weights.is_file())):
-        if not found:
-            raise ValueError(f"there is no file {path}: check the path")
+    for file in (pairs, weights):
+        if file is not None and (problem := _no_file(file)):
+            raise ValueError(f"there is no file {file}: {problem}")
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: pass the one where relative paths start as --root")
     what = {"encoder": encoder, "layer": layer, "similarity": similarity, "size": size, "mean": mean, "std": std}
     what["root"] = str(root.resolve())
     job = what | {"pairs": digest(pairs), "weights": weights and digest(weights), "part_size": part_size}
+    job = json.loads(json.dumps(job))
     with locked(output):
-        total = prepare(output, pairs, json.loads(json.dumps(job)))
+        total = prepare(output, pairs, job)
         parts = range(-(-total // part_size))
-        left = [part for part in parts if not part_file(output, part).exists()]
-        done = sum(min(part_size, total - part * part_size) for part in set(parts).difference(left))
+        layers = layers_of(output, parts, seal(job))
+        layer = next(iter(layers.values()), layer)  # if none is named, and the encoder is no longer what it was
+        left = [part for part in parts if part not in layers]
+        done = sum(min(part_size, total - part * part_size) for part in layers)
         options = what | {
             "output": output.resolve(),
+            "job": seal(job),
+            "layer": layer,
             "weights": weights and weights.resolve(),
             "device": device,
             "batch_size": batch_size,
         }
-        warned: dict[str, None] = {}
+        warned: dict[str, str] = {}
         with tqdm(total=total, initial=done, desc="captum-fam batch", unit="pair", disable=None) as progress:
             for count, new in ENGINES[engine](left, options, workers, len(parts)) if left else ():
                 progress.update(count)
-                warned.update(dict.fromkeys(new))
-        for warning in warned:
-            warnings.warn(warning, stacklevel=2)
+                warned = dict(new) | warned
+        for text, path in warned.items():
+            warnings.warn(f"{text} ({path}, for one)" if path else text, stacklevel=2)
         return _result([part_file(output, part) for part in parts])
+
+
+def _no_file(path: Path) -> str:
+    try:
+        return (other := irregular(path)) and f"it is {other}"
+    except (OSError, ValueError):
+        return "check the path"
 
 
 def _result(parts: list[Path]) -> BatchResult:

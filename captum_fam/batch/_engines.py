@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from captum_fam.batch._part import PartExplainer
+from captum_fam.batch._part import PartExplainer, Warned
 from captum_fam.encoders import one_line
 
 
@@ -22,16 +22,14 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _locally(
-    left: list[int], options: dict[str, Any], workers: int | None, parts: int
-) -> Iterator[tuple[int, list[str]]]:
+def _locally(left: list[int], options: dict[str, Any], workers: int | None, parts: int) -> Iterator[tuple[int, Warned]]:
     one_each = (
         torch.cuda.device_count() if options["device"] == "cuda" else _cpus() if options["device"] == "cpu" else 1
     )
     workers = min(workers or one_each or 1, parts)
     context = multiprocessing.get_context("spawn")
     options = options | {"threads": max(1, _cpus() // workers)}
-    futures: set[Future[tuple[int, list[str]]]] = set()
+    futures: set[Future[tuple[int, Warned]]] = set()
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start, (options, context.Value("i"))) as pool:
         try:
@@ -87,13 +85,11 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def _work(part: int) -> tuple[int, list[str]]:
+def _work(part: int) -> tuple[int, Warned]:
     return _explainer(part)
 
 
-def _on_ray(
-    left: list[int], options: dict[str, Any], workers: int | None, parts: int
-) -> Iterator[tuple[int, list[str]]]:
+def _on_ray(left: list[int], options: dict[str, Any], workers: int | None, parts: int) -> Iterator[tuple[int, Warned]]:
     try:
         import ray
         import ray.data
@@ -102,9 +98,9 @@ def _on_ray(
 
     gpus = int(options["device"].startswith("cuda"))
     mine = not ray.is_initialized()
-    if mine:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     try:
+        if mine:
+            _start_ray(ray)
         there = ray.cluster_resources()
         workers = min(workers or int(there.get("GPU" if gpus else "CPU", 0)), parts)
         if not workers:
@@ -127,9 +123,28 @@ def _on_ray(
             yield row["pairs"], json.loads(row["warned"])
         if failed:
             raise ValueError(failed)
+    except ray.exceptions.RayError as error:
+        raise ValueError(
+            f"Ray ended the job ({_first(error)}): start again, which finishes what is left, or pass --engine local"
+        ) from error
     finally:
         if mine:
             ray.shutdown()
+
+
+def _start_ray(ray: Any) -> None:
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except Exception as error:  # its time limits for a start are fixed, and their errors of no kind of their own
+        raise ValueError(
+            f"Ray did not start ({_first(error)}), as on a busy machine: start again when it is less so, or pass"
+            " --engine local"
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    """The rest is a traceback, or the logs of Ray."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class _RayExplainer:
@@ -142,7 +157,7 @@ class _RayExplainer:
         self.explain, self.error = PartExplainer(**options), ""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        pairs, warned = 0, list[str]()
+        pairs, warned = 0, Warned()
         if not self.error:
             try:
                 pairs, warned = self.explain(int(batch["part"][0]))
@@ -151,4 +166,4 @@ class _RayExplainer:
         return {"pairs": [pairs], "warned": [json.dumps(warned)], "error": [self.error]}
 
 
-ENGINES: dict[str, Callable[..., Iterator[tuple[int, list[str]]]]] = {"local": _locally, "ray": _on_ray}
+ENGINES: dict[str, Callable[..., Iterator[tuple[int, Warned]]]] = {"local": _locally, "ray": _on_ray}

@@ -1,12 +1,13 @@
 """A part of a batch job: its pairs are explained and written at once and whole."""
 
+import hashlib
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_fam._checks import warn_once
+from captum_fam._files import irregular, printable, recorded_warnings
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import ReadyEncoder, planes, ready_encoder, running
 from captum_fam.engine.question import Question, usable
@@ -36,13 +38,22 @@ def part_file(output: Path, part: int) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary file; its content gets its name at once and whole, or not at all."""
+    """
+    A temporary file; its content gets its name at once and whole, or not at all.
+
+    Raises:
+        ValueError: it cannot be written, as on a disk that is full.
+    """
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{uuid4().hex}")
     try:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path} ({one_line(error)}): make room, or pass another folder with -o; what is written stays"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -63,7 +74,68 @@ _TYPES = {
     "scale": pa.float32(),
     "error": pa.string(),
 }
+_OPEN = b"0" * 64  # in place of a seal
+Warned: TypeAlias = list[tuple[str, str]]  # texts, and the files that they are about, or ""
 _Read: TypeAlias = dict[str, "Future[Tensor | str]"]
+
+
+def _seal(job: str, part: int, content: bytes) -> bytes:
+    return hashlib.sha256(f"{job} {part} ".encode() + content).hexdigest().encode()
+
+
+def write_part(file: Path, table: pa.Table, layer: str, job: str, part: int) -> None:
+    """With a seal on every bit of it, and on its place: in the file's metadata, which readers of Parquet pass over."""
+    pq.write_table(table.replace_schema_metadata({"layer": layer, "seal": _OPEN}), file, compression="zstd")
+    head, _, tail = file.read_bytes().rpartition(_OPEN)
+    with file.open("rb+") as stream:
+        stream.seek(len(head))
+        stream.write(_seal(job, part, head + tail))
+
+
+def finished(output: Path, part: int, job: str) -> str | None:
+    """
+    The layer of a part whose file is there, or None; the file is read as a whole.
+
+    Raises:
+        ValueError: the file is not as this job wrote it.
+    """
+    file = part_file(output, part)
+    if not os.path.lexists(file):
+        return None
+    try:
+        if other := irregular(file):
+            raise ValueError(f"it is {other}")
+        content = file.read_bytes()
+        about = pq.read_metadata(pa.BufferReader(content)).metadata
+        head, _, tail = content.rpartition(about[b"seal"])
+        if about[b"seal"] != _seal(job, part, head + tail):
+            raise ValueError(f"it is no part {part} of this job, or damaged")
+    except Exception as error:  # a broken file makes Arrow raise many kinds
+        raise ValueError(
+            f"{file} is not as this job wrote it ({one_line(error)}): delete it, and start again"
+        ) from error
+    return str(about[b"layer"], "utf-8")
+
+
+def layers_of(output: Path, parts: Iterable[int], job: str) -> dict[int, str]:
+    """
+    The layers of the parts whose files are there: it is one.
+
+    Raises:
+        ValueError: a file in the folder is not as this job wrote it.
+    """
+    own = {part_file(output, part) for part in parts}
+    for file in sorted(output.glob("*.parquet")):
+        if file not in own and not file.name.startswith(("_", ".")):
+            raise ValueError(f"{file} is no part of this job, but would be read with it: delete or move it")
+    layers = {part: layer for part in parts if (layer := finished(output, part, job)) is not None}
+    for (part, layer), (other, layer_of_other) in pairwise(layers.items()):
+        if layer != layer_of_other:
+            raise ValueError(
+                f"{part_file(output, part)} is of layer {layer}, but {part_file(output, other)} of {layer_of_other}:"
+                " delete one of them"
+            )
+    return layers
 
 
 class PartExplainer:
@@ -75,6 +147,7 @@ class PartExplainer:
     def __init__(
         self,
         output: Path,
+        job: str,
         encoder: str,
         layer: str | None,
         similarity: str,
@@ -83,24 +156,23 @@ class PartExplainer:
         threads: int,
         **loading: Any,
     ) -> None:
-        self.output, self.encoder, self.layer, self.similarity = output, encoder, layer, similarity
+        self.output, self.job, self.encoder, self.layer, self.similarity = output, job, encoder, layer, similarity
         self.root, self.batch_size, self.threads, self.loading = Path(root), batch_size, threads, loading
 
-    def __call__(self, part: int) -> tuple[int, list[str]]:
+    def __call__(self, part: int) -> tuple[int, Warned]:
         """Writes the file of a part, if there is none; the number of its pairs, and what is doubtful in them."""
-        file = part_file(self.output, part)
         with pa.memory_map(str(self.output / PAIRS)) as source:
             pairs = pa.table(pa.ipc.open_file(source).get_batch(part))
-        if file.exists():  # made by a worker that outlived its run
+        if finished(self.output, part, self.job) is not None:  # made by a worker that outlived its run
             return len(pairs), []
-        with warnings.catch_warnings(record=True) as caught:
+        with recorded_warnings() as warned:
             rows = self._explain(list(zip(pairs["query"].to_pylist(), pairs["reference"].to_pylist())))
             layer = self._loaded[1]
         for name, kind in _TYPES.items():
             pairs = pairs.append_column(name, pa.array([getattr(row, name) for row in rows], kind))
-        with whole(file) as partial:
-            pq.write_table(pairs.replace_schema_metadata({"layer": layer}), partial, compression="zstd")
-        return len(pairs), [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        with whole(part_file(self.output, part)) as partial:
+            write_part(partial, pairs, layer, self.job, part)
+        return len(pairs), list(warned)
 
     @cached_property
     def _loaded(self) -> tuple[ReadyEncoder, str, FeatureActivationMap]:
@@ -142,7 +214,7 @@ class PartExplainer:
         try:
             return self._loaded[0].tensor(read_image(self.root / path))
         except Exception as error:  # whatever a broken file makes Pillow raise: it costs its own rows only
-            return str(error) if isinstance(error, ValueError) else one_line(error)
+            return printable(str(error) if isinstance(error, ValueError) else one_line(error))
 
     def _explain_batch(self, pairs: list[tuple[str | None, str | None]], images: dict[str, Tensor | str]) -> list[_Row]:
         rows = [_Row(error=self._unreadable(pair, images)) for pair in pairs]
