@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam import _captum
+from captum_fam.engine.checkpoints import checkpointing_named
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of
 from captum_fam.score import select_embedding
@@ -127,9 +128,10 @@ def maps_on_the_way(
         if z.requires_grad:
             found = {name: A for name, A in found.items() if A.requires_grad}
             w = torch.linspace(1, 2, z.shape[1], dtype=z.dtype, device=z.device)  # no two alike: none cancel
-            gradients = (
-                torch.autograd.grad(z, list(found.values()), w.expand(z.shape), allow_unused=True) if found else ()
-            )
+            with checkpointing_named():
+                gradients = (
+                    torch.autograd.grad(z, list(found.values()), w.expand(z.shape), allow_unused=True) if found else ()
+                )
             maps = [None if g is None else places(g) for g in gradients]
             found = {name: outputs[name] for name, g in zip(found, maps) if g is not None and g.any()}
     outside = [name for name in found if model is not None and not _in_attention(model, name)]

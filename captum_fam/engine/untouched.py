@@ -77,7 +77,17 @@ def compiled_parts_off() -> AbstractContextManager[Any]:
     """Compiled parts of a model, run as they are: torch.compile runs past hooks that are set after its first call."""
     # Importing Dynamo takes seconds; where it has not been imported, nothing is compiled.
     set_stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
-    return nullcontext() if set_stance is None else _SHARED.hold(set_stance, lambda: set_stance("force_eager"))
+    return nullcontext() if set_stance is None else _SHARED.hold(set_stance, partial(_eager, set_stance))
+
+
+@contextmanager
+def _eager(set_stance: Callable[..., Any]) -> Iterator[None]:
+    dynamo, ours = sys.modules["torch._dynamo.eval_frame"], set_stance("force_eager")
+    try:
+        yield
+    finally:
+        if getattr(dynamo, "_stance", ours.stance) is ours.stance:  # another that was set in the meantime stays
+            ours.__exit__(None, None, None)
 
 
 def embed(
@@ -122,18 +132,20 @@ def roots_of(forward_func: Callable[..., Any]) -> list[nn.Module]:
     waiting = deque[Any]([forward_func])
     while waiting and len(met) < _SHOWN:
         value = waiting.popleft()
-        if id(value) in met or not gc.is_tracked(value):  # what is not tracked holds nothing
+        if id(value) in met:
             continue
         met[id(value)] = value
         if issubclass(type(value), nn.Module):  # isinstance asks a proxy for what it stands for
             found.append(value)
-        waiting += _held_by(value)
+        waiting += filter(gc.is_tracked, _held_by(value))  # what is not tracked holds nothing
     return found
 
 
 def _held_by(value: Any) -> Iterable[Any]:
     kind = type(value)
-    if issubclass(kind, (type, ModuleType, Tensor, nn.Parameter)):
+    if issubclass(kind, (type, ModuleType, Tensor)):
+        return ()
+    if issubclass(kind, (dict, list, tuple, set, frozenset)) and len(value) > _SHOWN:
         return ()
     if issubclass(kind, nn.Module):  # whose children are found by its own list of modules
         return [held for name, held in vars(value).items() if not name.startswith("_")]
