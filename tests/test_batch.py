@@ -798,12 +798,23 @@ def test_ray_that_does_not_start_or_that_ends_is_one_line(photos, tmp_path, run,
         assert ray.down == 1
 
 
+def by_ray(job, output, *arguments):
+    """What the command says, once Ray starts: on a busy machine it may not, within limits that are its own."""
+    for _ in range(3):
+        process = start(job, output, "--engine", "ray", *arguments)
+        out, err = process.communicate(timeout=300)
+        assert "Traceback" not in err
+        if "Ray did not start" not in err:
+            return process.returncode, out, err
+    pytest.skip("Ray does not start on this machine")
+
+
 def test_ray_writes_the_same_files(job, undisturbed, tmp_path):
     pytest.importorskip("ray", reason="needs the extra ray")
-    finishes(start(job, tmp_path / "out", "--engine", "ray"))
+    status, out, err = by_ray(job, tmp_path / "out")
+    assert status == 0, err
+    assert "explained 39 pairs, 1 failed" in out
     assert contents(tmp_path / "out") == undisturbed[0]
-    process = start(job, tmp_path / "wrong", "--engine", "ray", "--layer", "feature")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2
+    status, _, err = by_ray(job, tmp_path / "wrong", "--layer", "feature")
+    assert status == 2
     assert "did you mean features" in err.splitlines()[-1]
-    assert "Traceback" not in err

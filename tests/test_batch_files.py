@@ -355,6 +355,18 @@ def test_a_run_whose_pairs_are_refused_leaves_no_folder(tmp_path, run):
     }
 
 
+def test_a_folder_that_cannot_be_read_is_named(jobs, tmp_path, run, monkeypatch):
+    def forbidden(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    status, _, err = run(jobs / "job.csv", "-o", tmp_path)
+    assert status == 2
+    assert (
+        f"cannot write to {tmp_path} (PermissionError: [Errno 13] Permission denied): pass another folder with" in err
+    )
+
+
 # A disk that is full
 
 

@@ -20,10 +20,10 @@ from captum_fam.encoders import one_line
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """This run alone works in the folder. If no job is made of it, it is left as it was."""
-    _read_job(output)  # before a folder of others gets a lock
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    mine = not os.path.lexists(output / LOCK)
     try:
+        _read_job(output)  # before a folder of others gets a lock
+        made = [folder for folder in (output, *output.parents) if not folder.exists()]
+        mine = not os.path.lexists(output / LOCK)
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / LOCK, timeout=0).acquire()
     except Timeout:
