@@ -507,6 +507,32 @@ def test_a_checkpointed_part_is_named_where_a_layer_is_looked_for():
         IntegratedDecomposition(model).attribute(INPUTS, reference=INPUTS)
 
 
+class InStages(nn.Module):
+    """A stage whose parts are called one by one, as gradient checkpointing does in timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU()))
+
+    def forward(self, x):
+        for part in self.stage:
+            x = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: lambda x: model(x)], ids=["module", "lambda"])
+def test_a_stage_that_runs_part_by_part_is_refused_with_its_last_part(wrap):
+    model = seeded(InStages)
+    with pytest.raises(ValueError, match=r"was not called; .*'1' the last of them.*set_grad_checkpointing\(False\)"):
+        FeatureActivationMap(wrap(model), model.stage).attribute(INPUTS, reference=INPUTS)
+    close(
+        FeatureActivationMap(wrap(model), model.stage[1]).attribute(INPUTS, reference=INPUTS),
+        FeatureActivationMap(nn.Sequential(model.stage, nn.AdaptiveAvgPool2d(1), nn.Flatten()), model.stage).attribute(
+            INPUTS, reference=INPUTS
+        ),
+    )
+
+
 class Scripted(nn.Module):
     """The first part in TorchScript, the layer outside of it."""
 

@@ -150,11 +150,10 @@ class _Forward:
         """What each of the layers gave, by device, in the order of the batch."""
         for layer, name in dict(zip(self._layers, names)).items():
             if layer not in self._found:
-                scripted = any(isinstance(m, torch.jit.ScriptModule) for m in self._guard.held)
                 raise ValueError(
                     f"Expected `layer` to be a module that the forward pass calls, but {name} was not called; pass a"
                     " module of this very model that its forward pass calls (an element of a ModuleList, not the list)."
-                    + (" In what is TorchScript of it, hooks do not work: pass the Python model." if scripted else "")
+                    + self._why_not_called(layer)
                 )
             if layer in self._again:
                 report.warnings.append(
@@ -164,6 +163,20 @@ class _Forward:
         ids = _captum.extract_device_ids(self._encoder.forward_func, self._found, self._encoder.device_ids)
         found = [self._found[m] for m in self._layers]
         return [[devices[d] for d in _captum.sort_key_list(list(devices), ids)] for devices in found]
+
+    def _why_not_called(self, layer: nn.Module) -> str:
+        names = {m: n for n, m in layer.named_modules()}
+        called = [names[m] for m in self._guard.called if names.get(m)]
+        if called:
+            depth = min(n.count(".") for n in called)
+            last = [n for n in called if n.count(".") == depth][-1]
+            return (
+                f" Parts of it were called, {last!r} the last of them: pass that one, or switch gradient checkpointing"
+                " off, if that is on (timm: model.set_grad_checkpointing(False)), which runs a stage part by part."
+            )
+        if any(isinstance(m, torch.jit.ScriptModule) for m in self._guard.held):
+            return " In what is TorchScript of it, hooks do not work: pass the Python model."
+        return ""
 
     def _pass(self, last: dict[Any, int] | None = None) -> Tensor:
         """The embeddings of one pass; ``last`` numbers the calls of the layer in which the point goes on from it."""
