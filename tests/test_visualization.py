@@ -838,7 +838,7 @@ def test_a_picture_of_any_mode_is_drawn_right(draw, image, expected, rounding):
 
 
 def test_every_mode_of_pillow_is_drawn_above():
-    assert {image.mode for image, _, _ in MODES.values()} == set(MODES_OF_PILLOW) - {"BGR;15", "BGR;16", "BGR;24"}
+    assert set(MODES_OF_PILLOW) - {"BGR;15", "BGR;16", "BGR;24"} <= {image.mode for image, _, _ in MODES.values()}
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
