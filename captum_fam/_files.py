@@ -1,5 +1,6 @@
 """Files of others: which can be read to an end, how their names are shown, and which one a warning is about."""
 
+import logging
 import stat
 import threading
 import warnings
@@ -54,8 +55,14 @@ def recorded_warnings() -> Iterator[dict[tuple[str, str], None]]:
         if issubclass(category, UserWarning) or (path and issubclass(category, RuntimeWarning)):  # a large image
             found[" ".join(str(message).split()), str(path or "")] = None
 
+    pillow = logging.getLogger("PIL")
+    level = pillow.level
     with warnings.catch_warnings():
         for category in (UserWarning, RuntimeWarning):  # for each file, but for who has another filter
             warnings.simplefilter("always", category, append=True)
         warnings.showwarning = show
-        yield found
+        pillow.setLevel(logging.CRITICAL)  # an error that it logs it raises, too
+        try:
+            yield found
+        finally:
+            pillow.setLevel(level)

@@ -355,6 +355,11 @@ def test_a_run_whose_pairs_are_refused_leaves_no_folder(tmp_path, run):
     }
 
 
+def test_the_lock_of_a_job_stays(jobs):
+    """Were it deleted, a run that has just opened it and one that makes it anew would both be alone."""
+    assert (jobs / "job" / "_lock").exists()
+
+
 def test_a_folder_that_cannot_be_read_is_named(jobs, tmp_path, run, monkeypatch):
     def forbidden(_):
         raise PermissionError(13, "Permission denied")

@@ -3,9 +3,11 @@
 # ruff: noqa: F811  # fixtures of other tests
 
 import json
+import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from io import BytesIO, TextIOWrapper
@@ -262,6 +264,20 @@ def test_a_warning_of_a_large_image_names_it(run, cat, monkeypatch):
     assert err.count("\n") == 1
     assert "decompression bomb" in err
     assert err.endswith(f"({path})\n")
+
+
+def test_what_pillow_logs_of_a_broken_file_is_said_by_the_error_alone(run, cat, tmp_path, caplog):
+    content = bytearray(MEMORY["TIFF"])
+    place = content.index(struct.pack("<HHI", 277, 3, 1))  # the samples of a pixel
+    content[place + 8 : place + 10] = struct.pack("<H", 4355)
+    (tmp_path / "samples.tiff").write_bytes(content)
+    level = logging.getLogger("PIL").level
+    status, _, err = run("explain", cat("cat.png"), tmp_path / "samples.tiff")
+    assert status == 2
+    assert err.startswith("captum-fam: cannot read")
+    assert err.count("\n") == 1
+    assert not [record for record in caplog.records if record.name.startswith("PIL")]
+    assert logging.getLogger("PIL").level == level
 
 
 def test_a_user_s_filter_of_warnings_counts(tmp_path):
