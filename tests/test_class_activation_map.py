@@ -215,3 +215,10 @@ def test_a_class_has_no_other_side():
     model = seeded(Classifier)
     with pytest.raises(NotImplementedError, match="SimilarityDecomposition"):
         ClassActivationMap(model, model.layer).attribute_pair(X, X)
+
+
+def test_a_classifier_with_one_class_needs_no_target():
+    model = OfActivations(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
+    with torch.no_grad():
+        model[3].weight.copy_(torch.tensor([[2.0, -1.0]]))
+    close(ClassActivationMap(model, model[0]).attribute(HAND_A), [[[[2.0, 0.0], [-2.0, 8.0]]]])

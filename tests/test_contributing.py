@@ -57,3 +57,9 @@ def test_the_same_function_serves_without_a_class(example):
     )
     for options in ({}, {"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.2}):
         close(*(m.attribute(X, 1, reference_embedding=S, **options) for m in (method, own)))
+
+
+def test_a_method_without_terms_has_no_map():
+    encoder = seeded(HeadEncoder)
+    with pytest.raises(NotImplementedError):
+        DimensionAttribution(encoder, encoder.layer).attribute(X, reference_embedding=S[:1])

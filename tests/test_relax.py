@@ -293,3 +293,11 @@ def test_a_forgotten_reference_is_an_error_also_for_a_classifier(kind):
 def test_relax_explains_differences_of_scores_and_nothing_else():
     with pytest.raises(ValueError, match=r"Relax.*contrast='self'"):
         Relax(seeded(PooledEncoder)).attribute(X, 1, reference_embedding=REFERENCES, contrast="self")
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_a_progress_bar_counts_the_passes(capsys, show):
+    relax = Relax(nn.Flatten(), n_samples=3, grid=2, perturbations_per_eval=4, show_progress=show)
+    relax.attribute(random(2, 1, 2, 2), reference_embedding=random(1, 4))
+    err = capsys.readouterr().err
+    assert ("Relax: 100%" in err and "6/6" in err) if show else err == ""
