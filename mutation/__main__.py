@@ -24,6 +24,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not outlive a fork
 os.environ.setdefault("CI", "true")  # the same examples of property tests each time
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # which cost more than the tests
 
 from mutation._mutants import sample
 from mutation._reached import Reached
@@ -32,7 +33,7 @@ from mutation.tests import TESTS
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("captum_fam", "tests", "pyproject.toml", "README.md", "CONTRIBUTING.md")
-SLOW_TO_IMPORT = ("captum.attr", "hypothesis", "matplotlib.pyplot", "scipy.stats", "skimage", "torchvision")
+SLOW_TO_IMPORT = ("captum.attr", "hypothesis.extra.numpy", "matplotlib.pyplot", "scipy.stats", "skimage", "torchvision")
 MEMORY = 24 * 2**30  # bytes of addresses: a mutant may ask for tensors of any size
 FIRST = 40  # tests, drawn of all that reach a line; most mutants need no more
 KINDS = ("killed", "timeout", "survived", "equivalent")
