@@ -45,24 +45,31 @@ class _Shared:
         self._lock = threading.Lock()
         self._held: dict[object, tuple[AbstractContextManager[Any], list[int]]] = {}
 
-    @contextmanager
-    def hold(self, key: object, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[Any]:
-        thread = threading.get_ident()
+    def enter(self, key: object, make: Callable[[], AbstractContextManager[Any]]) -> Any:
         with self._lock:
             if key not in self._held:
                 context = make()
                 context.__enter__()
                 self._held[key] = context, []
             context, users = self._held[key]
-            users.append(thread)
+            users.append(threading.get_ident())
+            return context
+
+    def leave(self, key: object) -> None:
+        with self._lock:
+            context, users = self._held[key]
+            users.remove(threading.get_ident())
+            if not users:
+                del self._held[key]
+                context.__exit__(None, None, None)
+
+    @contextmanager
+    def hold(self, key: object, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        self.enter(key, make)
         try:
-            yield context
+            yield
         finally:
-            with self._lock:
-                users.remove(thread)
-                if not users:
-                    del self._held[key]
-                    context.__exit__(None, None, None)
+            self.leave(key)
 
     def is_alone(self, key: object) -> bool:
         """Whether no other thread holds what this one does."""
@@ -162,7 +169,8 @@ def buffers_restored(forward_func: Callable[..., Any]) -> Iterator["Guard"]:
     of the caller's that waits for the originals finds them untouched.
     """
     with ExitStack() as stack:
-        guard, roots = Guard(stack), roots_of(forward_func)
+        guard, roots = Guard(), roots_of(forward_func)
+        stack.callback(guard.end)
         for root in roots:
             guard.hold(root)
         if any("_orig_mod" in module._modules for module in guard.held):  # torch.compile warns of hooks on all modules
@@ -182,10 +190,10 @@ class Guard:
         called: modules that this thread has called: those behind a function may show themselves no earlier.
     """
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self) -> None:
         self.held: dict[nn.Module, _Buffers | None] = {}
         self.called: dict[nn.Module, None] = {}
-        self._stack, self._thread, self._is_new = stack, threading.get_ident(), True
+        self._thread, self._is_new = threading.get_ident(), True
         self._copies: dict[int, Tensor] = {}
 
     def before(self, module: nn.Module, _: Any) -> None:
@@ -199,9 +207,8 @@ class Guard:
             if module not in self.held:
                 self.held[module] = None
                 if len(module._buffers):
-                    held = self._stack.enter_context(_SHARED.hold(module, partial(_Buffers, module, self._copies)))
-                    self.held[module] = held
-                    if held.copies is not self._copies:
+                    held = self.held[module] = _SHARED.enter(module, partial(_Buffers, module, self._copies))
+                    if held.copies is not self._copies:  # an outer call of this thread's has had a pass
                         self._copy(module, held)
 
     def begin(self) -> None:
@@ -212,6 +219,11 @@ class Guard:
                 if held is not None:
                     self._copy(module, held)
         self._is_new = False
+
+    def end(self) -> None:
+        for module, held in self.held.items():
+            if held is not None:
+                _SHARED.leave(module)
 
     def _copy(self, module: nn.Module, held: "_Buffers") -> None:
         if _SHARED.is_alone(module):
@@ -232,13 +244,17 @@ class _Buffers:
         self._own = self._originals = dict(module._buffers.items())
 
     def __enter__(self) -> None:
-        self.copy(self.copies)
+        self._copy(self.copies)
 
     def copy(self, copies: dict[int, Tensor]) -> None:
         self.__exit__()
+        self._copy(copies)
+
+    @torch.no_grad()
+    def _copy(self, copies: dict[int, Tensor]) -> None:
         for b in self._originals.values():
             if b is not None and id(b) not in copies:
-                copies[id(b)] = b if is_lazy(b) else b.detach().clone()
+                copies[id(b)] = b if is_lazy(b) else b.clone()
         self._own = {name: None if b is None else copies[id(b)] for name, b in self._originals.items()}
         self._put(self._own)
 
