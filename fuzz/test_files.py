@@ -151,7 +151,7 @@ CSV = [
 ]
 
 
-@given(st.one_of(st.sampled_from(CSV).flatmap(changed), st.binary(max_size=100)))
+@given(st.one_of(*[st.sampled_from(CSV).flatmap(changed)] * 4, st.binary(max_size=100)))
 def test_any_bytes_are_pairs_in_csv_or_refused(tmp_path_factory, content):
     check_pairs(tmp_path_factory.getbasetemp() / "pairs.csv", content)
 
