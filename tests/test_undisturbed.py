@@ -153,10 +153,10 @@ class Queue(HeadEncoder):
 
 
 class Counting(Queue):
-    """Its embedding depends on the count."""
+    """Its embedding depends on the count, and it takes no more rows after the layer than before it."""
 
     def forward(self, x):
-        return super().forward(x) * self.count
+        return super().forward(x).reshape(len(x), 6) * self.count
 
 
 @each_wrap
