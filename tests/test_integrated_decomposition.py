@@ -152,6 +152,8 @@ WRAPS = {
 @pytest.mark.parametrize("kind", WRAPS)
 @pytest.mark.filterwarnings("ignore:Dynamo")
 def test_a_wrapped_encoder_has_the_maps_of_the_encoder(kind):
+    if kind == "compiled part" and not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("this torch cannot run compiled parts of a model as they are")
     wrap, name, options = WRAPS[kind]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = copy.deepcopy(ENCODER).to(device)
