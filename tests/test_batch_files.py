@@ -5,6 +5,7 @@
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -555,6 +556,15 @@ def test_newlines_in_names_are_no_ends_of_rows_wherever_arrow_s_blocks_meet(tmp_
     pairs = [("a\n" * 50, f"{i}\n,b") for i in range(12000)]  # more than a block of 1 MiB
     table = pa.concat_tables(_pairs._read_pairs(write(tmp_path / "pairs.csv", pairs)))
     assert list(zip(table["query"].to_pylist(), table["reference"].to_pylist())) == pairs
+
+
+@given(st.lists(st.integers(0, 7)), st.integers(1, 5))
+def test_parts_are_of_one_size_but_for_the_last(sizes, rows):
+    ends = np.cumsum([0, *sizes])
+    tables = [pa.table({"row": pa.array(range(*both), pa.int64())}) for both in pairwise(ends)]
+    found = [part["row"].to_pylist() for part in _pairs._in_parts(tables, rows)]
+    everything = list(range(sum(sizes)))
+    assert found == [everything[i : i + rows] for i in range(0, len(everything), rows)]
 
 
 @posix

@@ -1,6 +1,7 @@
 """Encoders of timm and transformers, from files, and the layer that is explained without a name."""
 
 import json
+import re
 import sys
 from contextlib import redirect_stderr
 from io import StringIO
@@ -499,3 +500,32 @@ def test_a_path_in_place_of_a_module_says_what_to_write():
 def test_an_unknown_encoder_says_how_to_name_ones_own(name):
     with pytest.raises(ValueError, match=r"for your own, module\.path:factory"):
         load_encoder(name)
+
+
+def test_a_module_of_the_current_folder_comes_first_and_the_path_is_as_before(tmp_path, monkeypatch):
+    (tmp_path / "this.py").write_text("from torch import nn\nencoder = nn.Identity\n")  # Python has one of this name
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    before = list(sys.path)
+    assert isinstance(load_encoder("this:encoder").model, nn.Identity)
+    with pytest.raises(ValueError, match="cannot import nope"):
+        load_encoder("nope:encoder")
+    assert sys.path == before
+    sys.modules.pop("this")
+
+
+def test_weights_that_lack_one_key_or_have_one_more_do_not_fit(tmp_path):
+    state = load_encoder("bundled").model.state_dict()
+    key = next(iter(state))
+    for changed, words in (
+        ({k: v for k, v in state.items() if k != key}, f"1 keys missing ({key}, ...)"),
+        ({**state, "more": torch.zeros(1)}, "1 keys unknown (more, ...)"),
+    ):
+        torch.save(changed, tmp_path / "state.pt")
+        with pytest.raises(ValueError, match=f"do not fit the encoder: {re.escape(words)}$"):
+            load_encoder("bundled", tmp_path / "state.pt")
+
+
+def test_the_size_of_images_is_that_asked_for(tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "state.pt")
+    assert load_encoder("timm:test_resnet", tmp_path / "state.pt", size=96).size == 96
