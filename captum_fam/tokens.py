@@ -1,9 +1,11 @@
 """Layouts of vision transformers: tokens and channels-last maps as (B, C, h, w)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 # Tokens before the patches: a class token (and one for distillation), four registers, or both.
 _PREFIXES = (0, 1, 2, 4, 5)
@@ -16,7 +18,8 @@ def patch_tokens(height: int, width: int) -> Callable[[Tensor], Tensor]:
     left out.
 
     Without a ``reshape_transform``, the attribution methods of this package find the grid
-    by themselves where the shape leaves no doubt.
+    by themselves: where the model is a vision transformer of timm, torchvision, transformers or
+    open_clip that they know, or where the shape fits one grid and the encoder confirms it.
 
     Args:
         height (int): Patches in a column: the image's height / the patch size.
@@ -68,9 +71,65 @@ def channels_last(activation: Tensor) -> Tensor:
     return activation.movedim(-1, 1)
 
 
+@dataclass(frozen=True)
+class Patches:
+    """
+    Tokens (B, N, C) of a vision transformer, by its own words: so many others come first, then the patches, row by row.
+    """
+
+    prefix: int
+    height: int  # of a patch, in pixels
+    width: int
+
+    def grid(self, activation: Tensor, images: Tensor) -> tuple[int, int] | None:
+        """Of the patches on these images, if that is what the activation has."""
+        if images.ndim != 4 or activation.ndim != 3:
+            return None
+        h, w = images.shape[2] // self.height, images.shape[3] // self.width
+        return (h, w) if h * w > 1 and activation.shape[1] == self.prefix + h * w else None
+
+
+# Tokens before the patches in models of transformers, by their config's model_type.
+_PREFIX_OF_TYPE = {
+    "beit": 1,
+    "clip_vision_model": 1,
+    "deit": 2,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+    "ijepa": 0,
+    "siglip_vision_model": 0,
+    "vit": 1,
+}
+# Classes of timm that put ``num_prefix_tokens`` before their patches.
+_OF_TIMM = ("Beit", "Eva", "VisionTransformer", "VisionTransformerDistilled")
+
+
+def patches_of(model: nn.Module) -> Patches | None:
+    """What a vision transformer of timm, torchvision, transformers or open_clip says of its tokens."""
+    package, name = type(model).__module__, type(model).__name__
+    size: Any = None
+    prefix: Any = 1
+    if package.startswith("timm.models.") and name in _OF_TIMM:
+        prefix, size = model.num_prefix_tokens, getattr(model.patch_embed, "patch_size", None)
+    elif package == "torchvision.models.vision_transformer" and name == "VisionTransformer":
+        size = model.patch_size
+    elif package == "open_clip.transformer" and name == "VisionTransformer":
+        size = model.patch_size if getattr(model.transformer, "batch_first", False) else None
+    elif package.startswith("transformers.models."):
+        config: Any = getattr(model, "config", None)
+        known = _PREFIX_OF_TYPE.get(getattr(config, "model_type", ""))
+        if known is not None:
+            prefix, size = known + getattr(config, "num_register_tokens", 0), config.patch_size
+    if isinstance(size, int):
+        size = (size, size)
+    return Patches(int(prefix), *map(int, size)) if isinstance(size, (tuple, list)) and len(size) == 2 else None
+
+
 def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) -> Tensor | None:
     """
-    Activations as (B, C, *spatial), found from their shape and that of the inputs, or None where it leaves doubt.
+    Activations as (B, C, *spatial), as their shape and that of the inputs suggest, or None where
+    these fit several layouts.
 
     For images (B, channels, H, W), a grid is (H / p, W / p) for a whole patch size p. ``dimensions`` of the
     embedding tell channels from places where both fit.
@@ -104,6 +163,13 @@ def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) ->
             return None
         return activation.reshape(*shape[:2], *flat[0]) if len(flat) == 1 else activation
     return activation
+
+
+def fit(grid: Sequence[int], size: Sequence[int]) -> int:
+    """How well one stride makes a map of that size: exactly (2), but for what kernels lose at the edges (1), or not."""
+    strides = range(1, size[0] // grid[0] + 2)
+    lost = [[abs(S - s * n) for S, n in zip(size, grid)] for s in strides]
+    return 2 if any(not any(of) for of in lost) else int(any(max(of) <= max(s, 4) for of, s in zip(lost, strides)))
 
 
 def _grids(tokens: int, size: tuple[int, int]) -> list[tuple[int, int]]:

@@ -450,11 +450,23 @@ def test_the_refusal_names_the_layer_its_shape_and_the_helpers(method, shape, in
         assert advice in str(error.value)
 
 
+class PatchesAlone(nn.Module):
+    """16 tokens of 64 channels; these may be 8 by 8 places, too."""
+
+    def __init__(self, dimensions):
+        super().__init__()
+        self.layer, self.dimensions = nn.Conv2d(3, 64, 16, 16), dimensions
+        self.tokens = nn.Identity()
+
+    def forward(self, x):
+        return self.tokens(self.layer(x).flatten(2).mT).mean(1)[:, : self.dimensions]
+
+
 def test_the_embedding_tells_channels_from_places():
     x = random(2, 3, 64, 64)
     for dimensions, grid in [(64, (4, 4)), (5, None)]:  # 16 tokens of 64 channels, or 8 by 8 places of 16 channels
-        encoder = Gives((16, 64), dimensions)
-        lafam = LabelFreeActivationMap(encoder, encoder.layer)
+        encoder = seeded(lambda dimensions=dimensions: PatchesAlone(dimensions))
+        lafam = LabelFreeActivationMap(encoder, encoder.tokens)
         if grid is None:
             with pytest.raises(ValueError, match="cannot be told from their shape"):
                 lafam.attribute(x)

@@ -14,6 +14,7 @@ from captum_fam._checks import check_rows, describe
 from captum_fam.engine.checkpoints import in_reentrant_part
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.constants import ConstantWeights, WeightsNeededError
+from captum_fam.engine.order import check_order
 from captum_fam.engine.path import Path
 from captum_fam.engine.recording import Encoder, Recording
 from captum_fam.engine.report import Report
@@ -65,6 +66,14 @@ def record(
             encoder, inputs, additional_forward_args, layer_input, embedding, names, tensors, has_graph, report, path
         )
         recording.checkpointed = forward.checkpointed
+        if encoder.reshape_transform is None:
+
+            def activations(inputs: Tensors, arguments: Any) -> list[Tensor]:
+                again = _Forward(encoder, layers, inputs, arguments, layer_input, False, Way(constants=False), None)
+                again.run(guard)
+                return [a for devices in again.tensors(names, Report()) for a in devices[0]]
+
+            check_order(recording, layers, activations)
         yield recording
         recording.settle()
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from captum_fam import _captum
 from captum_fam.engine.checkpoints import checkpointing_named
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments
+from captum_fam.engine.order import Layouts, ask, in_attention
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of
 from captum_fam.score import select_embedding
-from captum_fam.tokens import images_of, may_be_map, to_map
+from captum_fam.tokens import images_of, may_be_map
 
 # Places along a side of a map for integrated explanations, at least.
 _PLACES = 14
@@ -77,7 +78,8 @@ def maps_on_the_way(
     location on which the embedding of the first example depends, in the order of their calls, with the map's size.
 
     Modules that are called once come before others, and modules inside an attention count where there are no others, as
-    theirs are only parts of what the attention passes on. Where the encoder has cut the gradient of the embedding
+    theirs are only parts of what the attention passes on. Those whose places do not lie where their map says (see
+    order.py) do not count. Where the encoder has cut the gradient of the embedding
     itself (torch.no_grad), dependence is taken for granted.
 
     Any hook of the caller's must be gone; the model is left as it was.
@@ -97,6 +99,7 @@ def maps_on_the_way(
     few = slice(0, len(inputs[0]) if has_batch_statistics(forward_func) else 1)
     given = cut(inputs, few) if len(inputs[0]) else tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)
     leaves, rows = [t.detach().clone() for t in given], len(given[0])
+    arguments = cut_arguments(additional_forward_args, few, len(inputs[0]))
     images = tuple(t.requires_grad_().clone() if t.is_floating_point() else t for t in leaves)
     hooks = [
         m.register_forward_hook(lambda *call, n=n: note(n, call[-1]))
@@ -106,19 +109,17 @@ def maps_on_the_way(
     with buffers_restored(forward_func), torch.enable_grad():  # backward before that: it may need the buffers
         try:
             with compiled_parts_off():
-                output = _captum.run_forward(
-                    forward_func, images, None, cut_arguments(additional_forward_args, few, len(inputs[0]))
-                )
+                output = _captum.run_forward(forward_func, images, None, arguments)
         finally:
             for hook in hooks:
                 hook.remove()
         z = select_embedding(output, output_selector)[:1]
 
-        on = images_of(inputs)
+        on, layouts = images_of(inputs), Layouts(forward_func)
 
         def places(activation: Tensor) -> Tensor | None:
             """The map of an output, or of its gradient, if it has more than one place."""
-            A = to_map(activation, on, z.shape[1])
+            A = layouts.to_map(activation, images, z.shape[1])
             if A is None or A.ndim != max(on.ndim, 3) or A.shape[2:].numel() == 1:
                 return None
             return A if A.ndim != 4 or may_be_map((A.shape[2], A.shape[3]), (on.shape[2], on.shape[3])) else None
@@ -134,14 +135,25 @@ def maps_on_the_way(
                 )
             maps = [None if g is None else places(g) for g in gradients]
             found = {name: outputs[name] for name, g in zip(found, maps) if g is not None and g.any()}
-    outside = [name for name in found if model is not None and not _in_attention(model, name)]
-    chosen = outside or list(found)
-    return {name: sizes[name] for name in [name for name in chosen if name not in again] or chosen}
+        outside = [name for name in found if model is not None and not in_attention(model, name)]
+        chosen = outside or list(found)
+        chosen = [name for name in chosen if name not in again] or chosen
+        doubts = {name: layouts.doubt(modules[name], outputs[name], images) for name in chosen}
+        doubts = {name: doubt for name, doubt in doubts.items() if doubt is not None}
 
+        doubtful = [modules[name] for name in doubts]
 
-def _in_attention(model: nn.Module, name: str) -> bool:
-    parts = name.split(".")
-    classes = [type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts))]
-    # A ResidualAttentionBlock is more than its attention.
-    words = [*parts, *(c for c in classes if not c.endswith(("Block", "Layer")))]
-    return any(word in written.lower() for word in ("attn", "attention") for written in words)
+        def activations(images: Tensors, arguments: Any) -> list[Tensor | None]:
+            kept: dict[nn.Module, Tensor] = {}
+            hooks = [m.register_forward_hook(lambda m, _, output: kept.update({m: output})) for m in doubtful]
+            try:
+                with torch.no_grad(), compiled_parts_off():
+                    _captum.run_forward(forward_func, images, None, arguments)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return [kept.get(m) for m in doubtful]
+
+        answers = ask(activations, list(doubts.values()), layouts, given, arguments, z.shape[1]) if doubts else []
+    wrong = {name for name, answer in zip(doubts, answers) if not answer}
+    return {name: sizes[name] for name in chosen if name not in wrong}

@@ -1,8 +1,8 @@
 """What a forward pass has recorded of layers (see forward.py), and the gradients of its embedding."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, TypeVar, cast
 
@@ -14,11 +14,12 @@ from captum_fam._checks import describe
 from captum_fam.engine.checkpoints import CUT, checkpointing_named
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.layers import last_map
+from captum_fam.engine.order import Layouts
 from captum_fam.engine.path import Path
 from captum_fam.engine.report import Dependence, Report
 from captum_fam.engine.ways import NotInOneBatchError
 from captum_fam.similarity import widen
-from captum_fam.tokens import images_of, to_map
+from captum_fam.tokens import images_of
 
 T = TypeVar("T")
 
@@ -38,6 +39,11 @@ class Encoder:
     output_selector: Callable[[Any], Tensor] | None = None
     reshape_transform: Callable[[Tensor], Tensor] | None = None
     device_ids: list[int] | None = None
+    confirmed: set[object] = field(default_factory=set)  # what the encoder was asked (see order.py)
+
+    @cached_property
+    def layouts(self) -> Layouts:
+        return Layouts(self.forward_func)
 
     def to_map(self, activation: Tensor, inputs: Tensors, dimensions: int | None) -> Tensor:
         """
@@ -46,7 +52,7 @@ class Encoder:
         """
         if self.reshape_transform is not None:
             return self.reshape_transform(activation)
-        found = to_map(activation, images_of(inputs), dimensions)
+        found = self.layouts.to_map(activation, inputs, dimensions)
         return activation if found is None else found
 
 
@@ -55,9 +61,10 @@ class Recording:
     The embeddings of one forward pass and the activations of its layers.
 
     Attributes:
-        inputs, additional_forward_args: of the forward pass.
+        encoder, inputs, additional_forward_args: of the forward pass.
         layer_input: whether the layers' inputs were recorded, instead of their outputs.
         embedding: z (B, D), detached.
+        given: all tensors that the layers gave, as they were, detached.
         activations: all tensors that the layers gave, as (B, C, *spatial), detached.
         moved: these less the baseline of the path; without a path, these.
         on_path: embeddings (nodes, B, D) of the path's points, detached.
@@ -95,12 +102,12 @@ class Recording:
         self.has_graph = has_graph
         self.checkpointed = False
         self.report = report
-        self._encoder = encoder
+        self.encoder = encoder
         self._tensors = tensors  # of each layer, by device (one, but for DataParallel)
         reduced = [_captum.reduce_list([tuple(self._own(a) for a in t) for t in devices]) for devices in tensors]
         self.sizes = [len(layer) for layer in reduced]
         self.names = [name for name, layer in zip(layers, reduced) for _ in layer]
-        given = [a.as_subclass(Tensor) for layer in reduced for a in layer]
+        self.given = given = [a.as_subclass(Tensor) for layer in reduced for a in layer]
         self.activations = [self._layout(a, name) for a, name in zip(given, self.names)]
         self.moved = self.activations if path is None else [path.moved(A) for A in self.activations]
         if path is not None and path.baseline_is_mean:
@@ -191,7 +198,7 @@ class Recording:
                 gradients = self._gradients(self._asked[None], self._flat(self._tensors[i : i + 1]))[0]
                 used = any(g is not None and bool(g.any()) for g in gradients)
                 found = Dependence.OFF_THE_MAP if used else Dependence.NONE
-            encoder = self._encoder
+            encoder = self.encoder
             where = (encoder.forward_func, self.inputs, self.additional_forward_args, encoder.output_selector)
             self.report.note_dependence((i, name), found, partial(last_map, *where))
 
@@ -259,11 +266,11 @@ class Recording:
         return sum((points[n] for n in weighed), torch.zeros_like(points[0]))
 
     def reshape(self, activation: Tensor) -> Tensor:
-        return self._encoder.to_map(activation, self.inputs, self.embedding.shape[1])
+        return self.encoder.to_map(activation, self.inputs, self.embedding.shape[1])
 
     def _layout(self, activation: Tensor, name: str) -> Tensor:
         """Activations as (B, C, *spatial), or an error that says how to make them so."""
-        B, given = len(self.embedding), self._encoder.reshape_transform is not None
+        B, given = len(self.embedding), self.encoder.reshape_transform is not None
         A = self.reshape(activation) if given or len(activation) == B else activation
         if not isinstance(A, Tensor) or A.ndim < 2 or len(A) != B:
             origin = "`reshape_transform` to return" if given else f"layer {name} to give"
@@ -272,7 +279,7 @@ class Recording:
                 " layer, or pass a reshape_transform that returns that layout."
             )
         images = images_of(self.inputs)
-        if not given and to_map(activation, images, self.embedding.shape[1]) is None:
+        if not given and self.encoder.layouts.to_map(activation, self.inputs, self.embedding.shape[1]) is None:
             raise ValueError(
                 f"The activations {tuple(A.shape)} of layer {name} look like tokens or channels-last maps, but how they"
                 f" lie on inputs {tuple(images.shape)} cannot be told from their shape. Pass"

@@ -42,6 +42,7 @@ class OnLayer(SimilarityAttribution):
         super().__init__(forward_func, layer, device_ids, similarity=similarity, output_selector=output_selector)
         check_hookable("forward_func", self._behind())
         self.reshape_transform = reshape_transform
+        self._confirmed: set[object] = set()
 
     def _layers(self, inputs: Tensors, additional_forward_args: object | None) -> list[nn.Module]:
         """The layers that explain these inputs."""
@@ -69,7 +70,7 @@ class OnLayer(SimilarityAttribution):
         layers: list[nn.Module] | None = None,
     ) -> AbstractContextManager[Recording]:
         return record(
-            Encoder(self._encoder(), self._selector(), self.reshape_transform, self.device_ids),
+            Encoder(self._encoder(), self._selector(), self.reshape_transform, self.device_ids, self._confirmed),
             self._layers(inputs, additional_forward_args) if layers is None else layers,
             inputs,
             additional_forward_args,
