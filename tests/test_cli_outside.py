@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import warnings
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
@@ -280,9 +281,16 @@ def test_what_pillow_logs_of_a_broken_file_is_said_by_the_error_alone(run, cat, 
     assert logging.getLogger("PIL").level == level
 
 
-def test_a_user_s_filter_of_warnings_counts(tmp_path):
-    import warnings
+def test_a_warning_after_an_image_is_about_no_file(cat):
+    path = cat("cat.png")
+    with recorded_warnings() as found:
+        read_image(path)
+        warnings.warn("doubtful", stacklevel=1)
+        warnings.warn("of numbers", RuntimeWarning, stacklevel=1)
+    assert list(found) == [("doubtful", "")]
 
+
+def test_a_user_s_filter_of_warnings_counts(tmp_path):
     path = damaged(tmp_path / "photo.jpg")
     for filter_, count in (("default", 1), ("ignore", 0)):
         with warnings.catch_warnings():
