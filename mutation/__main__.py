@@ -76,8 +76,8 @@ def tried(module: str, number: int, seed: int, reached: Reached) -> Counter[str]
         if (module, mutant.old, mutant.new) in EQUIVALENT:
             counts["equivalent"] += 1
             continue
-        tests = reached.tests(path, mutant.lines, [f"tests/test_{name}.py" for name in TESTS[module].split()])
-        random.Random(seed).shuffle(tests)
+        files = [f"tests/test_{name}.py" for name in TESTS[module].split()]
+        tests = reached.tests(path, mutant.lines, files, random.Random(seed))
         break_into(path, mutant.code)
         found = outcome(tests[:FIRST], reached)
         if found == "survived":

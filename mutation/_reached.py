@@ -1,6 +1,7 @@
 """Which tests reach a line, and how long they take."""
 
 import pickle
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -43,9 +44,11 @@ class Reached:
     def load(self) -> None:
         self.seconds, self.lines = pickle.loads(self.file.read_bytes())
 
-    def tests(self, path: Path, lines: range, files: list[str]) -> list[str]:
-        """Those that reach a line; of one that runs on import, all tests of the files."""
+    def tests(self, path: Path, lines: range, files: list[str], draw: random.Random) -> list[str]:
+        """Those that reach a line, in random order; after them, of a line that runs on import, all of the files."""
         found = set[str]().union(*(self.lines.get((str(path), line), set()) for line in lines))
-        if "" in found:
-            found = {test for test in self.seconds if test.partition("::")[0] in files}
-        return sorted(found)
+        others = {test for test in self.seconds if test.partition("::")[0] in files} if "" in found else set[str]()
+        reaching, others = sorted(found - {""}), sorted(others - found)
+        draw.shuffle(reaching)
+        draw.shuffle(others)
+        return reaching + others

@@ -348,3 +348,10 @@ def test_a_layer_without_channels_is_named():
     ).double()
     with pytest.raises(ValueError, match=r"layer '2' \(Flatten\) to give activations \(B, C, \*spatial\)"):
         places(encoder, encoder[2]).attribute(X, 1, reference_embedding=S)
+
+
+def test_route_looks_at_the_points_of_the_path_and_at_no_other():
+    encoder, seen = seeded(HeadEncoder), []
+    encoder.head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    assert FeatureActivationMap(encoder, encoder.layer, n_steps=3).route(random(2, 3, 8, 8)) == "jacobian"
+    assert seen == [2 * (1 + 3)]

@@ -228,3 +228,11 @@ def test_score_cam_explains_differences_of_scores_and_nothing_else(less):
     ):
         with pytest.raises(ValueError, match=f"ScoreCam.*{next(iter(less))}"):
             call()
+
+
+def test_several_inputs_are_refused_whatever_their_dimensions():
+    encoder = seeded(Shifted)
+    with pytest.raises(ValueError, match=r"\(3, 3, 8, 8\), \(3, 6\)\]\.$"):  # and no word of the activations, which fit
+        ScoreCam(encoder, encoder.layer).attribute(
+            (random(3, 3, 8, 8), random(3, 6)), 1, reference_embedding=REFERENCES
+        )
