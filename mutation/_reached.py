@@ -47,8 +47,8 @@ class Reached:
     def tests(self, path: Path, lines: range, files: list[str], draw: random.Random) -> list[str]:
         """Those that reach a line, in random order; after them, of a line that runs on import, all of the files."""
         found = set[str]().union(*(self.lines.get((str(path), line), set()) for line in lines))
-        others = {test for test in self.seconds if test.partition("::")[0] in files} if "" in found else set[str]()
-        reaching, others = sorted(found - {""}), sorted(others - found)
+        of_files = {test for test in self.seconds if test.partition("::")[0] in files} if "" in found else set[str]()
+        reaching, others = sorted(found - {""}), sorted(of_files - found)
         draw.shuffle(reaching)
         draw.shuffle(others)
         return reaching + others
