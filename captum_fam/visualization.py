@@ -208,9 +208,11 @@ def draw_maps(
         resized = shown[0, 0].numpy()
         strength = np.abs(resized) / limit
         if signed:
-            axis.imshow(SIGNED((resized > 0).astype(float))[..., :3], alpha=STRONGEST * strength.clip(0, 1))
+            colours, opacity = SIGNED((resized > 0).astype(float)), strength
         else:
-            axis.imshow(scale.to_rgba(resized)[..., :3], alpha=STRONGEST * np.sqrt(strength).clip(0, 1))
+            colours, opacity = scale.to_rgba(resized), np.sqrt(strength)
+        # In the image: matplotlib before 3.11 leaves out an array of opacities without a word.
+        axis.imshow(np.dstack([colours[..., :3], STRONGEST * opacity.clip(0, 1)]))
     bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=30)
     bar.set_label(label, parse_math=False, fontsize="small")
 

@@ -241,11 +241,7 @@ def retrieval(t):
 def drawn(figure):
     """Pictures, maps with their opacity, and what is written under them."""
     images = [image for axis in figure[1].flat for image in axis.images]
-    values = [
-        torch.from_numpy(np.asarray(v, np.float64))
-        for i in images
-        for v in (i.get_array(), 1 if i.get_alpha() is None else i.get_alpha())
-    ]
+    values = [torch.from_numpy(np.asarray(image.get_array(), np.float64)) for image in images]
     return [*values, *(axis.get_xlabel() for axis in figure[1].flat)]
 
 

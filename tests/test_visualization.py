@@ -64,11 +64,11 @@ def photo(axis):
 
 
 def colours(axis):
-    return np.asarray(axis.images[1].get_array())
+    return np.asarray(axis.images[1].get_array())[..., :3]
 
 
 def opacity(axis):
-    return np.asarray(axis.images[1].get_alpha())
+    return np.asarray(axis.images[1].get_array())[..., 3]
 
 
 def enlarged(values, size=(384, 512)):
@@ -703,7 +703,7 @@ def test_methods_that_failed_are_written_at_the_foot_with_their_reasons(reason):
     figure, axes = comparison(PHOTO, maps)
     rendered(figure)
     assert axes.shape == (2, 2)
-    foot = figure.get_supxlabel()
+    (foot,) = [text.get_text() for text in figure.texts]
     said = f"my $method has no map: {maps.failures['my $method']}"
     assert "".join(foot.split()) == "".join(said.split())  # wrapped, perhaps within a long word
     assert figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() == foot)
@@ -711,7 +711,7 @@ def test_methods_that_failed_are_written_at_the_foot_with_their_reasons(reason):
 
 def test_no_failures_leave_no_foot():
     figure, _ = comparison()
-    assert figure.get_supxlabel() == ""
+    assert [text.get_text() for text in figure.texts] == [""]
 
 
 SQUARE, TALL = np.zeros((400, 400)), np.zeros((800, 100))
