@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,15 +55,20 @@ class Layouts:
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self._forward_func = forward_func
-        self._said: dict[Patches, set[nn.Module]] = {}  # by the vision transformers in it, of these modules
-        for module in (m for root in roots_of(forward_func) for m in root.modules()):
+
+    @cached_property
+    def _said(self) -> dict[Patches, set[nn.Module]]:
+        """What the vision transformers in an encoder say, of these modules."""
+        said: dict[Patches, set[nn.Module]] = {}
+        for module in (m for root in roots_of(self._forward_func) for m in root.modules()):
             if (patches := patches_of(module)) is not None:
-                self._said.setdefault(patches, set()).update(module.modules())
+                said.setdefault(patches, set()).update(module.modules())
+        return said
 
     def to_map(self, activation: Tensor, inputs: Tensors, dimensions: int | None) -> Tensor | None:
         """As (B, C, *spatial), for an embedding of so many dimensions; None where several layouts fit."""
         images = images_of(inputs)
-        for patches in self._said:
+        for patches in self._said if activation.ndim == 3 else ():
             if (grid := patches.grid(activation, images)) is not None:
                 return patch_tokens(*grid)(activation)
         return to_map(activation, images, dimensions)
@@ -70,8 +76,9 @@ class Layouts:
     def doubt(self, layer: nn.Module, activation: Tensor, inputs: Tensors) -> Doubt | None:
         """What is to be asked of the encoder before what a layer gave is taken for ``to_map`` of it."""
         images = images_of(inputs)
-        said = any(layer in of and patches.grid(activation, images) for patches, of in self._said.items())
-        if activation.ndim < 3 or activation.shape[2:].numel() == 1 or said:
+        if activation.ndim < 3 or activation.shape[2:].numel() == 1:
+            return None
+        if activation.ndim == 3 and any(layer in of and p.grid(activation, images) for p, of in self._said.items()):
             return None
         if activation.ndim != images.ndim or self._is_attention(layer):
             return Doubt.PLACES
