@@ -1,4 +1,4 @@
-"""The page of promises names tests, pages and commands that exist, and each file of tests of a kind is there once."""
+"""The page of promises names tests, pages and commands that exist."""
 
 import importlib.util
 import re
@@ -14,7 +14,7 @@ FILES = sorted(set(re.findall(r"`((?:tests|fuzz)/\w+\.py)`", PAGE)))
 def test_every_row_names_what_tests_it():
     rows = re.findall(r"^\| .* \|$", PAGE, re.M)
     assert len(rows) > 15
-    assert [row for row in rows if "tested in" not in row and not re.search(r"`(tests|fuzz)/\w+\.py` \|$", row)] == []
+    assert [row for row in rows if "tested in" not in row and not re.search(r"`(tests|fuzz)/\w+\.py`[^|]*\|$", row)] == []
 
 
 @pytest.mark.parametrize("name", FILES)
