@@ -22,7 +22,9 @@ from captum_fam import (
 from captum_fam import tokens as layouts
 from captum_fam.engine.layers import early_map, last_map, maps_on_the_way
 
-refused = functools.partial(pytest.raises, ValueError, match="do not lie on inputs")
+
+def refused(match="do not lie on inputs"):
+    return pytest.raises(ValueError, match=match)
 
 
 class Tokens(nn.Module):
@@ -356,7 +358,25 @@ def test_an_encoder_of_whole_batches_is_asked_with_its_batch():
         FeatureActivationMap(model, model.blocks[0]).attribute(x, reference_embedding=random(1, 5))
 
 
-@pytest.mark.parametrize("kind", ["zeros", "bright patch", "not finite", "float16", "integers of one value"])
+def test_an_encoder_that_refuses_changed_inputs_is_named_as_the_reason():
+    grid = (4, 4)
+
+    class Strict(Tokens):
+        def forward(self, x):
+            if not torch.isin(x, torch.tensor([0.0, 1.0], dtype=x.dtype)).all():
+                raise RuntimeError("only zeros and ones")
+            return super().forward(x)
+
+    model, x = seeded(lambda: Strict(row_by_row(grid))), (image(grid) > 0).double()
+    with refused(match=r"failed when a part of an input was changed \(RuntimeError: only zeros and ones\)") as error:
+        FeatureActivationMap(model, model.blocks[0]).attribute(x, reference=x.flip(0))
+    assert isinstance(error.value.__cause__, RuntimeError)
+    assert last_map(model, (x,)) == "patch"
+    fam = FeatureActivationMap(model, model.blocks[0], reshape_transform=patch_tokens(*grid))
+    assert fam.attribute(x, reference=x.flip(0)).shape[2:] == grid
+
+
+@pytest.mark.parametrize("kind", ["zeros", "bright patch", "not finite", "float16"])
 def test_the_answer_does_not_depend_on_what_the_first_image_shows(kind):
     grid = (4, 4)
     x = torch.zeros(2, 3, 16, 16, dtype=torch.float64)

@@ -140,7 +140,6 @@ def maps_on_the_way(
         chosen = [name for name in chosen if name not in again] or chosen
         doubts = {name: layouts.doubt(modules[name], outputs[name], images) for name in chosen}
         doubts = {name: doubt for name, doubt in doubts.items() if doubt is not None}
-
         doubtful = [modules[name] for name in doubts]
 
         def activations(images: Tensors, arguments: Any) -> list[Tensor | None]:
@@ -154,6 +153,6 @@ def maps_on_the_way(
                     hook.remove()
             return [kept.get(m) for m in doubtful]
 
-        answers = ask(activations, list(doubts.values()), layouts, given, arguments, z.shape[1]) if doubts else []
+        answers, _ = ask(activations, list(doubts.values()), layouts, given, arguments, z.shape[1])
     wrong = {name for name, answer in zip(doubts, answers) if not answer}
     return {name: sizes[name] for name in chosen if name not in wrong}

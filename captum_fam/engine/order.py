@@ -127,18 +127,22 @@ def check_order(
     asked = (encoder.forward_func, recording.layer_input, *layers, *(t.shape[1:] for t in inputs))
     if not any(doubts) or not len(inputs[0]) or asked in encoder.confirmed:
         return
-    answers = ask(activations, doubts, encoder.layouts, inputs, args, recording.embedding.shape[1])
+    answers, failure = ask(activations, doubts, encoder.layouts, inputs, args, recording.embedding.shape[1])
     for name, given, answer in zip(recording.names, recording.given, answers):
         if not answer:
+            found = (
+                "when a part of an input was changed, other places of the map answered than the one there, or all alike"
+            )
+            if failure is not None:
+                found = f"the encoder failed when a part of an input was changed ({type(failure).__name__}: {failure})"
             raise ValueError(
                 f"The activations {tuple(given.shape)} of layer {name} do not lie on inputs"
-                f" {tuple(images_of(inputs).shape)} as their shape suggests: when a part of an input was changed, other"
-                " places of the map answered than the one there, or all alike. That is so where tokens are in an order"
-                " of their own (a class token that is not the first, windows, a shuffle, the batch second), where the"
-                " channels come last, and inside attentions. Choose another layer, or pass a reshape_transform that"
+                f" {tuple(images_of(inputs).shape)} as their shape suggests: {found}. That is so where tokens are in an"
+                " order of their own (a class token that is not the first, windows, a shuffle, the batch second), where"
+                " the channels come last, and inside attentions. Choose another layer, or pass a reshape_transform that"
                 " returns (B, C, *spatial) in the order of the input, such as patch_tokens(height, width),"
                 " channels_last, or lambda a: a to take them as they are."
-            )
+            ) from failure
     encoder.confirmed.add(asked)
 
 
@@ -149,11 +153,14 @@ def ask(
     inputs: Tensors,
     additional_forward_args: Any,
     dimensions: int,
-) -> list[bool]:
+) -> tuple[list[bool], Exception | None]:
     """
     For each of the layers whose activations the function gives, whether it lies as its layout says: whether the places
     of its map answer where the input changes, or, if that is the doubt, whether they do so better than its channels.
+    None does where the encoder fails on a changed input; its error comes second.
     """
+    if not any(doubts):
+        return [True] * len(doubts), None
     B, at = len(inputs[0]), next(i for i, t in enumerate(inputs) if t is images_of(inputs))
 
     def found(rows: slice) -> list[bool]:
@@ -176,10 +183,13 @@ def ask(
             for d, a, b in zip(doubts, places, channels)
         ]
 
-    try:
-        return found(slice(1))
-    except Exception:  # an encoder may need the whole batch
-        return found(slice(None))
+    failure = None
+    for rows in (slice(1), slice(None)):  # an encoder may need the whole batch
+        try:
+            return found(rows), None
+        except Exception as error:
+            failure = error
+    return [doubt is None for doubt in doubts], failure
 
 
 @dataclass(frozen=True)

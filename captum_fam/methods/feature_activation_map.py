@@ -84,7 +84,9 @@ class FeatureActivationMap(DimensionAttribution):
         reshape_transform (Callable, optional): Takes the layer's activations (tokens,
                     channels last) to (B, C, \*spatial) by selecting and reordering; it is
                     applied to their gradient as well.
-                    Default: None
+                    Default: None, as the model says, or as their shape suggests and the
+                    encoder confirms: where another layout could have that shape, it runs a
+                    few more times, on one example, once for inputs of a shape
 
     Raises:
         TypeError, ValueError: an argument is not as described above.
