@@ -12,9 +12,9 @@ FILES = sorted(set(re.findall(r"`((?:tests|fuzz)/\w+\.py)`", PAGE)))
 
 
 def test_every_row_names_what_tests_it():
-    rows = re.findall(r"^\| .* \|$", PAGE, re.M)
+    rows = [row for row in re.findall(r"^\| .* \|$", PAGE, re.M) if "tested in" not in row]
     assert len(rows) > 15
-    assert [row for row in rows if "tested in" not in row and not re.search(r"`(tests|fuzz)/\w+\.py`[^|]*\|$", row)] == []
+    assert [row for row in rows if not re.search(r"`(tests|fuzz)/\w+\.py`[^|]*\|$", row)] == []
 
 
 @pytest.mark.parametrize("name", FILES)
