@@ -18,4 +18,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'if self.baseline >= "zero":',
     ): 'the other name is "mean", which comes before "zero"',
     ("methods/channel_attribution", "@abstractmethod", ""): "a mark for mypy: no class of Captum's is an ABC",
+    (
+        "methods/layer_attribution",
+        "deltas = [missed[:, 0] for missed in found.missed]",
+        "deltas = [missed[:, -1] for missed in found.missed]",
+    ): "`attribute` explains one pair for each input, (B, 1)",
 }
