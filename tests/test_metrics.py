@@ -34,6 +34,7 @@ from captum_fam.metrics import (
     relevance_rank_accuracy,
     road,
 )
+from captum_fam.metrics._perturbed import ranks
 from captum_fam.metrics._road import imputed
 
 many = settings(deadline=None, max_examples=60)
@@ -1824,3 +1825,11 @@ def test_an_argument_of_reference_dependence_that_cannot_work_is_named(change, e
     given = {"attributions": MAPS, "other_attributions": OTHER_MAPS, "target": 0, "other_target": 1, "n_cells": 4}
     with pytest.raises(error, match=match):
         reference_dependence(SCORE, X, **{**given, **change})
+
+
+def test_ties_keep_the_order_that_the_seed_has_drawn():
+    maps = torch.randint(0, 3, (2, 60, 60), generator=torch.Generator().manual_seed(0)).double()
+    drawn = torch.randperm(3600, generator=torch.Generator().manual_seed(5)).tolist()
+    for values, places in zip(maps.flatten(1).tolist(), ranks(maps, 5).flatten(1)):
+        order = sorted(drawn, key=lambda i: -values[i])  # Python's sort is stable
+        assert places[order].tolist() == list(range(3600))
