@@ -206,7 +206,7 @@ class Guard:
         for module in () if model in self.held else model.modules():
             if module not in self.held:
                 self.held[module] = None
-                if _may_change_buffers(module):
+                if len(module._buffers):
                     held = self.held[module] = _SHARED.enter(module, partial(_Buffers, module, self._copies))
                     if held.copies is not self._copies:  # an outer call of this thread's has had a pass
                         self._copy(module, held)
@@ -228,13 +228,6 @@ class Guard:
     def _copy(self, module: nn.Module, held: "_Buffers") -> None:
         if _SHARED.is_alone(module):
             held.copy(self._copies)
-
-
-def _may_change_buffers(module: nn.Module) -> bool:
-    """Whether a pass may change a module's buffers; torch's own leave them alone in evaluation."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    is_torch_s = type(module).__module__.startswith("torch.nn.modules.")
-    return len(module._buffers) > 0 and (module.training or bool(hooked) or not is_torch_s)
 
 
 class _Buffers:
