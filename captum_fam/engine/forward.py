@@ -66,7 +66,8 @@ def record(
             encoder, inputs, additional_forward_args, layer_input, embedding, names, tensors, has_graph, report, path
         )
         recording.checkpointed = forward.checkpointed
-        if encoder.reshape_transform is None:
+        yield recording
+        if encoder.reshape_transform is None:  # last: the gradients need what another pass may change
 
             def activations(inputs: Tensors, arguments: Any) -> list[Tensor]:
                 again = _Forward(encoder, layers, inputs, arguments, layer_input, False, Way(constants=False), None)
@@ -74,7 +75,6 @@ def record(
                 return [a for devices in again.tensors(names, Report()) for a in devices[0]]
 
             check_order(recording, layers, activations)
-        yield recording
         recording.settle()
 
 
