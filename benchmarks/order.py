@@ -103,7 +103,17 @@ def _count(name: str) -> list[object]:
                 model(*images)
                 return [kept[n] for n in in_doubt]
 
-            return sum(ask(activations, [Doubt.PLACES] * len(in_doubt), layouts, (x,), None, z.shape[1])[0])
+            return sum(
+                ask(
+                    activations,
+                    [Doubt.PLACES] * len(in_doubt),
+                    [False] * len(in_doubt),
+                    layouts,
+                    (x,),
+                    None,
+                    z.shape[1],
+                )[0]
+            )
 
         right = confirmed(unknown)
         wrong = [confirmed(_Wrong(order, how in ("one further", "half of them"))) for how, order in WRONG.items()]

@@ -198,5 +198,6 @@ def _has_one_stride(grid: tuple[int, int], size: tuple[int, int]) -> bool:
 
 
 def images_of(inputs: tuple[Tensor, ...]) -> Tensor:
-    """Of the inputs of an encoder those that its activations lie on: the images, if there are any."""
-    return next((t for t in inputs if t.ndim == 4 and t.is_floating_point()), inputs[0])
+    """Of the inputs of an encoder those that its activations lie on: the images, or what has the most dimensions."""
+    images = (t for t in inputs if t.ndim == 4 and t.is_floating_point())
+    return next(images, max(inputs, key=lambda t: t.ndim))

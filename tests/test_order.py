@@ -308,7 +308,7 @@ def test_the_encoder_is_asked_once_for_inputs_of_a_shape_with_one_of_them():
         fam.attribute(image(grid, B), reference_embedding=s)
     assert model.sizes == [3, *[1] * 17, 2]  # one as it is, and each of its 16 places changed
     fam.attribute(image((8, 8), 1), reference_embedding=s)
-    assert model.sizes == [3, *[1] * 17, 2, 1, *[1] * 9]
+    assert model.sizes == [3, *[1] * 17, 2, 1, *[1] * 17]
 
 
 def test_a_convolution_on_images_is_not_asked():

@@ -74,7 +74,7 @@ def record(
                 again.run(guard)
                 return [a for devices in again.tensors(names, Report()) for a in devices[0]]
 
-            check_order(recording, layers, activations)
+            check_order(recording, layers, guard.called, activations)
         recording.settle()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_fam import _captum
 from captum_fam.engine.checkpoints import checkpointing_named
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments
-from captum_fam.engine.order import Layouts, ask, in_attention
+from captum_fam.engine.order import Layouts, ask, follows_convolution, in_attention
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of
 from captum_fam.score import select_embedding
 from captum_fam.tokens import images_of, may_be_map
@@ -153,6 +153,7 @@ def maps_on_the_way(
                     hook.remove()
             return [kept.get(m) for m in doubtful]
 
-        answers, _ = ask(activations, list(doubts.values()), layouts, given, arguments, z.shape[1])
+        convolved = [follows_convolution(m, modules.values()) for m in doubtful]
+        answers, _ = ask(activations, list(doubts.values()), convolved, layouts, given, arguments, z.shape[1])
     wrong = {name for name, answer in zip(doubts, answers) if not answer}
     return {name: sizes[name] for name in chosen if name not in wrong}

@@ -7,11 +7,11 @@ time the place that the map has there must be the one that answers.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
-from itertools import combinations, product
+from itertools import combinations, product, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,10 +33,11 @@ class Doubt(Enum):
     PLACES = "places"
 
 
-# Changes of the input, about: so many cells of a map, or all cells of a small one, several times if they are few.
-_CHANGES = 8
-# How far from a cell the places that answer may lie, beside all places (benchmarks/order.md).
-_NEAR = 0.5
+# Cells of a map that are changed: all of a small one, several times if they are few, or so many of them.
+_CHANGES = 16
+# How far from a cell the places that answer may lie, beside all places, and of how many cells one at its place or the
+# next must answer most (benchmarks/order.md).
+_NEAR, _MOST = 0.5, 0.75
 # Cells of a map that tell little.
 _FEW = 4
 
@@ -48,6 +49,7 @@ _CHANNELS_FIRST = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention, nn.Embedding, nn.RNNBase)
 
 
 class Layouts:
@@ -62,7 +64,8 @@ class Layouts:
         said: dict[Patches, set[nn.Module]] = {}
         for module in (m for root in roots_of(self._forward_func) for m in root.modules()):
             if (patches := patches_of(module)) is not None:
-                said.setdefault(patches, set()).update(module.modules())
+                own = [m for name, m in module.named_modules() if "pool" not in name and "ln_post" not in name]
+                said.setdefault(patches, set()).update(own)  # what a pooler gives are no patches
         return said
 
     def to_map(self, activation: Tensor, inputs: Tensors, dimensions: int | None) -> Tensor | None:
@@ -80,19 +83,28 @@ class Layouts:
             return None
         if activation.ndim == 3 and any(layer in of and p.grid(activation, images) for p, of in self._said.items()):
             return None
-        if activation.ndim != images.ndim or self._is_attention(layer):
+        if activation.ndim != images.ndim or self._is_attention(layer, activation):
             return Doubt.PLACES
-        if images.ndim < 4:
-            return None if _is_channels_first(layer) else Doubt.CHANNELS
+        if images.ndim != 4:  # one stride for all sides is no rule there
+            return None if channels_first(layer.modules()) else Doubt.CHANNELS
+        A = to_map(activation, images, None)
+        if A is None:
+            return Doubt.PLACES
+        if A.shape != activation.shape:  # channels last; or so many blocks of so many places, both of a square
+            blocks, each = activation.shape[1:3]
+            may_be_pieces = math.isqrt(blocks) ** 2 == blocks and math.isqrt(each) ** 2 == each
+            return Doubt.PLACES if may_be_pieces and blocks * each > _CHANGES else None
         first, last = (fit(grid, images.shape[2:]) for grid in (activation.shape[2:], activation.shape[1:-1]))
-        return None if first != last else Doubt.CHANNELS if first else Doubt.PLACES
+        return None if first > last else Doubt.CHANNELS if first else Doubt.PLACES
 
-    def _is_attention(self, layer: nn.Module) -> bool:
+    def _is_attention(self, layer: nn.Module, activation: Tensor) -> bool:
+        """Whether a layer gives what each place takes from each other: (B, heads, N, N)."""
+        if activation.ndim != 4 or activation.shape[2] != activation.shape[3] or channels_first(layer.modules()):
+            return False
         model = model_of(self._forward_func)
         name = next((n for n, m in model.named_modules() if m is layer and n), None) if model is not None else None
-        if model is None or name is None:
-            return isinstance(layer, nn.Softmax) or _names_attention([type(layer).__name__])
-        return isinstance(layer, nn.Softmax) or in_attention(model, name)
+        named = model is not None and name is not None and in_attention(model, name)
+        return isinstance(layer, nn.Softmax) or named
 
 
 def in_attention(model: nn.Module, name: str) -> bool:
@@ -100,34 +112,36 @@ def in_attention(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
     classes = [type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts))]
     # A ResidualAttentionBlock is more than its attention.
-    return _names_attention([*parts, *(c for c in classes if not c.endswith(("Block", "Layer")))])
-
-
-def _names_attention(words: list[str]) -> bool:
+    words = [*parts, *(c for c in classes if not c.endswith(("Block", "Layer")))]
     return any(word in written.lower() for word in ("attn", "attention") for written in words)
 
 
-def _is_channels_first(layer: nn.Module) -> bool:
-    """Whether a layer's own type says that dimension 1 of what it takes and gives is its channels."""
-    while isinstance(layer, nn.Sequential) and len(layer):
-        layer = layer[-1]
-    return isinstance(layer, _CHANNELS_FIRST)
+def channels_first(modules: Iterable[nn.Module]) -> bool | None:
+    """Whether dimension 1 of what modules take and give is the channels, if their types say so."""
+    said = {isinstance(m, _CHANNELS_FIRST) for m in modules if isinstance(m, _CHANNELS_FIRST + _CHANNELS_LAST)}
+    return None if not said else said == {True}
 
 
 def check_order(
-    recording: "Recording", layers: Sequence[nn.Module], activations: Callable[[Tensors, Any], list[Tensor]]
+    recording: "Recording",
+    layers: Sequence[nn.Module],
+    called: Iterable[nn.Module],
+    activations: Callable[[Tensors, Any], list[Tensor]],
 ) -> None:
     """
     Raises an error where the places of a layer do not lie where its map says. Where that is not known, the encoder is
-    asked, once for inputs of a shape: ``activations`` runs it and gives what the layers gave.
+    asked, once for inputs of a shape: ``activations`` runs it and gives what the layers gave. ``called`` are the
+    modules in the order of their first calls.
     """
     encoder, inputs, args = recording.encoder, recording.inputs, recording.additional_forward_args
     of = [layer for layer, size in zip(layers, recording.sizes) for _ in range(size)]
     doubts = [encoder.layouts.doubt(layer, a, inputs) for layer, a in zip(of, recording.given)]
-    asked = (encoder.forward_func, recording.layer_input, *layers, *(t.shape[1:] for t in inputs))
+    sizes = [t.shape[1:] if images_of(inputs).ndim > 3 else t.ndim for t in inputs]  # a signal may have any length
+    asked = (id(encoder.forward_func), recording.layer_input, *layers, *sizes)
     if not any(doubts) or not len(inputs[0]) or asked in encoder.confirmed:
         return
-    answers, failure = ask(activations, doubts, encoder.layouts, inputs, args, recording.embedding.shape[1])
+    convolved = [follows_convolution(layer, called) for layer in of]
+    answers, failure = ask(activations, doubts, convolved, encoder.layouts, inputs, args, recording.embedding.shape[1])
     for name, given, answer in zip(recording.names, recording.given, answers):
         if not answer:
             found = (
@@ -146,9 +160,18 @@ def check_order(
     encoder.confirmed.add(asked)
 
 
+def follows_convolution(layer: nn.Module, called: Iterable[nn.Module]) -> bool:
+    """Whether the last module whose type tells, in a layer or else before it, has its channels first."""
+    own = list(layer.modules())
+    before = takewhile(lambda m: m is not layer, called)
+    told = [first for m in (*before, *own) if (first := channels_first([m])) is not None]
+    return bool(told and told[-1])
+
+
 def ask(
     activations: Callable[[Tensors, Any], Sequence[Tensor | None]],
     doubts: Sequence[Doubt | None],
+    convolved: Sequence[bool],
     layouts: Layouts,
     inputs: Tensors,
     additional_forward_args: Any,
@@ -167,20 +190,18 @@ def ask(
         given, args = cut(inputs, rows), cut_arguments(additional_forward_args, rows, B)
 
         def run(x: Tensor) -> list[Tensor | None]:
-            with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-                torch.manual_seed(0)  # what is random is the same each time
-                outputs = activations((*given[:at], x, *given[at + 1 :]), args)
+            outputs = activations((*given[:at], x, *given[at + 1 :]), args)
             return [
                 a if d is not None and a is not None and len(a) == len(x) else None for a, d in zip(outputs, doubts)
             ]
 
         places = _answers(run, lambda a: layouts.to_map(a, inputs, dimensions), given[at])
-        if Doubt.CHANNELS not in doubts:
-            return [d is None or a.is_local for d, a in zip(doubts, places)]
-        channels = _answers(run, channels_last, given[at])
+        channels = _answers(run, channels_last, given[at]) if Doubt.CHANNELS in doubts else places
         return [
-            d is None or (a.is_local if d is Doubt.PLACES else a.mean <= b.mean or (a.cells <= _FEW and not b.is_local))
-            for d, a, b in zip(doubts, places, channels)
+            d is None
+            or (d is Doubt.CHANNELS and _are_places(a, b, c))
+            or (d is Doubt.PLACES and (a.is_local if a.of_tokens else a.is_near or (c and a.mean < _NEAR)))
+            for d, a, b, c in zip(doubts, places, channels, convolved)
         ]
 
     failure = None
@@ -192,6 +213,13 @@ def ask(
     return [doubt is None for doubt in doubts], failure
 
 
+def _are_places(places: "_Answer", channels: "_Answer", follows_convolution: bool) -> bool:
+    """Whether the places of a map are its places, and not its channels."""
+    if places.is_near and channels.is_near:  # a residual path leaves both dimensions where they were
+        return follows_convolution
+    return places.mean <= channels.mean or (places.cells <= _FEW and not channels.is_near)
+
+
 @dataclass(frozen=True)
 class _Answer:
     """
@@ -200,11 +228,15 @@ class _Answer:
     Attributes:
         cells: that were changed.
         mean: how far from the changed cells the places that answer lie, beside all places: about 1 by chance.
-        is_local: whether all cells were answered nearby, and where tokens were left out, none of the others should be.
+        is_near: whether that holds for all cells.
+        is_local: whether the cells themselves answer, too, and the right tokens were left out.
+        of_tokens: whether the map was made of tokens; others may be blurred by large kernels.
     """
 
     cells: int = 0
     mean: float = math.inf
+    of_tokens: bool = False
+    is_near: bool = False
     is_local: bool = False
 
 
@@ -212,8 +244,17 @@ def _answers(
     run: Callable[[Tensor], Sequence[Tensor | None]], to_map: Callable[[Tensor], Tensor | None], x: Tensor
 ) -> list[_Answer]:
     """For each of the layers whose activations ``run`` gives, as maps, how they answer to changes of x (B, ...)."""
-    x = x.detach().nan_to_num(0, 0, 0) if x.is_floating_point() else x
+    x = x.detach().nan_to_num(0, 0, 0) if x.is_floating_point() else x.detach()
+    state = _random_state()
     given = run(x)
+    if is_random := not all(map(torch.equal, state, _random_state())):  # what it draws is to be the same each time
+        _set_random_state(state)
+        given = run(x)
+
+    def changed_run(changed: Tensor) -> Sequence[Tensor | None]:
+        if is_random:
+            _set_random_state(state)
+        return run(changed)
 
     def maps(activations: Sequence[Tensor | None]) -> list[Tensor | None]:
         found = [None if a is None else to_map(a) for a in activations]
@@ -230,27 +271,42 @@ def _answers(
             asked = {i: A for i, A in asked.items() if not answers[i].is_local}
             changes: dict[int, list[Tensor]] = {i: [] for i in asked}
             for number, cell in enumerate(cells * times if asked else ()):
-                after = maps(run(_changed(x, axes, spatial, cell, number)))
+                after = maps(changed_run(_changed(x, axes, spatial, cell, number)))
                 for i, A in asked.items():
                     if (B := after[i]) is not None and A.shape == B.shape:
                         changes[i].append((widen(B) - widen(A))[0].norm(dim=0).flatten())
             for i, A in asked.items():
                 if len(changes[i]) == times * len(cells):
                     changed = torch.stack(changes[i]).double().cpu().unflatten(0, (times, len(cells))).mean(0)
-                    answer = _answer(changed, spatial, cells, A.numel() < cast(Tensor, given[i]).numel())
+                    a = cast(Tensor, given[i])
+                    answer = _answer(changed, spatial, cells, A.numel() < a.numel())
+                    answer = replace(answer, of_tokens=A.ndim != a.ndim)
                     answers[i] = min(answers[i], answer, key=lambda a: a.mean)
+    if is_random:
+        _set_random_state(state)
     return answers
 
 
+def _random_state() -> list[Tensor]:
+    """Of torch on the CPU, and on the GPUs if it has been there."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
 def _cells(spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """All cells of a small map; of others the corners, the second along each axis, and a few by chance."""
+    """All cells of a small map; of others the corners, the second along each axis, and some by chance."""
     places = math.prod(spatial)
     corners = list(product(*((0, n - 1) for n in spatial)))
     seconds = [tuple(int(axis == i and n > 1) for i, n in enumerate(spatial)) for axis in range(len(spatial))]
     by_chance = torch.randperm(places, generator=torch.Generator().manual_seed(0))[: 2 * _CHANGES].tolist()
     others = [tuple(int(i) for i in torch.unravel_index(torch.tensor(n), spatial)) for n in by_chance]
     cells = list(dict.fromkeys([*corners, *seconds, *others]))
-    return cells if places <= 2 * _CHANGES else cells[: max(_CHANGES, len(corners) + len(seconds))]
+    return cells[: max(_CHANGES, len(corners) + len(seconds))]
 
 
 def _changed(x: Tensor, axes: tuple[int, ...], spatial: tuple[int, ...], cell: tuple[int, ...], number: int) -> Tensor:
@@ -261,12 +317,16 @@ def _changed(x: Tensor, axes: tuple[int, ...], spatial: tuple[int, ...], cell: t
         where[axis] = slice(begin, max(end, begin + 1))
     changed = x.clone()
     part = changed[tuple(where)]
-    random = torch.rand(part.shape, generator=torch.Generator().manual_seed(number)).to(x.device)
-    low, high = x.min(), x.max()
+    random = torch.rand(part.shape, generator=torch.Generator().manual_seed(number), dtype=torch.double).to(x.device)
     if x.is_floating_point():
+        low, high = x.double().min(), x.double().max()
         part.copy_(low + random * torch.where(high > low, high - low, torch.ones_like(low)))
-    else:
-        part.copy_(low + (random * (high - low + 1)).to(x.dtype))
+    elif x.is_complex():
+        part.copy_(part * torch.polar(torch.ones_like(random), 2 * math.pi * random).to(x.dtype))
+    else:  # others of the values that there are
+        low, high = x.long().min(), x.long().max()
+        values = (high - low).clamp(min=1) + 1
+        part.copy_((low + (part.long() - low + 1 + (random * (values - 1)).long()) % values).to(x.dtype))
     return changed
 
 
@@ -299,5 +359,9 @@ def _answer(changes: Tensor, spatial: tuple[int, ...], cells: list[tuple[int, ..
     # Of tokens, the wrong ones may have been left out: then all lie better one further, or those of one side do.
     better = near > torch.stack([found(number - 1), found(number + 1)]).amin(0) + 1e-9
     ratios = near / distances(number).mean(1)
-    is_local = bool((ratios < _NEAR).all()) and not (partial and int(better.sum()) > 1)
-    return _Answer(len(cells), float(ratios.mean()), is_local)
+    is_near = bool((ratios < _NEAR).all())
+    # An order of windows or of every second row is near at the corners; what answers most lies elsewhere.
+    first = torch.stack(torch.unravel_index(own.argmax(1), spatial), 1)
+    beside = float(((first - torch.tensor(cells)).abs() <= 1).all(1).double().mean())
+    is_local = is_near and beside >= _MOST and not (partial and int(better.sum()) > 1)
+    return _Answer(len(cells), float(ratios.mean()), is_near=is_near, is_local=is_local)
