@@ -99,6 +99,7 @@ def test_one_chunk_is_gone_before_the_next_goes_through_the_encoder():
         alive.append(sum(type(o) is Recording for o in gc.get_objects()))
         return forward(x)
 
+    gc.collect()  # of other tests
     before = sum(type(o) is Recording for o in gc.get_objects())
     encoder.forward = count
     fam = FeatureActivationMap(encoder, encoder.layer)

@@ -76,6 +76,9 @@ def orders(grid):
         "every second row backwards": snake,
         "shuffled": rows.flatten()[torch.randperm(h * w, generator=torch.Generator().manual_seed(0))],
     }
+    found["every second row first"] = torch.cat([rows[::2], rows[1::2]])
+    if h % 4 == w % 4 == 0 and h > 4:
+        found["windows of 4 by 4"] = rows.reshape(h // 4, 4, w // 4, 4).transpose(1, 2)
     if h % 2 == w % 2 == 0:
         found["windows of 2 by 2"] = rows.reshape(h // 2, 2, w // 2, 2).transpose(1, 2)
     return {name: order.flatten().tolist() for name, order in found.items()}
@@ -130,7 +133,7 @@ def test_a_class_token_elsewhere_is_refused(at, block, method):
 
 @pytest.mark.parametrize("at", [0, None], ids=["class token", "none"])
 @pytest.mark.parametrize(
-    ("grid", "order"), [(g, name) for g in [(4, 4), (7, 7), (3, 5)] for name in orders(g)], ids=str
+    ("grid", "order"), [(g, name) for g in [(4, 4), (7, 7), (3, 5), (12, 12)] for name in orders(g)], ids=str
 )
 def test_tokens_in_an_order_of_their_own_are_refused(grid, order, at):
     tokens = orders(grid)[order]
@@ -196,6 +199,41 @@ def test_pieces_and_attentions_are_no_maps(kind):
     model, x = seeded(lambda: Unfolded(kind)), random(2, 3, 16, 16)
     with refused():
         FeatureActivationMap(model, model.layer).attribute(x, reference=x.flip(0))
+
+
+def test_as_many_blocks_as_places_in_each_are_no_map():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer, self.head = nn.Conv2d(3, 12, 2, 2), nn.LayerNorm(12), nn.Linear(12, 5)
+
+        def forward(self, x):
+            pieces = self.stem(x).unflatten(3, (4, 4)).unflatten(2, (4, 4))  # 16 by 16 places as 16 blocks of 16
+            return self.head(self.layer(pieces.permute(0, 2, 4, 3, 5, 1).reshape(len(x), 16, 16, 12)).mean((1, 2)))
+
+    model, x = seeded(Blocks), random(2, 3, 32, 32)
+    with refused():
+        FeatureActivationMap(model, model.layer).attribute(x, reference=x.flip(0))
+
+
+@pytest.mark.parametrize(("size", "patch", "width"), [((32, 48), 2, 40), ((32, 48), 8, 8), ((56, 84), 4, 16)])
+def test_channels_last_of_an_oblong_image_are_not_taken_for_a_side(size, patch, width):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer = nn.Conv2d(3, width, patch, patch), nn.LayerNorm(width)
+            self.head = nn.Linear(width, 5)
+
+        def forward(self, x):
+            return self.head(self.layer(self.stem(x).movedim(1, -1)).square().mean((1, 2)))
+
+    model, x = seeded(Last), random(2, 3, *size)
+    try:
+        found = FeatureActivationMap(model, model.layer).attribute(x, reference=x.flip(0))
+    except ValueError:
+        return
+    fam = FeatureActivationMap(model, model.layer, reshape_transform=channels_last)
+    assert torch.equal(found, fam.attribute(x, reference=x.flip(0)))
 
 
 @pytest.mark.parametrize(
@@ -275,6 +313,89 @@ def test_convolutions_of_sequences_are_taken_as_they_are(size, seed):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize(("T", "width"), [(16, 8), (24, 16), (20, 32), (12, 12)])
+def test_a_transformer_on_the_features_themselves_is_not_taken_for_a_convolution(T, width):
+    """Its residual paths leave time and features where they were, so both look like places."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(width)
+            self.block = nn.TransformerEncoderLayer(width, 2, 24, 0.0, batch_first=True)
+            self.head = nn.Linear(width, 5)
+
+        def forward(self, x):
+            return self.head(self.block(self.norm(x)).mean(1))
+
+    model, x = seeded(Plain), random(2, T, width)
+    for layer in (model.norm, model.block):
+        with pytest.raises(ValueError, match="channels_last"):
+            FeatureActivationMap(model, layer).attribute(x, reference=x.flip(0))
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(width, width, 3, padding=1), nn.BatchNorm1d(width))
+
+    def forward(self, x):
+        return torch.relu(x + self.body(x))
+
+
+@pytest.mark.parametrize("width", [3, 8, 24])
+@pytest.mark.parametrize("T", [16, 24, 50])
+def test_convolutions_that_keep_their_channels_where_they_were_are_taken_as_they_are(T, width):
+    model = seeded(
+        lambda: nn.Sequential(
+            *(Residual(width), nn.Conv1d(width, width, 3, padding=1, groups=width), nn.ReLU(), nn.AdaptiveAvgPool1d(1)),
+            *(nn.Flatten(), nn.Linear(width, 5)),
+        )
+    )
+    x = random(2, width, T)
+    for layer in (0, 2):
+        fam = FeatureActivationMap(model, model[layer])
+        assert fam.attribute(x, reference=x.flip(0)).shape == (2, 1, T)
+
+
+@pytest.mark.parametrize("names", [2, 5, 30])
+def test_a_convolution_on_letters_is_taken_as_it_is(names):
+    class Letters(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.letters, self.convolution = nn.Embedding(names, 8), nn.Conv1d(8, 6, 3, padding=1)
+            self.layer, self.head = nn.ReLU(), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.head(self.layer(self.convolution(self.letters(x).mT)).mean(2))
+
+    model, x = seeded(Letters), torch.randint(0, names, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert FeatureActivationMap(model, model.layer).attribute(x, reference=x.flip(0)).shape == (2, 1, 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.complex128, torch.float16], ids=str)
+def test_inputs_of_any_dtype_can_be_changed(dtype):
+    class Any(HeadEncoder):
+        def forward(self, x):
+            return super().forward(x.real.double() if x.is_complex() else x.double())
+
+    x = random(2, 3, 30) * 3
+    x = x > 0 if dtype == torch.bool else x.abs().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    model = seeded(lambda: Any(1, embedding=7))
+    assert FeatureActivationMap(model, model.layer).attribute(x, reference_embedding=random(1, 7)).shape[2] == 15
+
+
+def test_the_input_of_most_dimensions_is_the_one_that_a_map_lies_on():
+    class Beside(HeadEncoder):
+        def forward(self, table, x):
+            return super().forward(x) + table.sum(1, keepdim=True)
+
+    for dim in (1, 3):
+        model = seeded(lambda dim=dim: Beside(dim, embedding=7))
+        x = (random(2, 4), random(2, 3, *[8] * dim))
+        fam = FeatureActivationMap(model, model.layer)
+        assert fam.attribute(x, reference_embedding=random(1, 7)).shape[2:] == (4,) * dim
+
+
 def test_a_convolution_of_two_strides_is_taken_as_it_is():
     model = seeded(
         lambda: nn.Sequential(
@@ -341,6 +462,19 @@ def test_nothing_of_the_caller_s_changes_when_the_encoder_is_asked():
     assert torch.equal(states[0][1], states[1][1])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_an_encoder_that_is_not_hashable_can_be_asked():
+    class Called:
+        __hash__ = None
+
+        def __call__(self, x):
+            return model(x)
+
+    grid = (4, 4)
+    model = seeded(lambda: Tokens(row_by_row(grid)))
+    fam = FeatureActivationMap(Called(), model.blocks[0])
+    assert fam.attribute(image(grid), reference_embedding=random(1, 5)).shape[2:] == grid
 
 
 def test_an_encoder_of_whole_batches_is_asked_with_its_batch():
