@@ -85,7 +85,7 @@ def _count(name: str) -> list[object]:
     for n, module in model.named_modules():
         if n:
             module.register_forward_hook(lambda *call, n=n: kept.update({n: call[2]}))
-    unknown = Layouts(nn.Identity())  # as if nothing were known of the network
+    unknown, own = Layouts(nn.Identity()), Layouts(model)  # the first as if nothing were known of the network
     with torch.no_grad():
         z = model(x)
         in_doubt = [
@@ -95,7 +95,9 @@ def _count(name: str) -> list[object]:
             and len(a) == 1
             and (A := unknown.to_map(a, (x,), z.shape[1])) is not None
             and A.ndim == 4
-            and (unknown.doubt(nn.Identity(), a, (x,)) or Layouts(model).doubt(model.get_submodule(n), a, (x,)))
+            and any(
+                L.doubt(m, a, (x,), z.shape[1]) for L, m in ((unknown, nn.Identity()), (own, model.get_submodule(n)))
+            )
         ]
 
         def confirmed(layouts: Layouts) -> int:

@@ -464,6 +464,24 @@ def test_nothing_of_the_caller_s_changes_when_the_encoder_is_asked():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_an_attempt_that_fails_gives_back_the_random_numbers_that_it_drew():
+    grid = (4, 4)
+
+    class Drawing(Tokens):
+        def forward(self, x):
+            torch.rand(3)
+            return super().forward(x.reshape(2, 3, 16, 16))  # no single image
+
+    model, states = seeded(lambda: Drawing(row_by_row(grid))), []
+    for transform in (None, patch_tokens(*grid)):
+        torch.manual_seed(3)
+        FeatureActivationMap(model, model.blocks[0], reshape_transform=transform).attribute(
+            image(grid), reference_embedding=random(1, 5)
+        )
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_an_encoder_that_is_not_hashable_can_be_asked():
     class Called:
         __hash__ = None

@@ -138,7 +138,7 @@ def maps_on_the_way(
         outside = [name for name in found if model is not None and not in_attention(model, name)]
         chosen = outside or list(found)
         chosen = [name for name in chosen if name not in again] or chosen
-        doubts = {name: layouts.doubt(modules[name], outputs[name], images) for name in chosen}
+        doubts = {name: layouts.doubt(modules[name], outputs[name], images, z.shape[1]) for name in chosen}
         doubts = {name: doubt for name, doubt in doubts.items() if doubt is not None}
         doubtful = [modules[name] for name in doubts]
 

@@ -76,7 +76,7 @@ class Layouts:
                 return patch_tokens(*grid)(activation)
         return to_map(activation, images, dimensions)
 
-    def doubt(self, layer: nn.Module, activation: Tensor, inputs: Tensors) -> Doubt | None:
+    def doubt(self, layer: nn.Module, activation: Tensor, inputs: Tensors, dimensions: int | None) -> Doubt | None:
         """What is to be asked of the encoder before what a layer gave is taken for ``to_map`` of it."""
         images = images_of(inputs)
         if activation.ndim < 3 or activation.shape[2:].numel() == 1:
@@ -87,7 +87,7 @@ class Layouts:
             return Doubt.PLACES
         if images.ndim != 4:  # one stride for all sides is no rule there
             return None if channels_first(layer.modules()) else Doubt.CHANNELS
-        A = to_map(activation, images, None)
+        A = to_map(activation, images, dimensions)
         if A is None:
             return Doubt.PLACES
         if A.shape != activation.shape:  # channels last; or so many blocks of so many places, both of a square
@@ -135,13 +135,14 @@ def check_order(
     """
     encoder, inputs, args = recording.encoder, recording.inputs, recording.additional_forward_args
     of = [layer for layer, size in zip(layers, recording.sizes) for _ in range(size)]
-    doubts = [encoder.layouts.doubt(layer, a, inputs) for layer, a in zip(of, recording.given)]
+    D = recording.embedding.shape[1]
+    doubts = [encoder.layouts.doubt(layer, a, inputs, D) for layer, a in zip(of, recording.given)]
     sizes = [t.shape[1:] if images_of(inputs).ndim > 3 else t.ndim for t in inputs]  # a signal may have any length
     asked = (id(encoder.forward_func), recording.layer_input, *layers, *sizes)
     if not any(doubts) or not len(inputs[0]) or asked in encoder.confirmed:
         return
     convolved = [follows_convolution(layer, called) for layer in of]
-    answers, failure = ask(activations, doubts, convolved, encoder.layouts, inputs, args, recording.embedding.shape[1])
+    answers, failure = ask(activations, doubts, convolved, encoder.layouts, inputs, args, D)
     for name, given, answer in zip(recording.names, recording.given, answers):
         if not answer:
             found = (
@@ -245,16 +246,32 @@ def _answers(
 ) -> list[_Answer]:
     """For each of the layers whose activations ``run`` gives, as maps, how they answer to changes of x (B, ...)."""
     x = x.detach().nan_to_num(0, 0, 0) if x.is_floating_point() else x.detach()
-    state = _random_state()
-    given = run(x)
-    if is_random := not all(map(torch.equal, state, _random_state())):  # what it draws is to be the same each time
-        _set_random_state(state)
+    state, is_random = _random_state(), True
+    try:
         given = run(x)
+        is_random = not all(map(torch.equal, state, _random_state()))
+        if is_random:  # what it draws is to be the same each time
+            _set_random_state(state)
+            given = run(x)
 
-    def changed_run(changed: Tensor) -> Sequence[Tensor | None]:
+        def changed_run(changed: Tensor) -> Sequence[Tensor | None]:
+            if is_random:
+                _set_random_state(state)
+            return run(changed)
+
+        return _answers_to(changed_run, given, to_map, x)
+    finally:
         if is_random:
             _set_random_state(state)
-        return run(changed)
+
+
+def _answers_to(
+    run: Callable[[Tensor], Sequence[Tensor | None]],
+    given: Sequence[Tensor | None],
+    to_map: Callable[[Tensor], Tensor | None],
+    x: Tensor,
+) -> list[_Answer]:
+    """The same, of activations that are given for x."""
 
     def maps(activations: Sequence[Tensor | None]) -> list[Tensor | None]:
         found = [None if a is None else to_map(a) for a in activations]
@@ -271,7 +288,7 @@ def _answers(
             asked = {i: A for i, A in asked.items() if not answers[i].is_local}
             changes: dict[int, list[Tensor]] = {i: [] for i in asked}
             for number, cell in enumerate(cells * times if asked else ()):
-                after = maps(changed_run(_changed(x, axes, spatial, cell, number)))
+                after = maps(run(_changed(x, axes, spatial, cell, number)))
                 for i, A in asked.items():
                     if (B := after[i]) is not None and A.shape == B.shape:
                         changes[i].append((widen(B) - widen(A))[0].norm(dim=0).flatten())
@@ -282,8 +299,6 @@ def _answers(
                     answer = _answer(changed, spatial, cells, A.numel() < a.numel())
                     answer = replace(answer, of_tokens=A.ndim != a.ndim)
                     answers[i] = min(answers[i], answer, key=lambda a: a.mean)
-    if is_random:
-        _set_random_state(state)
     return answers
 
 
