@@ -26,9 +26,8 @@ windows (Hiera, NesT, MobileViTv2); and branches that begin at zero (LeViT).
 {table}
 """
 NAMES = (
-    *("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "mixer_s32_224", "resmlp_12_224", "gmlp_s16_224"),
-    *("cait_xxs24_224", "xcit_nano_12_p16_224", "pit_ti_224", "pvt_v2_b0", "twins_pcpvt_small", "levit_128s"),
-    *("efficientformer_l1", "coat_tiny", "convit_tiny", "hiera_tiny_224", "nest_tiny", "mobilevitv2_050"),
+    *("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "resmlp_12_224", "xcit_nano_12_p16_224", "pvt_v2_b0"),
+    *("levit_128s", "efficientformer_l1", "hiera_tiny_224", "nest_tiny", "mobilevitv2_050"),
 )
 
 

@@ -649,3 +649,26 @@ def test_a_warning_of_pillow_is_said_once_with_a_file(photos, tmp_path, run):
     assert err.count("\n") == 1
     assert "Corrupt EXIF data" in err
     assert sum(f"({path}, for one)" in err for path in paths) == 1
+
+
+@pytest.mark.parametrize(
+    ("largest", "scale"),
+    [(0, 1), (3, 1), (2**-3, 1), (2**-3 - 2**-9, 2**-4), (2**15, 1), (2**15 + 2**5, 2**15), (3 * 2**20, 2**21)],
+)
+def test_values_are_scaled_where_half_precision_would_lose_them_and_nowhere_else(largest, scale):
+    values = np.array([[largest, -largest / 4]], np.float32)
+    half, found = _part._half(values)
+    assert half.dtype == np.float16
+    assert found == scale
+    np.testing.assert_array_equal(half.astype(np.float32) * np.float32(found), values)
+
+
+@pytest.mark.parametrize("layers", ["ab", "ba"])
+def test_parts_of_two_layers_are_refused_whichever_comes_first(tmp_path, layers):
+    table = pa.table({"id": [0]})
+    for part, layer in enumerate(layers):
+        _part.write_part(_part.part_file(tmp_path, part), table, layer, "job", part)
+    with pytest.raises(
+        ValueError, match=rf"part-000000.parquet is of layer {layers[0]}, but .* of {layers[1]}: delete"
+    ):
+        _part.layers_of(tmp_path, range(2), "job")
