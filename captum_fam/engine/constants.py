@@ -12,6 +12,12 @@ class WeightsNeededError(Exception):
     """An encoder takes gradients in its own forward pass, which may be those of its weights."""
 
 
+# The hooks that take what is saved for backward; torch 2.3 does not tell them.
+_TOP: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+# Without them, a part that is checkpointed could not be told from others, and would get wrong gradients.
+CAN_BE_CONSTANT = _TOP is not None
+
+
 class ConstantWeights(TorchFunctionMode):
     """
     Weights as constants where an activation goes through linear layers, convolutions and norms: what only their
@@ -43,9 +49,7 @@ class ConstantWeights(TorchFunctionMode):
 
 
 def _hooks() -> Any:
-    """The hooks that take what is saved for backward."""
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(True)
+    return _TOP(True)
 
 
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}

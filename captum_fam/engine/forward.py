@@ -13,7 +13,7 @@ from captum_fam import _captum
 from captum_fam._checks import check_rows, describe
 from captum_fam.engine.checkpoints import in_reentrant_part
 from captum_fam.engine.chunks import Tensors
-from captum_fam.engine.constants import ConstantWeights, WeightsNeededError
+from captum_fam.engine.constants import CAN_BE_CONSTANT, ConstantWeights, WeightsNeededError
 from captum_fam.engine.order import check_order
 from captum_fam.engine.path import Path
 from captum_fam.engine.recording import Encoder, Recording
@@ -110,7 +110,7 @@ class _Forward:
         self._points = 1 if self._path is None else 1 + len(self._path.nodes)
         self._parallel = func if isinstance(func, nn.DataParallel) else None
         self._in_threads = self._parallel is not None or encoder.device_ids is not None
-        self._constants = way.constants and not self._in_threads  # which would not see them
+        self._constants = way.constants and CAN_BE_CONSTANT and not self._in_threads  # which would not see them
         self._one_batch = way.one_batch and not self._in_threads and not has_batch_statistics(func)
         self._thread, self._lock = threading.get_ident(), threading.Lock()
         self._dimensions: int | None = None  # of the embedding, which tell channels from places
