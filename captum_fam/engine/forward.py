@@ -74,7 +74,7 @@ def record(
                 again.run(guard)
                 return [a for devices in again.tensors(names, Report()) for a in devices[0]]
 
-            check_order(recording, layers, guard.called, activations)
+            check_order(recording, layers, guard.called, forward.again, activations)
         recording.settle()
 
 
@@ -84,6 +84,7 @@ class _Forward:
 
     Attributes:
         graph: whether what comes after the layers is recorded for backward.
+        again: the layers that were called several times.
         checkpointed: whether a layer lies in a checkpointed part, which keeps no graph.
     """
 
@@ -119,7 +120,7 @@ class _Forward:
     def _begin(self, point: int | None) -> None:
         self._point = point  # the one that goes on from the layer; None for all
         self._found: dict[nn.Module, dict[torch.device, Tensors]] = {}
-        self._again: set[nn.Module] = set()
+        self.again: set[nn.Module] = set()
 
     def run(self, guard: Guard) -> Tensor:
         """The embeddings (B, D); on a path those of all points, one after another."""
@@ -164,7 +165,7 @@ class _Forward:
                     " module of this very model that its forward pass calls (an element of a ModuleList, not the list)."
                     + self._why_not_called(layer)
                 )
-            if layer in self._again:
+            if layer in self.again:
                 report.warnings.append(
                     f"Layer {name} was called several times in one forward pass; its last call is explained. Name the"
                     " module around the call that you mean, or give that call a module of its own."
@@ -262,7 +263,7 @@ class _Forward:
             if self._in_one_batch() and (number > 1 or any(len(a) != len(self._inputs[0]) for a in activations)):
                 raise NotInOneBatchError
             if number > 1:
-                self._again.add(layer)
+                self.again.add(layer)
             kept = tuple(self._kept(a) for a in activations)
             with self._lock:
                 self._found.setdefault(layer, {})[device] = kept

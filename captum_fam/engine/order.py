@@ -7,7 +7,7 @@ time the place that the map has there must be the one that answers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -126,17 +126,20 @@ def check_order(
     recording: "Recording",
     layers: Sequence[nn.Module],
     called: Iterable[nn.Module],
+    again: Collection[nn.Module],
     activations: Callable[[Tensors, Any], list[Tensor]],
 ) -> None:
     """
     Raises an error where the places of a layer do not lie where its map says. Where that is not known, the encoder is
     asked, once for inputs of a shape: ``activations`` runs it and gives what the layers gave. ``called`` are the
-    modules in the order of their first calls.
+    modules in the order of their first calls; those called ``again``, perhaps with another input, have a warning.
     """
     encoder, inputs, args = recording.encoder, recording.inputs, recording.additional_forward_args
     of = [layer for layer, size in zip(layers, recording.sizes) for _ in range(size)]
     D = recording.embedding.shape[1]
-    doubts = [encoder.layouts.doubt(layer, a, inputs, D) for layer, a in zip(of, recording.given)]
+    doubts = [
+        None if layer in again else encoder.layouts.doubt(layer, a, inputs, D) for layer, a in zip(of, recording.given)
+    ]
     sizes = [t.shape[1:] if images_of(inputs).ndim > 3 else t.ndim for t in inputs]  # a signal may have any length
     asked = (id(encoder.forward_func), recording.layer_input, *layers, *sizes)
     if not any(doubts) or not len(inputs[0]) or asked in encoder.confirmed:
@@ -200,7 +203,7 @@ def ask(
         channels = _answers(run, channels_last, given[at]) if Doubt.CHANNELS in doubts else places
         return [
             d is None
-            or (d is Doubt.CHANNELS and _are_places(a, b, c))
+            or (d is Doubt.CHANNELS and _are_places(a, b, c if given[at].ndim < 4 else None))
             or (d is Doubt.PLACES and (a.is_local if a.of_tokens else a.is_near or (c and a.mean < _NEAR)))
             for d, a, b, c in zip(doubts, places, channels, convolved)
         ]
@@ -214,10 +217,10 @@ def ask(
     return [doubt is None for doubt in doubts], failure
 
 
-def _are_places(places: "_Answer", channels: "_Answer", follows_convolution: bool) -> bool:
-    """Whether the places of a map are its places, and not its channels."""
-    if places.is_near and channels.is_near:  # a residual path leaves both dimensions where they were
-        return follows_convolution
+def _are_places(places: "_Answer", channels: "_Answer", of_convolution: bool | None) -> bool:
+    """Whether the places of a map are its places, and not its channels; None of images, whose channels lie nowhere."""
+    if places.is_near and channels.is_near and of_convolution is not None:  # residual paths leave both where they were
+        return of_convolution
     return places.mean <= channels.mean or (places.cells <= _FEW and not channels.is_near)
 
 
