@@ -21,13 +21,13 @@ place further, as with a class token that comes last; half of them, as with one 
 backwards; left and right exchanged; shuffled.
 
 Refused are attentions and their parts, whose places answer everywhere; heads and token mixers, which are no maps;
-windows (Hiera, NesT, MobileViTv2); and branches that begin at zero (LeViT).
+windows (Hiera, MobileViTv2); and branches that begin at zero (LeViT).
 
 {table}
 """
 NAMES = (
-    *("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "resmlp_12_224", "xcit_nano_12_p16_224", "pvt_v2_b0"),
-    *("levit_128s", "efficientformer_l1", "hiera_tiny_224", "nest_tiny", "mobilevitv2_050"),
+    *("vit_tiny_patch16_224", "resmlp_12_224", "xcit_nano_12_p16_224", "pvt_v2_b0", "levit_128s"),
+    *("efficientformer_l1", "hiera_tiny_224", "mobilevitv2_050"),
 )
 
 
