@@ -21,6 +21,7 @@ from captum_fam import (
 )
 from captum_fam import tokens as layouts
 from captum_fam.engine.layers import early_map, last_map, maps_on_the_way
+from captum_fam.engine.order import _answer
 
 
 def refused(match="do not lie on inputs"):
@@ -756,3 +757,17 @@ def test_the_refusal_names_layer_shapes_and_cures():
         FeatureActivationMap(model, model.blocks[0]).attribute(x, reference=x)
     for word in ("(2, 17, 12)", "'blocks.0'", "(2, 3, 16, 16)", "reshape_transform", "patch_tokens(height, width)"):
         assert re.search(re.escape(word), str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("by", "partial", "right"), [(0, True, True), (1, False, True), (1, True, False), (2, False, False)]
+)
+def test_near_is_not_enough(by, partial, right):
+    """In one row of 40, what answers lies so many places before the cell: one may be a blur, if no token is missing."""
+    cells = [(0, i) for i in (2, 5, 11, 17, 22, 28, 33, 39)]
+    changes = torch.zeros(8, 40, dtype=torch.float64)
+    for row, (_, i) in zip(changes, cells):
+        row[i - by] = 1
+    answer = _answer(changes, (1, 40), cells, partial)
+    assert answer.is_near
+    assert answer.is_local == right
