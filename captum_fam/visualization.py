@@ -315,7 +315,7 @@ def _maps(name: str, values: Values) -> list[Tensor]:
     """Maps (h, w), in float64 on the CPU."""
     if not isinstance(values, (Tensor, np.ndarray)):
         raise TypeError(f"Expected `{name}` to be a real tensor or array, but got {describe(values)}.")
-    maps = torch.from_numpy(np.array(_real(name, values), np.float64, order="C"))  # without negative strides
+    maps = torch.from_numpy(np.array(real(name, values), np.float64, order="C"))  # without negative strides
     if maps.ndim == 2:
         maps = maps[None]
     if maps.ndim == 4 and maps.shape[1] == 1:
@@ -348,7 +348,7 @@ def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Seque
             raise ValueError(f"Cannot draw `{name}`: {error}.") from error
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"Expected `{name}` to be a tensor, an array or a PIL image, but got {describe(image)}.")
-    pixels = _real(name, image)
+    pixels = real(name, image)
     white = WHITE.get(pixels.dtype.name, 1 if pixels.dtype.kind in "fb" else 255)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -379,7 +379,7 @@ def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Seque
     return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels[..., :3]).convert("RGB")
 
 
-def _real(name: str, values: Values) -> NDArray[Any]:
+def real(name: str, values: Values) -> NDArray[Any]:
     """Real numbers as an array."""
     if isinstance(values, Tensor):
         given = values.detach().cpu().as_subclass(Tensor)
