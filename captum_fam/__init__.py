@@ -3,6 +3,8 @@
 from captum_fam import _interrupt  # noqa: F401  # first: Ctrl-C may come while torch is imported
 from captum_fam.adapters import explanation_func, to_input_space
 from captum_fam.comparison import compare_attributions
+from captum_fam.explorer import PairExplorer, explore_pair
+from captum_fam.matches import visualize_matches
 from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
@@ -30,6 +32,7 @@ __all__ = [
     "IntegratedDecomposition",
     "LabelFreeActivationMap",
     "NearestReferences",
+    "PairExplorer",
     "Relax",
     "RelevanceCam",
     "RetrievalExplanation",
@@ -43,10 +46,12 @@ __all__ = [
     "explain_episode",
     "explain_retrieval",
     "explanation_func",
+    "explore_pair",
     "nearest_references",
     "patch_tokens",
     "prototypes",
     "to_input_space",
     "visualize_comparison",
+    "visualize_matches",
     "visualize_pair",
 ]

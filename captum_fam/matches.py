@@ -1,13 +1,117 @@
-"""The strongest matches of two images' places."""
+"""The strongest matches of two images' places, and their figure."""
 
+from collections.abc import Sequence
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from captum_fam._checks import describe
-from captum_fam.visualization import Values, real
+from captum_fam._checks import check_positive, describe
+from captum_fam.visualization import Pictures, Values, as_titles, colour_bar, new_figure, pictures, real, show
+
+SIDES = ("query", "reference")
+DIMMED = 0.65  # opacity of the white over what is outside the boxes
+WIDTH, HEIGHT = 8.0, 3.6  # of a row, in inches
+MARGIN = 0.13  # around images, in inches: the numbers of boxes at their edges are beyond them
+GAP = 0.2  # between the images, where lines are seen best
+NUMBER, BESIDE = 7, 3.5  # points: the size of a number, and from a box's corner to its middle, either way
+STROKE: dict[str, Any] = {  # of boxes and lines: outlined, as yellow is not seen on white paper
+    "linewidth": 1.5,
+    "path_effects": [withStroke(linewidth=2.2, foreground="0.3")],
+}
+
+
+def visualize_matches(
+    query: Pictures,
+    reference: Pictures,
+    matrix: Values,
+    n: int = 8,
+    *,
+    titles: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    label: str = "match",
+    use_pyplot: bool = True,
+) -> tuple[Figure, NDArray[Any]]:
+    r"""
+    Draws pairs of images side by side, a row for each pair, and the strongest matches of their places: numbered
+    boxes, joined by lines in the colour of the match's value. The rest of the images is dimmed.
+
+    A match is mutual: its value is positive, and the largest that either of its places has with any place of the
+    other image. Of two matches whose places touch, in one of the images or in both, only the stronger is drawn.
+    All values of the figure are on one colour scale, from zero. A pair of images without a match is said to be so
+    under it.
+
+    Args:
+        query, reference (Tensor, array, PIL.Image or a list of them): B images each, as in
+                    :func:`visualize_pair`.
+        matrix (Tensor or array): A value for each place of the query with each place of the reference, as
+                    :meth:`.SimilarityDecomposition.attribute_matrix`, what they contribute to the score, and
+                    :meth:`.CorrespondenceMap.attribute_matrix`, how much they look alike, return it:
+                    (B, N, N') or (N, N') where both grids are square, else (B, h, w, h', w') or (h, w, h', w').
+        n (int): The largest number of matches that are drawn of a pair.
+                    Default: 8
+        titles (list of str, optional): One for each pair.
+                    Default: None
+        mean, std, use_pyplot: As in :func:`visualize_pair`.
+        label (str): Of the colour scale.
+                    Default: ``"match"``
+
+    Returns:
+        *tuple*: the Figure and its Axes, an array (B, 2).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> images, matrix = torch.rand(2, 3, 64, 64), torch.rand(2, 49, 49)
+        >>> figure, axes = visualize_matches(images, images.flip(0), matrix, use_pyplot=False)
+        >>> axes.shape
+        (2, 2)
+    """
+    check_positive("n", n)
+    matrices = as_matrices("matrix", matrix)
+    rows = len(matrices)
+    images = [pictures(name, given, rows, mean, std) for name, given in zip(SIDES, (query, reference))]
+    check_squares("matrix", matrix, images)
+    titles = as_titles(titles, rows)
+    found = [strongest_matches(values, n) for values in matrices]
+    strengths = [
+        values.flatten(2).flatten(0, 1)[tuple(zip(*pairs))].numpy() if pairs else np.empty(0)
+        for values, pairs in zip(matrices, found)
+    ]
+    scale = ScalarMappable(Normalize(0, max(s.max(initial=0) for s in strengths) or 1), "turbo")
+    figure = new_figure(2, rows, use_pyplot)
+    figure.set_size_inches(WIDTH, HEIGHT * rows)
+    figure.set_layout_engine("constrained", w_pad=MARGIN, h_pad=MARGIN)
+    axes = figure.subplots(rows, 2, squeeze=False, gridspec_kw={"wspace": GAP})
+    for row, (values, pairs, strength) in enumerate(zip(matrices, found, strengths)):
+        boxes = []
+        for side, (name, title) in enumerate(zip(SIDES, (titles[row], ""))):
+            lines = [name, title, *_lacks(values, pairs)]
+            size = show(axes[row, side], images[side][row], "\n".join(filter(None, lines)))
+            grid = values.shape[2 * side : 2 * side + 2]
+            boxes.append(
+                _draw_boxes(axes[row, side], size, grid, [pair[side] for pair in pairs], scale.to_rgba(strength))
+            )
+        for number, pair in enumerate(zip(*boxes), 1):
+            _join(figure, str(number), axes[row], pair)
+    colour_bar(figure, list(axes.flat), scale, label)
+    for axis in axes.flat:
+        axis.set_anchor("C")  # the bar has moved it
+    return figure, axes
 
 
 def as_matrices(name: str, matrix: Values) -> list[Tensor]:
@@ -28,6 +132,22 @@ def as_matrices(name: str, matrix: Values) -> list[Tensor]:
             f" {name}.reshape(-1, h, w, h', w')."
         )
     return list(values)
+
+
+def check_squares(name: str, matrix: Values, images: Sequence[Sequence[Image.Image]]) -> None:
+    """Refuses to take places for a square grid where another grid of as many has the form of their image."""
+    if matrix.ndim > 3:
+        return
+    for side, places, shown in zip(SIDES, matrix.shape[-2:], images):
+        for width, height in {image.size for image in shown}:
+            for h in range(1, places + 1):
+                w = places // h
+                if h * w == places and h != w and max(abs(h - w * height / width), abs(w - h * width / height)) < 1:
+                    raise ValueError(
+                        f"Expected `{name}` to tell the grid of the {side}'s {places} places: {isqrt(places)} x"
+                        f" {isqrt(places)}, or {h} x {w}, as the image of {height} x {width} pixels has it? Pass"
+                        f" {name}.reshape(-1, h, w, h', w')."
+                    )
 
 
 def strongest_matches(values: Tensor, n: int) -> list[tuple[int, int]]:
@@ -54,3 +174,53 @@ def _touch(one: int, other: int, width: int) -> bool:
     """Whether two places of a grid are the same or neighbours."""
     (y, x), (v, u) = divmod(one, width), divmod(other, width)
     return max(abs(y - v), abs(x - u)) <= 1
+
+
+def _draw_boxes(
+    axis: Axes, size: tuple[int, int], grid: Sequence[int], places: Sequence[int], colours: NDArray[Any]
+) -> list[Rectangle]:
+    """Boxes of places of the grid over an image of that height and width, and a veil over the rest."""
+    (height, width), (h, w) = size, grid
+    veil = np.ones((h * w, 4))
+    veil[:, 3] = DIMMED
+    veil[places, 3] = 0
+    edges = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axis.imshow(veil.reshape(h, w, 4), extent=edges, interpolation="nearest")
+    boxes = []
+    for place, colour in zip(places, colours):
+        corner = (place % w * width / w - 0.5, place // w * height / h - 0.5)
+        boxes.append(Rectangle(corner, width / w, height / h, fill=False, edgecolor=colour, **STROKE))
+        axis.add_patch(boxes[-1])
+    return boxes
+
+
+def _join(figure: Figure, number: str, axes: Sequence[Axes], boxes: Sequence[Rectangle]) -> None:
+    """A line between two boxes, and their number at each: of the figure, so that no axes hide them."""
+    (left, top), (right, above), colour = boxes[0].get_xy(), boxes[1].get_xy(), boxes[0].get_edgecolor()
+    outer = ((left, top), (right + boxes[1].get_width(), above))
+    inner = ((left + boxes[0].get_width(), top + boxes[0].get_height() / 2), (right, above + boxes[1].get_height() / 2))
+    line = ConnectionPatch(*inner, "data", "data", axesA=axes[0], axesB=axes[1], edgecolor=colour, **STROKE)
+    figure.add_artist(line)
+    # Beside the outer corner of its box, which may be smaller than the number, and away from the line.
+    for axis, corner, away in zip(axes, outer, (-BESIDE, BESIDE)):
+        figure.add_artist(
+            Annotation(
+                number,
+                corner,
+                (away, BESIDE),
+                xycoords=axis.transData,
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=NUMBER,
+                zorder=3,
+                bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour},
+            )
+        )
+
+
+def _lacks(values: Tensor, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """What should be known of a matrix before its matches are looked at."""
+    missing = int((~values.isfinite()).sum())
+    said = [f"{missing} of {values.numel()} values are not finite"] if missing else []
+    return [f"({line})" for line in said + ["no mutual matches"] * (not pairs)]

@@ -91,9 +91,9 @@ def visualize_pair(
     rows = len(maps[0])
     if len(maps[1]) != rows:
         raise ValueError(f"Expected `reference_map` to be {rows} maps, as `query_map` is, but got {len(maps[1])}.")
-    sides = [_pictures("query", query, rows, mean, std), _pictures("reference", reference, rows, mean, std)]
-    titles = _titles(titles, rows)
-    figure = _figure(4, rows, use_pyplot)
+    sides = [pictures("query", query, rows, mean, std), pictures("reference", reference, rows, mean, std)]
+    titles = as_titles(titles, rows)
+    figure = new_figure(4, rows, use_pyplot)
     axes = figure.subplots(rows, 4, squeeze=False)
     for row in range(rows):
         for side, name in enumerate(("query", "reference")):
@@ -159,17 +159,17 @@ def visualize_comparison(
     rows = next(iter(counts.values()))
     if set(counts.values()) != {rows}:
         raise ValueError(f"Expected `attributions` to hold as many maps of each method, but got {counts}.")
-    pictures, titles = _pictures("images", images, rows, mean, std), _titles(titles, rows)
+    shown, titles = pictures("images", images, rows, mean, std), as_titles(titles, rows)
     failures = attributions.failures if isinstance(attributions, Comparison) else {}
     foot = [
         line
         for name, why in failures.items()
         for line in textwrap.wrap(f"{name} has no map: {why}", int(CHARACTERS * _width(1 + len(maps))))
     ]
-    figure = _figure(1 + len(maps), rows, use_pyplot, foot)
+    figure = new_figure(1 + len(maps), rows, use_pyplot, foot)
     figure.supxlabel("\n".join(foot), fontsize="small", x=0.01, ha="left", parse_math=False)
     axes = figure.subplots(rows, 1 + len(maps), squeeze=False)
-    for axis, picture, title in zip(axes[:, 0], pictures, titles):
+    for axis, picture, title in zip(axes[:, 0], shown, titles):
         show(axis, picture, title)
     relative, captions = [], []
     for column, (name, values) in enumerate(maps.items(), 1):
@@ -180,7 +180,7 @@ def visualize_comparison(
     draw_maps(
         figure,
         axes[:, 1:].T.flat,
-        pictures * len(maps),
+        shown * len(maps),
         relative,
         captions,
         "share of the largest value",
@@ -213,6 +213,10 @@ def draw_maps(
             colours, opacity = scale.to_rgba(resized), np.sqrt(strength)
         # In the image: matplotlib before 3.11 leaves out an array of opacities without a word.
         axis.imshow(np.dstack([colours[..., :3], STRONGEST * opacity.clip(0, 1)]))
+    colour_bar(figure, axes, scale, label)
+
+
+def colour_bar(figure: Figure, axes: Sequence[Axes], scale: ScalarMappable, label: str) -> None:
     bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=30)
     bar.set_label(label, parse_math=False, fontsize="small")
 
@@ -242,7 +246,7 @@ def explanation_figure(
     """
     query, references = as_rgb(query), [as_rgb(image) for image in references]
     columns, rows = len(references) + 1, len(maps) + len(reference_maps)
-    figure = _figure(columns, rows, use_pyplot=False)
+    figure = new_figure(columns, rows, use_pyplot=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     show(axes[0, 0], query, "query")
     for axis in axes[1:, 0]:
@@ -254,7 +258,7 @@ def explanation_figure(
     return figure
 
 
-def _figure(columns: int, rows: int, use_pyplot: bool, foot: Sequence[str] = ()) -> Figure:
+def new_figure(columns: int, rows: int, use_pyplot: bool, foot: Sequence[str] = ()) -> Figure:
     size = (_width(columns), 2.9 * rows + 0.2 * len(foot))
     if not use_pyplot:
         return Figure(figsize=size, layout="constrained")
@@ -303,7 +307,7 @@ def _lacks(values: Tensor) -> list[str]:
     return [f"({line})" for line in said]
 
 
-def _titles(titles: Sequence[str] | None, rows: int) -> Sequence[str]:
+def as_titles(titles: Sequence[str] | None, rows: int) -> Sequence[str]:
     if titles is None:
         return [""] * rows
     if isinstance(titles, str) or len(titles) != rows:
@@ -328,16 +332,16 @@ def _maps(name: str, values: Values) -> list[Tensor]:
     return list(maps)
 
 
-def _pictures(
+def pictures(
     name: str, images: Pictures, rows: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> list[Image.Image]:
     """One image for each row."""
     batch = isinstance(images, Sequence) or (isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4)
     one_by_one: Any = images if batch else [images]
-    pictures = [_picture(name, image, mean, std) for image in one_by_one]
-    if len(pictures) not in (1, rows):
-        raise ValueError(f"Expected `{name}` to be one image or {rows}, one for each row, but got {len(pictures)}.")
-    return pictures * (rows // len(pictures))
+    found = [_picture(name, image, mean, std) for image in one_by_one]
+    if len(found) not in (1, rows):
+        raise ValueError(f"Expected `{name}` to be one image or {rows}, one for each row, but got {len(found)}.")
+    return found * (rows // len(found))
 
 
 def _picture(name: str, image: Picture, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
