@@ -21,8 +21,8 @@ from captum_fam._files import printable, recorded_warnings, utf8
 from captum_fam.comparison import DEFAULT, compare_attributions
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import planes, ready_encoder, running
-from captum_fam.images import check_png, read_image, write_png
-from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.images import check_output, read_image, write_png
+from captum_fam.methods.correspondence_map import CorrespondenceMap, less_the_others
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
@@ -46,7 +46,7 @@ def demo(output: Path) -> None:
     """Explain a collage of photographs with the bundled encoder; needs no network."""
     from captum_fam.demo import demo_figure
 
-    check_png(output)
+    check_output(output, ".png")
     figure, table = demo_figure()
     write_png(figure, output)
     click.echo("\n".join(table))
@@ -144,7 +144,7 @@ def explain(
     """
     images = [read_image(path) for path in (query, *references)]
     output = output or query.with_name(f"{query.stem}_fam.png")
-    check_png(output, (query, *references))
+    check_output(output, ".png", (query, *references))
     other = _contrast(contrast, len(references))
 
     with _loaded(images, encoder, layer=layer, **loading) as loaded:
@@ -171,7 +171,8 @@ def explain(
             rows[_OWN], reference_rows[_OWN] = planes(maps, layer_name), planes(back, layer_name)
         alike = "what looks alike" + (", less the others" if len(s) > 1 else "")
         rows[alike], reference_rows[alike] = (
-            planes(maps, layer_name) for maps in _alike(CorrespondenceMap(loaded.model, loaded.layer), tensors)
+            planes(maps, layer_name)
+            for maps in less_the_others(CorrespondenceMap(loaded.model, loaded.layer), tensors[:1], tensors[1:])
         )
         route = fam.route(tensors[:1])
 
@@ -246,7 +247,7 @@ def compare(
     """
     images = [read_image(path) for path in (query, reference)]
     output = output or query.with_name(f"{query.stem}_compare.png")
-    check_png(output, (query, reference))
+    check_output(output, ".png", (query, reference))
     with _loaded(images, encoder, layer=layer, **loading) as loaded:
         score = SimilarityScore(loaded.model, loaded.embeddings, similarity)
         value = score(loaded.tensors[:1])[0, 1].item()
@@ -341,17 +342,6 @@ def _message(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         return " ".join(error.format_message().split())
     return " ".join(str(error).split()) if isinstance(error, ValueError) else one_line(error)
-
-
-def _alike(correspondence: CorrespondenceMap, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What of the first image looks like each of the others (1, K, h, w), and what of these (K, 1, h, w) like it."""
-    K = len(images) - 1
-    maps = correspondence.attribute_all(images[:1], reference=images[1:], contrast="rest" if K > 1 else None)
-    if K == 1:
-        return maps, correspondence.attribute(images[1:], reference=images[:1])  # type: ignore[return-value]
-    matches: Any = correspondence.attribute_all(images[1:], reference=images)
-    others = torch.stack([torch.cat([matches[k, 1 : k + 1], matches[k, k + 2 :]]).mean(0) for k in range(K)])
-    return maps, matches[:, :1] - others[:, None]  # type: ignore[return-value]
 
 
 def _margins(scores: list[float], other: Any) -> list[float]:

@@ -95,13 +95,13 @@ def to_tensor(image: Image.Image, size: int, mean: Sequence[float], std: Sequenc
     return torch.from_numpy(normalised).permute(2, 0, 1)
 
 
-def check_png(output: Path, inputs: Sequence[Path] = ()) -> None:
+def check_output(output: Path, suffix: str, inputs: Sequence[Path] = ()) -> None:
     """
     Raises:
-        ValueError: a figure cannot be written to that file, or it is one of the inputs.
+        ValueError: a file of that kind, such as ".png", cannot be written there, or it is one of the inputs.
     """
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"cannot write {output}: name a file that ends in .png with -o")
+    if output.suffix.lower() != suffix:
+        raise ValueError(f"cannot write {output}: name a file that ends in {suffix} with -o")
     if any(output.resolve() == path.resolve() for path in inputs):
         raise ValueError(f"cannot write {output}: it is one of the images; name another file with -o")
     try:
@@ -125,10 +125,15 @@ def write_png(figure: "Figure", output: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a file's name, that the font lacks
         figure.savefig(content, format="png", dpi=110)
+    write_whole(content.getvalue(), output)
+
+
+def write_whole(content: bytes, output: Path) -> None:
+    """Writes the whole file or none."""
     output = output.resolve()
     partial = _partial(output)
     try:
-        partial.write_bytes(content.getvalue())
+        partial.write_bytes(content)
         partial.replace(output)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ import captum_fam
 from captum_fam import cli, demo
 from captum_fam._files import irregular, printable, recorded_warnings, utf8
 from captum_fam.encoders import load_encoder
-from captum_fam.images import check_png, read_image
+from captum_fam.images import check_output, read_image
 
 RED = "\x1b[31mred\x07\u202e"
 posix = pytest.mark.skipif(os.name != "posix", reason="names and files of POSIX")
@@ -218,7 +218,7 @@ def test_what_is_no_file_is_refused_at_once(run, cat, others, kind):
         assert f"it is {what}" in err
         assert err.count("\n") == 1
     with pytest.raises(ValueError, match=r"cannot write .*-o"):
-        check_png(others[kind], [path])
+        check_output(others[kind], ".png", [path])
 
 
 @posix

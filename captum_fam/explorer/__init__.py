@@ -1,0 +1,256 @@
+"""A page that shows which places of two images match, in one file."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captum_fam._checks import check_same_form, describe, format_inputs
+from captum_fam.explorer._computed import (
+    ALIKE,
+    COMMON,
+    MADE,
+    OWN,
+    REST,
+    SCORE,
+    Found,
+    Method,
+    Mode,
+    of_matrices,
+    of_methods,
+)
+from captum_fam.explorer._stored import grid, matrix, numbers, picture
+from captum_fam.images import write_whole
+from captum_fam.visualization import Pictures, Values, pictures
+
+# The whole maps, in the order in which the page offers them; it opens with the first.
+_MAPS = (OWN, REST, COMMON, MADE, ALIKE)
+_HEIGHT = 860  # pixels of the page in a notebook
+_FULL = 0.999  # the quantile of a mode's entries at which their colour is full
+
+
+class PairExplorer:
+    """
+    A page made by :func:`~captum_fam.explore_pair`. A notebook shows it; :meth:`save` writes it as one file, which
+    needs no server, no network and no other file.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self._data = data
+
+    @property
+    def html(self) -> str:
+        """The whole page."""
+        page, style, script = (
+            (files(__package__) / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+        )
+        # Text of others is in the data alone, where no < can end it. Names of files may be no text: escaped.
+        data = json.dumps(self._data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+        parts = {"/* page.css */": style, "/* page.js */": script, "/* data */": data}
+        for name, content in parts.items():
+            page = page.replace(name, content, 1)
+        return page
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """
+        Writes the page.
+
+        Args:
+            path (str or PathLike): File to write, as ``pair.html``; the whole of it or nothing is written.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        write_whole(self.html.encode(), Path(path))
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.html)
+        # A frame of its own: the styles of the notebook and of the page do not meet.
+        return (
+            f'<iframe srcdoc="{page}" title="Pair explorer" sandbox="allow-scripts" width="100%" height="{_HEIGHT}"'
+            ' style="border: 0"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        return f"PairExplorer({len(self._data['references'])} references, {len(self.html) / 1e6:.2f} MB)"
+
+
+def explore_pair(
+    query: Pictures,
+    reference: Pictures,
+    method: Method | Sequence[Method] | Values | Mapping[str, Values],
+    *,
+    control: Pictures | None = None,
+    photos: Pictures | None = None,
+    titles: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> PairExplorer:
+    r"""
+    Makes a page on which one points at a place of an image and sees what it matches in the other.
+
+    The page has two modes. *Explains the score* shows the pairs of places that the score is made of, as
+    :meth:`SimilarityDecomposition.attribute_matrix` gives them: a row of the matrix adds up to what its place
+    contributes, all rows to the score, and the page prints the sums and what is missing. *Looks alike* shows the
+    cosines of :meth:`CorrespondenceMap.attribute_matrix`, of which the score is not made. Beside these it has whole
+    maps of both images, the scores of all references, and a control to compare with.
+
+    Args:
+        query (Tensor): One image (1, C, H, W), ready for the encoder. With matrices, any picture, as in
+                    :func:`~captum_fam.visualize_pair`.
+        reference (Tensor): K images of one size (K, C, H', W'), of one of which the page shows the matches at a
+                    time. With matrices, any K pictures.
+        method (a method, a list of two, Tensor, array or dict): A :class:`~captum_fam.SimilarityDecomposition` or
+                    :class:`~captum_fam.IntegratedDecomposition` for the first mode, a
+                    :class:`~captum_fam.CorrespondenceMap` for the second, or a list of both. Of one of them,
+                    the other is made, with the same encoder and layer. With ``n_steps``, the parts add up to the
+                    score for every encoder.
+
+                    Or matrices that are computed already, (K, N, N') of square grids or (K, h, w, h', w'), or a
+                    dict of such matrices by the names of their modes.
+        control (Tensor, optional): One image (1, C, H', W') that has nothing to do with the query. An explanation
+                    that is as strong for it does not explain the match.
+                    Default: None
+        photos (list of pictures, optional): What is shown of the query, the references and the control, in this
+                    order; each shows all of what the encoder was given, in any size.
+                    Default: None, the images themselves
+        titles (list of str, optional): Names of the query, the references and the control, in this order.
+                    Default: None
+        mean, std (sequence of float, optional): As in :func:`~captum_fam.visualize_pair`.
+                    Default: None
+
+    Returns:
+        *PairExplorer*: the page, which a notebook shows, with ``save(path)``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above; the message names it.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> query, shelf = torch.rand(1, 3, 16, 16), torch.rand(2, 3, 16, 16)
+        >>> explore_pair(query, shelf, SimilarityDecomposition(encoder, encoder[1]))
+        PairExplorer(2 references, 0.67 MB)
+    """
+    given: list[Any] = list(method) if isinstance(method, (list, tuple)) else [method]
+    computed = all(isinstance(m, (Tensor, np.ndarray, Mapping)) for m in given) and len(given) == 1
+    similarity = None
+    if computed:
+        shown = [*_listed(query), *_listed(reference), *([] if control is None else _listed(control))]
+        found = of_matrices(given[0], len(shown) - 1)
+    else:
+        images = _images(query, reference, control)
+        shown = [image for part in images for image in part]
+        found, similarity = of_methods(images[0], torch.cat(images[1:]), given, control is not None)
+    return _explorer(
+        pictures("photos", list(shown if photos is None else _listed(photos)), len(shown), mean, std),
+        titles,
+        found,
+        similarity,
+        control is not None,
+    )
+
+
+def _explorer(
+    shown: list[Image.Image], titles: Sequence[str] | None, found: list[Found], similarity: str | None, control: bool
+) -> PairExplorer:
+    if titles is not None and (isinstance(titles, str) or len(titles) != len(shown)):
+        raise ValueError(f"Expected `titles` to be a list of {len(shown)}, one for each image, but got {titles!r}.")
+    if titles is None:
+        many = len(found) - control > 1
+        titles = ["query", *(f"reference {k + 1}" if many else "reference" for k in range(len(found) - control))]
+        titles += ["control"] * control
+    scales = {
+        name: _scale(name, [one.modes[name].values for one in found[: len(found) - control]]) for name in found[0].modes
+    }
+    return PairExplorer(
+        {
+            "similarity": similarity,
+            "query": _pictured(titles[0], shown[0]),
+            "modes": scales,
+            "maps": [name for name in _MAPS if name in found[0].maps],
+            "control": len(found) - 1 if control else None,
+            "references": [
+                {
+                    **_pictured(title, image),
+                    "score": None if one.score is None else float(f"{one.score:.6g}"),
+                    "modes": {name: _mode(name, mode, one.score) for name, mode in one.modes.items()},
+                    "maps": {name: _map(*sides) for name, sides in one.maps.items()},
+                }
+                for title, image, one in zip(titles[1:], shown[1:], found)
+            ],
+        }
+    )
+
+
+def _pictured(title: str, image: Image.Image) -> dict[str, Any]:
+    return {"name": str(title), "picture": picture(image), "width": image.width, "height": image.height}
+
+
+def _scale(name: str, matrices: list[Tensor]) -> dict[str, float]:
+    """The number that is white, and how far from it colours are full, for all references but the control."""
+    values = np.concatenate([m.flatten().numpy() for m in matrices])
+    values = values[np.isfinite(values)]
+    centre = float(values.mean()) if name == ALIKE and len(values) else 0.0  # all places look alike a little
+    limit = float(np.quantile(np.abs(values - centre), _FULL)) if len(values) else 0.0
+    return {"centre": centre, "limit": limit or 1.0}
+
+
+def _map(here: Tensor, there: Tensor | None) -> dict[str, Any]:
+    """A map of both images, on one scale of colours."""
+    values = torch.cat([side.flatten() for side in (here, there) if side is not None])
+    largest = values[values.isfinite()].abs().amax().item() if values.isfinite().any() else 0.0
+    return {"limit": largest or 1.0, "query": grid(here), "reference": None if there is None else grid(there)}
+
+
+def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:
+    """A matrix, and what of it is said in numbers."""
+    known = mode.values[mode.values.isfinite()]
+    sums = {"pairs": known.sum().item()}
+    if name == ALIKE:
+        sums = {"average": known.mean().item(), "largest": known.max().item()} if len(known) else {}
+    for side, rest in (("query_rest", mode.query_rest), ("reference_rest", mode.reference_rest)):
+        if rest is not None:
+            sums[side] = rest.sum().item()
+    sums |= mode.rest
+    if name == SCORE and score is not None:
+        together = sum(sums.values())
+        sums |= {"sum": together, "score": score, "remainder": score - together}
+    rests = {"query_rest": mode.query_rest, "reference_rest": mode.reference_rest}
+    return {
+        **matrix(mode.values),
+        **{side: None if rest is None else numbers(rest) for side, rest in rests.items()},
+        "sums": sums,
+    }
+
+
+def _listed(given: Pictures) -> list[Any]:
+    """Pictures one by one."""
+    several = isinstance(given, (list, tuple)) or (isinstance(given, (Tensor, np.ndarray)) and given.ndim == 4)
+    return list(given) if several else [given]  # type: ignore[arg-type]
+
+
+def _images(query: Any, reference: Any, control: Any) -> list[Tensor]:
+    """The encoder's inputs (1, C, H, W), (K, C, H, W) and, if there is one, the control (1, C, H, W)."""
+    given = {"query": query, "reference": reference} | ({} if control is None else {"control": control})
+    images = {}
+    for name, value in given.items():
+        (images[name],) = tensors = format_inputs(name, value)
+        check_same_form(tensors, (images["query"],))
+        count = "one image (1, C, H, W)" if name != "reference" else "images (K, C, H, W)"
+        if images[name].ndim != 4 or not len(images[name]) or (name != "reference" and len(images[name]) > 1):
+            raise ValueError(f"Expected `{name}` to be {count}, ready for the encoder, but got {describe(value)}.")
+    if control is not None and images["control"].shape[1:] != images["reference"].shape[1:]:
+        raise ValueError(
+            f"Expected `control` to have the size of `reference`, {tuple(images['reference'].shape[1:])}, but got"
+            f" {describe(control)}; resize it as for the encoder."
+        )
+    return list(images.values())

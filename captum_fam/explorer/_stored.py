@@ -1,0 +1,109 @@
+"""What a page holds: matrices and pictures as text, in no more room than they need."""
+
+import base64
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from captum_fam.matches import strongest_matches
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"  # base64's
+LONGEST = 512  # pixels of a picture's longer side
+WHOLE = 1 << 16  # a matrix of more entries is stored as two factors, where these are smaller
+RANKS = (32, 64, 128, 256, 512)
+CLOSE = 0.01  # of the largest entry: how far an entry of the product may be from the matrix
+SHORT = 1_000_000  # numbers of an array that gets one digit each, instead of two
+SHOWN = 5  # matches that are numbered before anybody points at a place
+
+Array = NDArray[np.float64]
+
+
+def picture(image: Image.Image) -> str:
+    """An RGB image as the address of a JPEG that is in the address itself."""
+    scale = min(1, LONGEST / max(image.size))
+    drawn = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    content = BytesIO()
+    drawn.save(content, "JPEG", quality=85, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def digits(values: Array) -> tuple[dict[str, Any], Array]:
+    """
+    Numbers as text, and what a page reads there. Each is a level of one or two digits of base 64, whose square is the
+    share of the largest number: so small ones, of which many make a sum, keep more of theirs. The last is no number.
+    """
+    count = 1 if values.size > SHORT else 2
+    top = (64**count - 2) // 2
+    finite = np.isfinite(values)
+    largest = float(np.abs(values, where=finite, out=np.zeros_like(values)).max(initial=0)) or 1.0
+    shares = np.where(finite, values, 0) / largest
+    level = np.rint(top * np.sign(shares) * np.sqrt(np.abs(shares))).astype(int)
+    read = np.where(finite, largest * np.sign(level) * (level / top) ** 2, np.nan)
+    codes = np.where(finite, level + top, 2 * top + 1)
+    places = np.stack([codes // 64**power % 64 for power in reversed(range(count))], -1)
+    text = np.array(list(ALPHABET))[places].ravel()
+    return {"digits": count, "largest": largest, "text": "".join(text)}, read
+
+
+def matrix(values: Tensor) -> dict[str, Any]:
+    """
+    A matrix (h, w, h', w') with what a page says of it: the largest entry of each row and column and where it is,
+    and the strongest matches, all found before anything is lost.
+    """
+    h, w, h2, w2 = values.shape
+    entries = values.reshape(h * w, h2 * w2).numpy()
+    finite = np.isfinite(entries)
+    largest = float(np.abs(entries, where=finite, out=np.zeros_like(entries)).max(initial=0))
+    stored, read = _smallest(entries, largest)
+    error = float(np.abs(read - entries, where=finite, out=np.zeros_like(entries)).max())
+    return {
+        "query": [h, w],
+        "reference": [h2, w2],
+        **stored,
+        "largest": _short(largest),
+        "error": _short(error),
+        "rows": _bests(entries),
+        "columns": _bests(entries.T),
+        "strongest": strongest_matches(values, SHOWN),
+    }
+
+
+def grid(values: Tensor) -> dict[str, Any]:
+    """A map (h, w)."""
+    return {"shape": list(values.shape), "values": numbers(values)}
+
+
+def numbers(values: Tensor) -> list[float | None]:
+    return [_short(value) for value in values.flatten().tolist()]
+
+
+def _smallest(entries: Array, largest: float) -> tuple[dict[str, Any], Array]:
+    """The whole matrix, or two factors (N, r) and (N', r), and what is read there."""
+    if entries.size > WHOLE and np.isfinite(entries).all():
+        U, S, V = (t.numpy() for t in torch.linalg.svd(torch.from_numpy(entries), full_matrices=False))
+        for rank in (r for r in RANKS if 2 * r * sum(entries.shape) < entries.size):
+            root = np.sqrt(S[:rank])
+            (left, here), (right, there) = digits(U[:, :rank] * root), digits(V[:rank].T * root)
+            read = here @ there.T
+            if np.abs(read - entries).max() <= CLOSE * largest:
+                return {"rank": rank, "left": left, "right": right}, read
+    stored, read = digits(entries)
+    return {"whole": stored}, read
+
+
+def _bests(entries: Array) -> dict[str, Sequence[float | None]]:
+    known = np.where(np.isfinite(entries), entries, -np.inf)
+    best = known.argmax(1)
+    values = torch.from_numpy(known[np.arange(len(known)), best])
+    return {"best": best.tolist(), "value": numbers(values), "sum": numbers(torch.from_numpy(np.nansum(entries, 1)))}
+
+
+def _short(value: float) -> float | None:
+    """A number in few characters; JSON has no infinities."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None

@@ -1,0 +1,466 @@
+"use strict";
+
+// Everything that the page shows comes from the JSON beside this script; nothing is loaded. A place is
+// a number, row by row; a side is "query" or "reference".
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+const RED = [221, 17, 0];
+const BLUE = [0, 51, 221];
+const STRONGEST = 0.85; // opacity of the largest values
+const SIDES = ["query", "reference"];
+
+const similarity = data.similarity === "euclidean" ? "minus squared distance" : data.similarity;
+
+// The words of the modes and maps that the package makes; those of others have their names alone.
+const MODES = {
+  score: ["explains the score", "Each pair of places is a part of the score; all of them add up to it."],
+  alike: ["looks alike", "Cosine of what the network sees at two places. The score is not made of it."],
+};
+const MAPS = {
+  own: ["particular to this match", "What the two images share beyond what each has with itself (\"self\")."],
+  rest: ["this reference rather than the others", "What speaks for it (red) and for the others (blue)."],
+  common: ["in common (FAM)", "What contributes to the similarity, also what all images have."],
+  made: ["what the score is made of", "The part of each place; all parts add up to the score."],
+  alike: ["looks like the other image", "The best match of each place, less what looks like the other references."],
+  none: ["none", ""],
+};
+const PARTS = {
+  pairs: "pairs of places",
+  query_rest: "places of the query with the reference's baseline",
+  reference_rest: "places of the reference with the query's baseline",
+  rest: "both baselines, which no place has",
+  lengths: "minus the squared lengths of both embeddings",
+  sum: "together",
+  score: "the score, of the whole embeddings",
+  remainder: "what is missing",
+  average: "average over all pairs of places",
+  largest: "the largest",
+};
+
+const first = data.maps[0] || "none";
+const state = {
+  shown: 0, // the reference
+  mode: Object.keys(data.modes)[0],
+  map: first,
+  opacity: 1,
+  at: null, // what is pointed at: {side, x, y}, shares of the image's width and height
+  pins: [], // pairs that are kept, in the same form: grids of other modes have other places
+};
+
+const element = (id) => document.getElementById(id);
+const other = (side) => (side === "query" ? "reference" : "query");
+const reference = () => data.references[state.shown];
+const mode = () => reference().modes[state.mode];
+
+/* Matrices */
+
+// Numbers are stored as levels of one or two digits of base 64; the share of the largest is a level's square.
+function numbers(stored) {
+  const count = stored.digits;
+  const top = (64 ** count - 2) / 2;
+  const values = new Float32Array(stored.text.length / count);
+  for (let i = 0; i < values.length; i++) {
+    let code = 0;
+    for (let d = 0; d < count; d++) code = 64 * code + BASE64.indexOf(stored.text[count * i + d]);
+    const share = (code - top) / top;
+    values[i] = code > 2 * top ? NaN : stored.largest * share * Math.abs(share);
+  }
+  return values;
+}
+
+const decoded = new Map();
+
+function matrixOf(stored) {
+  if (!decoded.has(stored)) {
+    decoded.set(stored, stored.whole ? [numbers(stored.whole)] : [numbers(stored.left), numbers(stored.right)]);
+  }
+  return decoded.get(stored);
+}
+
+// The row of a place of the query, or the column of one of the reference: values over the other image.
+function line(stored, side, place) {
+  const size = (of) => stored[of][0] * stored[of][1];
+  const values = new Float32Array(size(other(side)));
+  const [left, right] = matrixOf(stored);
+  const columns = size("reference");
+  for (let i = 0; i < values.length; i++) {
+    if (!right) {
+      values[i] = side === "query" ? left[place * columns + i] : left[i * columns + place];
+    } else {
+      const rank = stored.rank;
+      const [here, there] = side === "query" ? [left, right] : [right, left];
+      let sum = 0;
+      for (let r = 0; r < rank; r++) sum += here[place * rank + r] * there[i * rank + r];
+      values[i] = sum;
+    }
+  }
+  return values;
+}
+
+/* Places */
+
+function placeOf(point) {
+  const [h, w] = mode()[point.side];
+  const within = (share, size) => Math.min(size - 1, Math.max(0, Math.floor(share * size)));
+  return within(point.y, h) * w + within(point.x, w);
+}
+
+function pointOf(side, place) {
+  const [h, w] = mode()[side];
+  return {side, x: ((place % w) + 0.5) / w, y: (Math.floor(place / w) + 0.5) / h};
+}
+
+const named = (side, place) => {
+  const w = mode()[side][1];
+  return `row ${Math.floor(place / w) + 1}, column ${(place % w) + 1}`;
+};
+
+// A pair: a place, and where the other image matches it best.
+function pairOf(point) {
+  const place = placeOf(point);
+  const lines = mode()[point.side === "query" ? "rows" : "columns"];
+  return {side: point.side, place, match: lines.best[place], value: lines.value[place], sum: lines.sum[place]};
+}
+
+function strongest() {
+  const lines = mode().rows;
+  return mode().strongest.map(([place, match]) => ({side: "query", place, match, value: lines.value[place]}));
+}
+
+/* Drawing */
+
+function paint(side, values, [h, w], centre, limit) {
+  const stage = element(side);
+  const canvas = stage.querySelector("canvas");
+  canvas.width = w;
+  canvas.height = h;
+  stage.classList.toggle("covered", Boolean(values) && state.opacity > 0);
+  if (!values) return;
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(w, h);
+  values.forEach((value, i) => {
+    const share = Number.isFinite(value) ? (value - centre) / limit : 0;
+    const colour = share > 0 ? RED : BLUE;
+    image.data.set([...colour, Math.round(255 * STRONGEST * state.opacity * Math.min(1, Math.abs(share)))], 4 * i);
+  });
+  context.putImageData(image, 0, 0);
+}
+
+function box(side, place, number, here) {
+  const [h, w] = mode()[side];
+  const [row, column] = [Math.floor(place / w), place % w];
+  const drawn = document.createElement("div");
+  drawn.className = "box" + (here ? " here" : "") + (column === 0 ? " left" : "") + (row === 0 ? " top" : "");
+  drawn.dataset.number = number;
+  drawn.dataset.place = place;
+  drawn.style.left = `${(100 * column) / w}%`;
+  drawn.style.top = `${(100 * row) / h}%`;
+  drawn.style.width = `${100 / w}%`;
+  drawn.style.height = `${100 / h}%`;
+  const label = document.createElement("span");
+  label.textContent = number;
+  drawn.append(label);
+  element(side).append(drawn);
+}
+
+function draw() {
+  const kept = state.pins.map(pairOf);
+  const pointed = state.at && pairOf(state.at);
+  const again = pointed && kept.findIndex((pair) => pair.side === pointed.side && pair.place === pointed.place);
+  const pairs = pointed || kept.length ? [...kept] : strongest();
+  if (pointed && again < 0) pairs.push(pointed);
+  const current = pointed || kept[kept.length - 1] || null;
+
+  document.querySelectorAll(".box").forEach((old) => old.remove());
+  pairs.forEach((pair, i) => {
+    const here = current && pair.side === current.side && pair.place === current.place;
+    box(pair.side, pair.place, i + 1, here);
+    if (pair.match !== null) box(other(pair.side), pair.match, i + 1, false);
+  });
+  if (current) drawLine(current);
+  else drawMap();
+  tell(current);
+  list(pairs);
+}
+
+function drawLine(pair) {
+  const scale = data.modes[state.mode];
+  paint(other(pair.side), line(mode(), pair.side, pair.place), mode()[other(pair.side)], scale.centre, scale.limit);
+  paint(pair.side, null, mode()[pair.side]);
+  bar(scale.centre, scale.limit);
+}
+
+function drawMap() {
+  const maps = reference().maps[state.map];
+  for (const side of SIDES) {
+    const map = maps && maps[side];
+    if (map) paint(side, map.values, map.shape, 0, maps.limit);
+    else paint(side, null, [1, 1]);
+  }
+  bar(0, maps ? maps.limit : null);
+}
+
+function bar(centre, limit) {
+  element("scale").hidden = limit === null;
+  if (limit === null) return;
+  element("low").textContent = `${short(centre - limit)} or less`;
+  element("high").textContent = `${short(centre + limit)} or more`;
+}
+
+/* Words */
+
+const signed = (value) => (value > 0 ? "+" : "") + short(value);
+
+// Three digits that count, without powers of ten.
+function short(value) {
+  if (value === null) return "no number";
+  const size = Math.abs(value);
+  const decimals = size > 0 ? Math.min(9, Math.max(0, 2 - Math.floor(Math.log10(size)))) : 0;
+  return value.toFixed(decimals).replace("-", "\u2212");
+}
+
+// What all pairs of places would have if they had the same.
+function shares(value) {
+  const [h, w] = mode().query;
+  const [h2, w2] = mode().reference;
+  const score = reference().score;
+  return score ? `, ${Math.abs((value * h * w * h2 * w2) / score).toFixed(1)}\u00a0\u00d7 an equal share` : "";
+}
+
+function tell(pair) {
+  element("live").textContent = pair ? sentence(pair) : overview();
+}
+
+function overview() {
+  const count = mode().strongest.length;
+  const [text] = MAPS[state.map] || [state.map];
+  const map = state.map === "none" ? "" : `The colours show the map \u201c${text}\u201d. `;
+  if (!count) return `${map}No two places match each other best.`;
+  const pairs = count === 1 ? "The numbered pair is the strongest match" : `The ${count} numbered pairs are the strongest matches`;
+  return `${map}${pairs} (${modeName()}). Point at a place to see all of its matches.`;
+}
+
+const modeName = () => (MODES[state.mode] || [state.mode])[0];
+
+function sentence(pair) {
+  const {side, place, match, value} = pair;
+  const here = `The ${side}'s ${named(side, place)}`;
+  if (match === null || value === null) return `${here} has no match.`;
+  const best = `${named(other(side), match)} of the ${other(side)}`;
+  if (state.mode === "alike") {
+    return `${here}, looks most like ${best}: cosine ${short(value)}, where the average of all pairs is ${short(data.modes.alike.centre)}.`;
+  }
+  const sum = pair.sum ?? lineSum(pair);
+  if (state.mode !== "score") return `${here}, matches best ${best}: ${short(value)}. All of its matches add up to ${short(sum)}.`;
+  const rests = mode()[`${side}_rest`];
+  const rest = rests ? rests[place] : 0;
+  const score = reference().score;
+  const share = score ? ` (${((100 * (sum + rest)) / score).toFixed(1)}% of it)` : "";
+  const more = rest ? `: ${signed(sum)} with the places of the ${other(side)}, ${signed(rest)} with its baseline` : "";
+  return `${here}, adds ${signed(sum + rest)} to the score of ${short(score)}${share}${more}. Its best match is ${best}: ${signed(value)}${shares(value)}.`;
+}
+
+const lineSum = (pair) => mode()[pair.side === "query" ? "rows" : "columns"].sum[pair.place];
+
+function list(pairs) {
+  element("matches").replaceChildren(
+    ...pairs.map(({side, place, match, value}) => {
+      const item = document.createElement("li");
+      const [here, there] = side === "query" ? [place, match] : [match, place];
+      const amount = state.mode === "score" ? signed(value) + shares(value) : short(value);
+      item.textContent =
+        match === null ? `${named(side, place)}: no match` : `${named("query", here)} \u2194 ${named("reference", there)}: ${amount}`;
+      return item;
+    }),
+  );
+}
+
+function tables() {
+  const body = element("sums").tBodies[0];
+  body.replaceChildren(
+    ...Object.entries(mode().sums).map(([part, value]) => {
+      const row = document.createElement("tr");
+      const [name, number] = [document.createElement("th"), document.createElement("td")];
+      name.scope = "row";
+      name.textContent = part === "score" && similarity ? `${PARTS.score} (${similarity})` : PARTS[part];
+      number.textContent = value.toFixed(6).replace("-", "\u2212");
+      number.dataset.part = part;
+      number.dataset.value = value;
+      row.className = part === "sum" ? "total" : "";
+      row.append(name, number);
+      return row;
+    }),
+  );
+  element("sums-title").textContent = state.mode === "score" ? "What adds up to the score" : "In numbers";
+  const {error, largest, rank} = mode();
+  const how = rank ? `as two factors of rank ${rank}` : "in few digits";
+  element("stored").textContent = largest
+    ? `To keep the file small, the matrix is stored ${how}: colours are off by at most ${short(error)}, ${((100 * error) / largest).toPrecision(2)}% of the largest entry. Numbers in words were taken before.`
+    : "All entries of the matrix are zero.";
+}
+
+/* What is shown */
+
+function show() {
+  const shown = reference();
+  const pictures = {query: data.query, reference: shown};
+  for (const side of SIDES) {
+    const {name, picture, width, height} = pictures[side];
+    const stage = element(side);
+    const [h, w] = mode()[side];
+    const image = stage.querySelector("img");
+    if (image.getAttribute("src") !== picture) image.src = picture;
+    image.width = width;
+    image.height = height;
+    stage.style.setProperty("--shape", width / height);
+    stage.style.aspectRatio = `${width} / ${height}`;
+    stage.setAttribute("aria-label", `${side} ${name}, ${h} rows and ${w} columns of places`);
+    element(`${side}-name`).textContent = name;
+  }
+  element("title").textContent = `Why is \u201c${data.query.name}\u201d similar to \u201c${shown.name}\u201d?`;
+  document.title = `${data.query.name} and ${shown.name}`;
+  const meaning = {cosine: "1 is the same direction, 0 is nothing in common", euclidean: "0 is the same, less is farther apart"};
+  element("score").textContent =
+    shown.score === null ? "" : `Score: ${similarity} ${shown.score.toFixed(3).replace("-", "\u2212")}` + (meaning[data.similarity] ? ` (${meaning[data.similarity]})` : "");
+  element("control").setAttribute("aria-pressed", String(state.shown === data.control));
+  for (const input of document.querySelectorAll("#references input")) input.checked = Number(input.value) === state.shown;
+  for (const input of document.querySelectorAll("#modes input")) input.checked = input.value === state.mode;
+  tables();
+  draw();
+}
+
+function choice(group, value, [text, more]) {
+  const label = document.createElement("label");
+  const input = document.createElement("input");
+  label.className = "choice";
+  input.type = "radio";
+  input.name = group;
+  input.value = value;
+  label.append(input, ` ${text}`);
+  if (more) {
+    const small = document.createElement("small");
+    small.textContent = more;
+    label.append(small);
+  }
+  return label;
+}
+
+function build() {
+  for (const name of Object.keys(data.modes)) element("modes").append(choice("mode", name, MODES[name] || [name]));
+  const maps = data.maps;
+  for (const name of [...maps, "none"]) element("maps").append(choice("map", name, MAPS[name] || [name]));
+  element("maps").hidden = !maps.length;
+  element("maps").querySelector(`[value="${first}"]`).checked = true;
+
+  const strip = document.querySelector("#references .strip");
+  data.references.forEach(({name, picture, score}, k) => {
+    const amount = score === null ? "" : ` ${score.toFixed(3).replace("-", "\u2212")}`;
+    const label = choice("shown", k, [`${name}${amount}`]);
+    const image = document.createElement("img");
+    image.src = picture;
+    image.alt = "";
+    label.prepend(image);
+    strip.append(label);
+  });
+  element("references").hidden = data.references.length < 2;
+  element("control").hidden = element("why").hidden = data.control === null;
+}
+
+/* What the user does */
+
+let before = 0; // the reference that the control stands in for
+
+function choose(shown) {
+  if (state.shown !== data.control) before = state.shown;
+  state.shown = shown;
+  show();
+}
+
+const toggleControl = () => choose(state.shown === data.control ? before : data.control);
+
+function changeMode(name) {
+  state.mode = name;
+  show();
+}
+
+function keep(point) {
+  const {side, place} = pairOf(point);
+  const old = state.pins.findIndex((pin) => pin.side === side && placeOf(pin) === place);
+  if (old < 0) state.pins.push(pointOf(side, place));
+  else state.pins.splice(old, 1);
+  draw();
+}
+
+function pointAt(point) {
+  state.at = point;
+  draw();
+}
+
+function pointUnder(side, event) {
+  const frame = element(side).getBoundingClientRect();
+  return {side, x: (event.clientX - frame.left) / frame.width, y: (event.clientY - frame.top) / frame.height};
+}
+
+const STEPS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+
+function onKey(side, event) {
+  const [h, w] = mode()[side];
+  if (event.key in STEPS) {
+    const place = state.at && state.at.side === side ? placeOf(state.at) : startOf(side);
+    const [down, right] = STEPS[event.key];
+    const row = Math.min(h - 1, Math.max(0, Math.floor(place / w) + down));
+    const column = Math.min(w - 1, Math.max(0, (place % w) + right));
+    pointAt(pointOf(side, row * w + column));
+  } else if (event.key === "Enter" || event.key === " ") {
+    keep(state.at && state.at.side === side ? state.at : pointOf(side, startOf(side)));
+  } else {
+    return;
+  }
+  event.preventDefault();
+}
+
+// Where the keys begin: at the strongest match.
+function startOf(side) {
+  const [pair] = strongest();
+  return pair ? (side === "query" ? pair.place : pair.match) : 0;
+}
+
+function listen() {
+  for (const side of SIDES) {
+    const stage = element(side);
+    stage.addEventListener("pointermove", (event) => event.pointerType === "mouse" && pointAt(pointUnder(side, event)));
+    stage.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && pointAt(null));
+    stage.addEventListener("click", (event) => keep(pointUnder(side, event)));
+    stage.addEventListener("keydown", (event) => onKey(side, event));
+    stage.addEventListener("focus", () => stage.matches(":focus-visible") && pointAt(pointOf(side, startOf(side))));
+    stage.addEventListener("blur", () => pointAt(null));
+  }
+  element("modes").addEventListener("change", (event) => changeMode(event.target.value));
+  element("maps").addEventListener("change", (event) => {
+    state.map = event.target.value;
+    draw();
+  });
+  element("references").addEventListener("change", (event) => choose(Number(event.target.value)));
+  element("opacity").addEventListener("input", (event) => {
+    state.opacity = Number(event.target.value);
+    draw();
+  });
+  element("control").addEventListener("click", toggleControl);
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const names = Object.keys(data.modes);
+    if (event.key === "Escape") {
+      state.pins = [];
+      pointAt(null);
+    } else if (event.key === "c" && data.control !== null) {
+      toggleControl();
+    } else if (event.key === "m") {
+      changeMode(names[(names.indexOf(state.mode) + 1) % names.length]);
+    }
+  });
+}
+
+build();
+listen();
+show();
