@@ -22,8 +22,9 @@ from PIL import Image
 from test_cli import is_png, photos, run  # noqa: F401
 
 import captum_fam
-from captum_fam import cli, demo
+from captum_fam import demo
 from captum_fam._files import irregular, printable, recorded_warnings, utf8
+from captum_fam.cli import _common, _explain
 from captum_fam.encoders import load_encoder
 from captum_fam.images import check_output, read_image
 
@@ -183,7 +184,7 @@ def test_a_name_between_dollars_is_no_formula(run, cat, tmp_path, command):
 def test_a_stream_that_cannot_show_a_name_gets_an_escape(monkeypatch):
     stream = TextIOWrapper(BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    cli._say("wrote 猫.png")
+    _common.say("wrote 猫.png")
     assert stream.buffer.getvalue() == b"wrote \\u732b.png\n"
 
 
@@ -430,7 +431,7 @@ def test_an_interrupt_during_the_work_is_one_line_and_the_handler_is_put_back(ru
     path = cat("cat.png")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run where it is ignored
     try:
-        monkeypatch.setattr(cli, "read_image", interrupted)
+        monkeypatch.setattr(_explain, "read_image", interrupted)
         status, out, err = run("explain", path, path)
         assert (status, out, err.strip()) == (130, "", "captum-fam: interrupted")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -17,7 +17,9 @@ from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.similarity import channel_contributions, widen
 
-STEPS = 8  # of a path, where the user has named no decomposition
+# Where the user has named no decomposition: along this path, the parts add up to the score for every encoder, and those
+# of a spatial mean are what they are without it.
+STEPS, BASELINE = 8, "zero"
 
 SCORE, ALIKE = "score", "alike"  # modes with words of their own
 OWN, COMMON, MADE, REST = "own", "common", "made", "rest"  # maps, with "alike"
@@ -106,7 +108,8 @@ def _all_of(
     ):
         raise TypeError(
             "Expected `method` to be a SimilarityDecomposition, an IntegratedDecomposition or a CorrespondenceMap, a"
-            f" list of one of the former and one of the latter, or matrices, but got {[type(m).__name__ for m in methods]}."
+            " list of one of the former and one of the latter, or matrices, but got"
+            f" {[type(m).__name__ for m in methods]}."
         )
     first = methods[0]
     layer = next((m.layer for m in methods if m.layer is not None and not isinstance(m, IntegratedDecomposition)), None)
@@ -123,7 +126,7 @@ def _all_of(
             f" got {describe(similarity)}; pass matrices of your own."
         )
     (decomposition,) = given[SimilarityDecomposition] or [
-        SimilarityDecomposition(*args, similarity=similarity, n_steps=STEPS, baseline="zero", **options)
+        SimilarityDecomposition(*args, similarity=similarity, n_steps=STEPS, baseline=BASELINE, **options)
     ]
     (correspondence,) = given[CorrespondenceMap] or [CorrespondenceMap(*args, **options)]
     fam = FeatureActivationMap(*args, similarity=similarity, **options)

@@ -371,13 +371,13 @@ def less_the_others(method: CorrespondenceMap, query: Tensor, references: Tensor
     What of one image looks like each of K references (1, K, *spatial), and what of these looks like it
     (K, 1, *spatial); where there are several and the method has no background, less what looks like the rest of them.
     """
-    here: Any = method.attribute(references, reference=query)
+    there: Any = method.attribute(references, reference=query)
     if len(references) == 1 or method.background is not None:
-        return method.attribute_all(query, reference=references), here
+        return method.attribute_all(query, reference=references), there  # type: ignore[return-value]
     matches: Any = method.attribute_all(references, reference=references)
     rest = [torch.cat([own[:k], own[k + 1 :]]).mean(0, keepdim=True) for k, own in enumerate(matches)]
-    there: Any = method.attribute_all(query, reference=references, contrast="rest")
-    return there, here - torch.stack(rest)
+    here: Any = method.attribute_all(query, reference=references, contrast="rest")
+    return here, there - torch.stack(rest)
 
 
 def _images(name: str, value: Any) -> Tensors:
