@@ -52,8 +52,9 @@ def opened(browser, path, *, width=1400, height=1000, quiet=True, **options):
     yield page
     context.close()
     if quiet:
-        assert [url for url in page.heard.requests if not url.startswith("data:")] == [path.as_uri()]
-        assert page.heard.faults == []
+        asked = [url for url in page.heard.requests if not url.startswith("data:")]
+        assert asked == [path.as_uri()], f"the page asked for {asked}"
+        assert not page.heard.faults, f"the page's console has {page.heard.faults}"
 
 
 def violations(page):
@@ -69,8 +70,11 @@ def pixels(page, stage):
     size, data = page.evaluate(
         """selector => {
             const canvas = document.querySelector(selector + " canvas");
-            const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-            return [[canvas.height, canvas.width], Array.from(data)];
+            const {width, height} = canvas;
+            // Read from a copy: Chromium logs a warning about a canvas that is read often.
+            const copy = new OffscreenCanvas(width, height).getContext("2d", {willReadFrequently: true});
+            copy.drawImage(canvas, 0, 0);
+            return [[height, width], Array.from(copy.getImageData(0, 0, width, height).data)];
         }""",
         stage,
     )

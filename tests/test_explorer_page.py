@@ -1,0 +1,400 @@
+"""The pair explorer's page in a real browser: what is drawn, printed and said, against NumPy."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import chromium, needs_axe, no_wider_than_the_window, opened, pixels, violations
+from encoders import HeadEncoder, random, seeded
+from torch import nn
+
+from captum_fam import CorrespondenceMap, FeatureActivationMap, SimilarityDecomposition
+from captum_fam.explorer import explore_pair
+
+SIDES = {"query": (3, 5), "reference": (4, 2)}  # grids
+STEP, CONTROL = 8, 3  # pixels of a place; the references are 0 to 2
+TITLES = ["cat.jpg", "tom.jpg", "rocket.jpg", "cup.jpg", "nothing.jpg"]
+QUERY, REFERENCES = random(1, 3, 24, 40), random(4, 3, 32, 16, seed=2)
+PHOTOS = [*(QUERY / 10 + 0.5).clamp(0, 1), *(REFERENCES / 10 + 0.5).clamp(0, 1)]
+HOSTILE = [
+    "<img src=x onerror=\"alert('title')\">",
+    "</script><script>alert('script')</script>",
+    "<!--<script>\"'`&amp;\\u003c/* data */",
+    "two\nlines\t\x00and \U0001f431\u200d\u2764 \u0645\u0631\u062d\u0628\u0627 \u202egpj.exe",
+    "long" * 75 + "\udcff.jpg",
+]
+
+
+class PatchEncoder(nn.Module):
+    """Places are 8 x 8 pixels; all signs, and the places add up to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 6, STEP, stride=STEP, bias=False)
+        self.head = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean((2, 3)))
+
+
+ENCODER = seeded(PatchEncoder)
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def places(images):
+    """What the encoder has of each place, (B, N, 6), without torch."""
+    B, _, H, W = images.shape
+    patches = images.numpy().reshape(B, 3, H // STEP, STEP, W // STEP, STEP).transpose(0, 2, 4, 1, 3, 5)
+    return patches.reshape(B, -1, 3 * STEP**2) @ ENCODER.layer.weight.detach().numpy().reshape(6, -1).T
+
+
+def expected():
+    """The matrices (K, N, N') of both modes, and the scores."""
+    head = ENCODER.head.weight.detach().numpy()
+    (here,), there = places(QUERY), places(REFERENCES)
+    z, s = here.mean(0) @ head.T, there.mean(1) @ head.T
+    parts = (here @ head.T / 15) @ (there @ head.T / 8).transpose(0, 2, 1)
+    scores = unit(s) @ unit(z)
+    return {
+        "score": parts / np.linalg.norm(z) / np.linalg.norm(s, axis=1)[:, None, None],
+        "alike": unit(here) @ unit(there).transpose(0, 2, 1),
+    }, scores
+
+
+MATRICES, SCORES = expected()
+# One scale for all references: the control, which comes last, is judged by it.
+CENTRES = {"score": 0, "alike": MATRICES["alike"][:CONTROL].mean()}
+LIMITS = {mode: np.quantile(abs(M[:CONTROL] - CENTRES[mode]), 0.999) for mode, M in MATRICES.items()}
+
+
+def explore(titles=TITLES, **options):
+    return explore_pair(
+        QUERY,
+        REFERENCES[:CONTROL],
+        SimilarityDecomposition(ENCODER, ENCODER.layer),
+        control=REFERENCES[CONTROL:],
+        photos=PHOTOS,
+        titles=titles,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("explorer") / "pair.html"
+    explore().save(path)
+    return path
+
+
+@pytest.fixture
+def page(browser, file):
+    with opened(browser, file) as page:
+        yield page
+
+
+def point(page, side, place, grid=None, tap=False):
+    """Goes to the middle of a place of an image, as somebody who looks at it."""
+    h, w = grid or SIDES[side]
+    page.locator(f"#{side} img").scroll_into_view_if_needed()
+    image = page.locator(f"#{side} img").bounding_box()
+    at = image["x"] + (place % w + 0.5) / w * image["width"], image["y"] + (place // w + 0.5) / h * image["height"]
+    page.touchscreen.tap(*at) if tap else page.mouse.move(*at)
+
+
+def other(side):
+    return "reference" if side == "query" else "query"
+
+
+def line(mode, k, side, place):
+    """The row of a place of the query, or the column of one of the reference, as an image of the other."""
+    M = MATRICES[mode][k]
+    return (M[place] if side == "query" else M[:, place]).reshape(SIDES[other(side)])
+
+
+def colours(values, centre, limit, opacity=1.0):
+    """Opacities of 255, positive for red."""
+    share = (values - centre) / limit
+    return np.sign(share) * 255 * 0.85 * opacity * np.minimum(1, abs(share))
+
+
+def drawn(page, side):
+    red, green, blue, opacity = np.moveaxis(pixels(page, f"#{side}"), -1, 0)
+    return np.where(red > blue, opacity, -opacity)
+
+
+def close_to(actual, expected):
+    """But for what the page says is lost: less than a step or two of 255."""
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, atol=1.5)
+
+
+def number(pattern, text):
+    """The number that follows in a sentence."""
+    return float(re.search(pattern + r" ([-+]?[\d.]*\d)", text.replace("\u2212", "-"))[1])
+
+
+def named(text):
+    """All places in a sentence, counted from 0: row, column."""
+    return [(int(row) - 1, int(column) - 1) for row, column in re.findall(r"row (\d+), column (\d+)", text)]
+
+
+def boxes(page, side):
+    """Places of the numbered boxes, by number; each lies where its place is in the image."""
+    h, w = SIDES[side]
+    image, found = page.locator(f"#{side} img").bounding_box(), {}
+    for box in page.locator(f"#{side} .box").all():
+        at, place = box.bounding_box(), int(box.get_attribute("data-place"))
+        actual = [(at["x"] - image["x"]) / image["width"], (at["y"] - image["y"]) / image["height"]]
+        assert actual == pytest.approx([place % w / w, place // w / h], abs=0.01)
+        assert [at["width"] / image["width"], at["height"] / image["height"]] == pytest.approx([1 / w, 1 / h], abs=0.01)
+        assert box.get_attribute("data-number") == box.inner_text()
+        found[int(box.inner_text())] = place
+    return found
+
+
+def shows(page, mode, k, side, place, number_of_box=1):
+    """The page shows the matches of a place: in colours, by the box of the best, and in words."""
+    values = line(mode, k, side, place)
+    best = int(values.argmax())
+    close_to(drawn(page, other(side)), colours(values, CENTRES[mode], LIMITS[mode]))
+    assert not drawn(page, side).any()
+    assert boxes(page, side)[number_of_box] == place
+    assert boxes(page, other(side))[number_of_box] == best
+    said = page.inner_text("#live")
+    assert named(said) == [divmod(place, SIDES[side][1]), divmod(best, SIDES[other(side)][1])]
+    assert said.startswith(f"The {side}'s row")
+    assert f"of the {other(side)}" in said
+    if mode == "score":
+        assert number("adds", said) == pytest.approx(values.sum(), rel=0.006)
+        assert number("score of", said) == pytest.approx(SCORES[k], abs=0.0006)
+        assert number(rf"of the {other(side)}:", said) == pytest.approx(values.max(), rel=0.006)
+    else:
+        assert number("cosine", said) == pytest.approx(values.max(), abs=0.0006)
+
+
+PLACES = [("query", 0), ("query", 4), ("query", 7), ("query", 14), ("reference", 0), ("reference", 3), ("reference", 7)]
+
+
+@pytest.mark.parametrize("mode", MATRICES)
+def test_pointing_at_a_place_shows_what_numpy_computes(page, mode):
+    page.check(f"[name=mode][value={mode}]")
+    for side, place in PLACES:
+        point(page, side, place)
+        shows(page, mode, 0, side, place)
+    assert len({line(mode, 0, *at).argmax() for at in PLACES}) > 2  # else a constant would do
+    page.mouse.move(1, 1)
+    assert "numbered pair" in page.inner_text("#live")
+
+
+def test_before_anybody_points_the_strongest_matches_are_numbered(page):
+    for mode in MATRICES:
+        page.check(f"[name=mode][value={mode}]")
+        i, j = divmod(int(MATRICES[mode][0].argmax()), 8)
+        here, there = boxes(page, "query"), boxes(page, "reference")
+        assert (here[1], there[1]) == (i, j)
+        assert here.keys() == there.keys() == set(range(1, len(here) + 1))
+        listed = page.locator("#matches li").all_inner_texts()
+        for n, text in enumerate(listed, start=1):
+            assert named(text) == [divmod(here[n], 5), divmod(there[n], 2)]
+            amount = number("column \\d+:", text)
+            assert amount == pytest.approx(MATRICES[mode][0, here[n], there[n]], rel=0.006)
+
+
+def go_by_tab(page, name):
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == name:
+            return
+    raise AssertionError(f"the tab key does not come to {name}")
+
+
+@pytest.mark.parametrize("mode", MATRICES)
+def test_the_keyboard_alone_does_the_same(page, mode):
+    page.keyboard.press("m") if mode == "alike" else None
+    assert page.is_checked(f"[name=mode][value={mode}]")
+    starts = divmod(int(MATRICES[mode][0].argmax()), 8)
+    for side, start in zip(SIDES, starts):
+        go_by_tab(page, side)
+        (h, w), (row, column) = SIDES[side], divmod(start, SIDES[side][1])
+        shows(page, mode, 0, side, start)
+        for key in ["Up"] * 2 + ["Left"] * 3 + ["Down"] * (h + 1) + ["Right"] * (w + 1) + ["Up", "Left"]:
+            page.keyboard.press(f"Arrow{key}")
+            row += (key == "Down") - (key == "Up")
+            column += (key == "Right") - (key == "Left")
+            row, column = min(h - 1, max(0, row)), min(w - 1, max(0, column))  # at the edge it stays
+            if key != "Down":
+                shows(page, mode, 0, side, row * w + column)
+        at = row * w + column
+        shows(page, mode, 0, side, at)
+        page.keyboard.press("Enter")
+        page.keyboard.press("Shift+Tab" if side == "query" else "Tab")  # to something that is no image
+        shows(page, mode, 0, side, at)  # kept
+        page.keyboard.press("Escape")
+        assert "numbered pair" in page.inner_text("#live")
+    go_by_tab(page, "query")
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowUp" if starts[0] >= 5 else "ArrowDown")
+    assert len(boxes(page, "query")) == 2
+    page.keyboard.press("Shift+Tab")
+    shows(page, mode, 0, "query", starts[0])
+    assert page.evaluate("scrollY") == 0  # neither arrows nor space scroll the page
+
+
+def test_a_finger_does_the_same(browser, file):
+    with opened(browser, file, width=400, has_touch=True, is_mobile=True) as page:
+        for side, place in PLACES[::3]:
+            point(page, side, place, tap=True)
+            shows(page, "score", 0, side, place)
+            point(page, side, place, tap=True)  # again: lets go
+            assert "numbered pair" in page.inner_text("#live")
+        point(page, "query", 3, tap=True)
+        point(page, "reference", 6, tap=True)
+        shows(page, "score", 0, "reference", 6, number_of_box=2)
+        assert boxes(page, "query")[1] == 3
+
+
+def test_a_click_keeps_a_pair_and_escape_frees_all(page):
+    for n, place in enumerate((4, 11, 0), start=1):
+        point(page, "query", place)
+        page.mouse.down()
+        page.mouse.up()
+        page.mouse.move(1, 1)
+        shows(page, "score", 0, "query", place, number_of_box=n)
+    assert boxes(page, "query") == {1: 4, 2: 11, 3: 0}
+    assert len(page.locator("#matches li").all()) == 3
+    point(page, "reference", 5)  # pointing at another shows that one, and the kept ones stay
+    shows(page, "score", 0, "reference", 5, number_of_box=4)
+    point(page, "query", 11)  # one that is kept has its number
+    shows(page, "score", 0, "query", 11, number_of_box=2)
+    page.mouse.down()
+    page.mouse.up()  # lets it go
+    page.mouse.move(1, 1)
+    assert boxes(page, "query") == {1: 4, 2: 0}
+    page.keyboard.press("m")  # what is kept stays, with the best match of the mode
+    shows(page, "alike", 0, "query", 0, number_of_box=2)
+    page.keyboard.press("Escape")
+    assert "numbered pair" in page.inner_text("#live")
+    assert len(boxes(page, "query")) == len(page.locator("#matches li").all())
+
+
+def test_each_reference_and_the_control_have_their_own(page):
+    def is_shown(k):
+        assert page.is_checked(f"[name=shown][value='{k}']")
+        assert page.inner_text("#reference-name") == TITLES[1 + k]
+        assert page.inner_text("#query-name") == TITLES[0]
+        assert f"{SCORES[k]:.3f}".replace("-", "\u2212") in page.inner_text("#score")
+        assert page.get_attribute("#control", "aria-pressed") == ("true" if k == CONTROL else "false")
+        assert page.evaluate("document.querySelector('#reference img').src") == data["references"][k]["picture"]
+        point(page, "query", 7)
+        shows(page, "score", k, "query", 7)
+
+    data = json.loads(page.locator("#data").text_content())
+    for k in (1, 2, 0, CONTROL, 2):
+        page.check(f"[name=shown][value='{k}']")
+        is_shown(k)
+    for _ in range(2):  # there and back, to the reference before
+        page.keyboard.press("c")
+        is_shown(CONTROL)
+        page.click("#control")
+        is_shown(2)
+
+
+def sums(page):
+    """The table: the parts and their numbers, printed as they are."""
+    found = {}
+    for cell in page.locator("#sums [data-part]").all():
+        value = float(cell.get_attribute("data-value"))
+        assert cell.inner_text() == f"{value:.6f}".replace("-", "\u2212")
+        found[cell.get_attribute("data-part")] = value
+    return found
+
+
+def test_what_is_printed_adds_up_to_the_cosine(page):
+    for k in range(4):
+        page.check(f"[name=shown][value='{k}']")
+        page.check("[name=mode][value=score]")
+        found = sums(page)
+        assert found.keys() == {"pairs", "sum", "score", "remainder"}
+        assert found["score"] == pytest.approx(SCORES[k], abs=1e-9)
+        assert found["pairs"] == found["sum"] == pytest.approx(MATRICES["score"][k].sum(), abs=1e-9)
+        assert found["remainder"] == pytest.approx(0, abs=1e-9)
+        page.check("[name=mode][value=alike]")
+        values = MATRICES["alike"][k]
+        assert sums(page) == pytest.approx({"average": values.mean(), "largest": values.max()}, abs=1e-9)
+
+
+def test_with_a_path_both_baselines_are_among_the_parts(browser, tmp_path):
+    """An encoder with biases: places of one side with the baseline of the other, and both baselines."""
+    encoder = seeded(HeadEncoder)
+    query, reference = random(1, 3, 24, 24), random(1, 3, 24, 24, seed=2)
+    z, s = (encoder(x).detach().numpy()[0] for x in (query, reference))
+    path = tmp_path / "pair.html"
+    decomposition = SimilarityDecomposition(encoder, encoder.layer, n_steps=8, baseline="zero")
+    explore_pair(query, reference, decomposition, photos=[PHOTOS[0]] * 2).save(path)
+    parts = decomposition.attribute_matrix(query, reference, return_baselines=True)
+    with opened(browser, path) as page:
+        found = sums(page)
+        names = ["pairs", "query_rest", "reference_rest", "rest"]
+        assert found.keys() == {*names, "sum", "score", "remainder"}
+        for name, part in zip(names, parts):
+            assert found[name] == pytest.approx(part.sum().item(), abs=1e-9)
+        assert found["sum"] == pytest.approx(sum(found[name] for name in names), abs=1e-9)
+        assert found["score"] == pytest.approx(unit(z) @ unit(s), abs=1e-5)
+        assert found["remainder"] == pytest.approx(found["score"] - found["sum"], abs=1e-9)
+        point(page, "query", 5, grid=(12, 12))
+        # What the place adds is its row and its part with the reference's baseline.
+        adds = (parts[0][0, 5].sum() + parts[1][0, 5]).item()
+        assert number("adds", page.inner_text("#live")) == pytest.approx(adds, rel=0.006)
+        point(page, "reference", 9, grid=(12, 12))
+        adds = (parts[0][0, :, 9].sum() + parts[2][0, 9]).item()
+        assert number("adds", page.inner_text("#live")) == pytest.approx(adds, rel=0.006)
+
+
+def test_the_opacity_is_that_of_the_slider(page):
+    for opacity in (0.5, 0.0, 1.0):
+        page.fill("#opacity", str(opacity))
+        point(page, "query", 7)
+        close_to(drawn(page, "reference"), colours(line("score", 0, "query", 7), 0, LIMITS["score"], opacity))
+        grey = page.evaluate("getComputedStyle(document.querySelector('#reference img')).filter")
+        assert (grey == "none") == (opacity == 0)
+
+
+def test_the_whole_maps_are_those_of_the_methods(page):
+    """Those of cosines and sums by NumPy, the others by the methods, which have tests of their own."""
+    fam = FeatureActivationMap(ENCODER, ENCODER.layer)
+    match = SimilarityDecomposition(ENCODER, ENCODER.layer)
+    shared = QUERY, REFERENCES[:CONTROL]
+    rest = match.attribute_all(shared[0], reference=shared[1], contrast="rest")[0]
+    for k in (1, 2):
+        reference = REFERENCES[k : k + 1]
+        made = [MATRICES["score"][k].sum(axis) for axis in (1, 0)]
+        maps = {
+            "own": match.attribute_pair(QUERY, reference, contrast="self"),
+            "common": fam.attribute_pair(QUERY, reference),
+            "made": [torch.from_numpy(values) for values in made],
+            "rest": (rest[k], None),
+        }
+        page.check(f"[name=shown][value='{k}']")
+        for name, sides in maps.items():
+            page.check(f"[name=map][value={name}]")
+            sides = [None if m is None else m.numpy().reshape(SIDES[side]) for m, side in zip(sides, SIDES)]
+            limit = max(abs(m).max() for m in sides if m is not None)
+            for side, values in zip(SIDES, sides):
+                if values is None:
+                    assert not drawn(page, side).any()
+                else:
+                    close_to(drawn(page, side), colours(values, 0, limit))
+    page.check("[name=map][value=none]")
+    assert not any(drawn(page, side).any() for side in SIDES)
+    assert page.is_hidden("#scale")
