@@ -16,12 +16,16 @@ from torch import Tensor
 from captum_fam import visualization
 from captum_fam.bundled import BundledEncoder, bundled_encoder
 from captum_fam.engine.untouched import embed
+from captum_fam.explorer import PairExplorer, explore_pair
 from captum_fam.images import to_tensor
+from captum_fam.matches import as_matrices, draw_boxes, strongest_matches
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
 # What both images have in common, and what is particular to the match: only the decomposition's adds up to zero.
 _ROWS: tuple[tuple[Any, str | None], ...] = ((FeatureActivationMap, None), (SimilarityDecomposition, "self"))
+PARTS, COLUMNS = 4, 2  # of the collage
+MATCHES = 3  # that are numbered in the figure
 UNTRAINED = 3  # encoders with random weights that the figures of the untrained encoder are a mean of
 
 
@@ -97,9 +101,7 @@ def shares(maps: Tensor, rows: int, columns: int) -> Tensor:
 
 def explain(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int) -> tuple[Tensor, Tensor]:
     """What a collage has in common with another view of each of its parts, and what is particular to the match."""
-    squares = _tensors(encoder, parts)
-    rows = [torch.cat(list(squares[i : i + columns]), 2) for i in range(0, len(parts), columns)]
-    query, s = torch.cat(rows, 1)[None], _views(encoder, parts)
+    query, s = _collage(encoder, parts, columns), _views(encoder, parts)
     maps = [
         method(encoder, encoder.features).attribute_all(query, reference_embedding=s, contrast=contrast)[0]
         for method, contrast in _ROWS
@@ -123,6 +125,13 @@ def all_pairs(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Shares:
     return Shares(*found)
 
 
+def _collage(encoder: BundledEncoder, parts: Sequence[Image.Image], columns: int) -> Tensor:
+    """A collage as the encoder sees it, each part as large as the encoder sees a photo, (1, 3, H, W)."""
+    squares = _tensors(encoder, parts)
+    rows = [torch.cat(list(squares[i : i + columns]), 2) for i in range(0, len(parts), columns)]
+    return torch.cat(rows, 1)[None]
+
+
 def _views(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Tensor:
     """Embeddings of another view of each photo."""
     return embed(encoder, "photos", (_tensors(encoder, [another_view(p) for p in photos]),), None, None)
@@ -138,30 +147,71 @@ def untrained_encoder(seed: int) -> BundledEncoder:
         return BundledEncoder().eval()
 
 
+def demo_page() -> PairExplorer:
+    """The page of the demonstration: the collage, another view of each of its parts, and a photo that is no part."""
+    photos, encoder = photographs(), bundled_encoder()
+    parts, name = list(photos)[:PARTS], list(photos)[PARTS]
+    views = {part: another_view(photos[part]) for part in (*parts[1:], parts[0])}
+    query, control = [photos[part] for part in parts], photos[name]
+    return explore_pair(
+        _collage(encoder, query, COLUMNS),
+        _tensors(encoder, list(views.values())),
+        SimilarityDecomposition(encoder, encoder.features),
+        control=_tensors(encoder, [control]),
+        photos=[collage(query, COLUMNS), *views.values(), control],
+        titles=["a collage", *(f"another view of the {part}" for part in views), f"control: {name}"],
+    )
+
+
+def _draw_matches(axes: tuple[Any, Any], sizes: tuple[Any, Any], values: Tensor) -> None:
+    """Numbers the strongest matches in both images."""
+    pairs = strongest_matches(values, MATCHES)
+    for side, (axis, size) in enumerate(zip(axes, sizes)):
+        grid = values.shape[2 * side : 2 * side + 2]
+        boxes = draw_boxes(axis, size, grid, [pair[side] for pair in pairs], ["white"] * len(pairs))
+        for number, box in enumerate(boxes, 1):
+            corner = (box.get_x(), box.get_y())
+            label = {"boxstyle": "circle,pad=0.15", "facecolor": "black", "edgecolor": "white", "linewidth": 0.5}
+            axis.annotate(
+                str(number),
+                corner,
+                (-3, 3),
+                textcoords="offset points",
+                color="white",
+                fontsize=6,
+                ha="center",
+                va="center",
+                bbox=label,
+            )
+
+
 def demo_figure() -> tuple[Figure, list[str]]:
     """The figure of the demonstration and the lines of its table."""
     photos = photographs()
-    names = list(photos)[:4]
+    names = list(photos)[:PARTS]
     parts = [photos[name] for name in names]
     encoder = bundled_encoder()
-    plain, own = explain(encoder, parts, 2)
-    inside = Shares(*(shares(maps, 2, 2).diagonal() for maps in (plain, own)))
+    plain, own = explain(encoder, parts, COLUMNS)
+    inside = Shares(*(shares(maps, PARTS // COLUMNS, COLUMNS).diagonal() for maps in (plain, own)))
 
-    query = collage(parts, 2)
+    query, views = collage(parts, COLUMNS), [another_view(photo) for photo in parts]
     columns = len(names) + 1
     figure = Figure(figsize=(2.6 * columns + 0.6, 8.4), layout="constrained")
     axes = figure.subplots(3, columns)
-    visualization.show(axes[0, 0], query, "query: a collage")
+    here = visualization.show(axes[0, 0], query, "query: a collage")
     axes[1, 0].axis("off")
     axes[2, 0].axis("off")
-    for axis, name in zip(axes[0, 1:], names):
-        visualization.show(axis, another_view(photos[name]), f"reference: {name}")
-    for row, maps, share, label in (
-        (1, plain, inside.fam, "in common: FAM"),
-        (2, own, inside.contrast, 'particular to this match: "self"'),
+    for row, (maps, share, label) in enumerate(
+        ((own, inside.contrast, 'particular to this match: "self"'), (plain, inside.fam, "in common: FAM")), 1
     ):
         captions = [f"{s:.0%} inside (chance 25%)" for s in share.tolist()]
         visualization.draw_maps(figure, axes[row, 1:], [query] * len(names), list(maps), captions, label)
+    # A pair of places is a part of the score.
+    match, z = SimilarityDecomposition(encoder, encoder.features), _collage(encoder, parts, COLUMNS)
+    for column, (name, view) in enumerate(zip(names, views), 1):
+        there = visualization.show(axes[0, column], view, f"reference: {name}")
+        (matrix,) = as_matrices("matrix", match.attribute_matrix(z, _tensors(encoder, [view])))  # type: ignore[arg-type]
+        _draw_matches((axes[1, column], axes[0, column]), (here, there), matrix)
 
     every = list(photos.values())
     ours = all_pairs(encoder, every)

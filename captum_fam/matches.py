@@ -1,6 +1,6 @@
 """The strongest matches of two images' places, and their figure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isqrt
 from typing import Any
 
@@ -102,10 +102,9 @@ def visualize_matches(
         for side, (name, title) in enumerate(zip(SIDES, (titles[row], ""))):
             lines = [name, title, *_lacks(values, pairs)]
             size = show(axes[row, side], images[side][row], "\n".join(filter(None, lines)))
-            grid = values.shape[2 * side : 2 * side + 2]
-            boxes.append(
-                _draw_boxes(axes[row, side], size, grid, [pair[side] for pair in pairs], scale.to_rgba(strength))
-            )
+            grid, places = values.shape[2 * side : 2 * side + 2], [pair[side] for pair in pairs]
+            _dim(axes[row, side], size, grid, places)
+            boxes.append(draw_boxes(axes[row, side], size, grid, places, scale.to_rgba(strength)))
         for number, pair in enumerate(zip(*boxes), 1):
             _join(figure, str(number), axes[row], pair)
     colour_bar(figure, list(axes.flat), scale, label)
@@ -176,16 +175,21 @@ def _touch(one: int, other: int, width: int) -> bool:
     return max(abs(y - v), abs(x - u)) <= 1
 
 
-def _draw_boxes(
-    axis: Axes, size: tuple[int, int], grid: Sequence[int], places: Sequence[int], colours: NDArray[Any]
-) -> list[Rectangle]:
-    """Boxes of places of the grid over an image of that height and width, and a veil over the rest."""
+def _dim(axis: Axes, size: tuple[int, int], grid: Sequence[int], places: Sequence[int]) -> None:
+    """A veil over an image of that height and width, but for some places of the grid."""
     (height, width), (h, w) = size, grid
     veil = np.ones((h * w, 4))
     veil[:, 3] = DIMMED
     veil[places, 3] = 0
     edges = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(veil.reshape(h, w, 4), extent=edges, interpolation="nearest")
+
+
+def draw_boxes(
+    axis: Axes, size: tuple[int, int], grid: Sequence[int], places: Sequence[int], colours: Iterable[Any]
+) -> list[Rectangle]:
+    """Boxes of places of the grid over an image of that height and width."""
+    (height, width), (h, w) = size, grid
     boxes = []
     for place, colour in zip(places, colours):
         corner = (place % w * width / w - 0.5, place // w * height / h - 0.5)

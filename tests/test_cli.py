@@ -353,6 +353,9 @@ def test_the_demo_writes_its_figure_and_prints_its_table(run, tmp_path, monkeypa
     assert "chance" in out
     assert "untrained" in out
     assert is_png(tmp_path / "demo.png")
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert page.count("another view of the ") == 4
 
 
 def test_a_zero_map_is_said_to_be_one_and_signed_maps_share_one_scale_around_zero():

@@ -9,7 +9,8 @@ from captum.attr import LayerGradCam
 from PIL import Image
 from test_cli import BAD_ENCODERS, is_png, photos, run  # noqa: F401
 
-from captum_fam import FeatureActivationMap, SimilarityScore, cli
+from captum_fam import FeatureActivationMap, SimilarityScore
+from captum_fam.cli import _compare
 from captum_fam.bundled import bundled_encoder
 from captum_fam.comparison import DEFAULT
 from captum_fam.images import read_image, to_tensor
@@ -36,13 +37,13 @@ def two(photos):  # noqa: F811
 @pytest.fixture
 def drawn(monkeypatch):
     """What visualize_comparison was given."""
-    calls, draw = [], cli.visualize_comparison
+    calls, draw = [], _compare.visualize_comparison
 
     def spy(images, attributions, **options):
         calls.append((images, attributions, options))
         return draw(images, attributions, **options)
 
-    monkeypatch.setattr(cli, "visualize_comparison", spy)
+    monkeypatch.setattr(_compare, "visualize_comparison", spy)
     return calls
 
 
@@ -101,13 +102,13 @@ def test_each_image_is_explained_for_the_other(run, two, tmp_path, drawn, simila
 
 
 def test_the_default_methods_are_those_of_compare_attributions(run, two, tmp_path, monkeypatch):  # noqa: F811
-    seen, compare = [], cli.compare_attributions
+    seen, compare = [], _compare.compare_attributions
 
     def spy(score, layer, inputs, target, methods=None, **options):
         seen.append((target, methods, options["show_progress"]))
         return compare(score, layer, inputs, target, ["LayerGradCam"], **options)
 
-    monkeypatch.setattr(cli, "compare_attributions", spy)
+    monkeypatch.setattr(_compare, "compare_attributions", spy)
     assert run("compare", *two, "--size", 32, "-o", tmp_path / "out.png")[0] == 0
     assert seen == [([1, 0], None, False)]
     assert all(name in run("compare", "--help")[1].replace("\n", " ") for name in DEFAULT)

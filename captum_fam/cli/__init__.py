@@ -26,15 +26,22 @@ def command() -> None:
 @command.command()
 @click.option("-o", "--output", type=Path, default=Path("captum_fam_demo.png"), show_default=True, help="PNG to write.")
 def demo(output: Path) -> None:
-    """Explain a collage of photographs with the bundled encoder; needs no network."""
-    from captum_fam.demo import demo_figure
+    """Explain a collage of photographs with the bundled encoder; needs no network.
 
+    Writes a figure, and beside it a page to explore in a browser, OUTPUT with .html in place of .png.
+    """
+    from captum_fam.demo import demo_figure, demo_page
+
+    page = output.with_suffix(".html")
     check_output(output, ".png")
+    check_output(page, ".html")
     figure, table = demo_figure()
     write_png(figure, output)
+    demo_page().save(page)
     click.echo("\n".join(table))
     click.echo()
     say(f"wrote {output}")
+    say(f"wrote {page}: open it in a browser")
 
 
 @command.command()

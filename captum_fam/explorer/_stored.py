@@ -98,10 +98,14 @@ def _smallest(entries: Array, largest: float) -> tuple[dict[str, Any], Array]:
 
 
 def _bests(entries: Array) -> dict[str, Sequence[float | None]]:
-    known = np.where(np.isfinite(entries), entries, -np.inf)
-    best = known.argmax(1)
-    values = torch.from_numpy(known[np.arange(len(known)), best])
-    return {"best": best.tolist(), "value": numbers(values), "sum": numbers(torch.from_numpy(np.nansum(entries, 1)))}
+    finite = np.isfinite(entries)
+    best = np.where(finite, entries, -np.inf).argmax(1)
+    values = numbers(torch.from_numpy(entries[np.arange(len(entries)), best]))
+    return {
+        "best": [None if value is None else place for place, value in zip(best.tolist(), values)],
+        "value": values,
+        "sum": numbers(torch.from_numpy(np.where(finite, entries, 0).sum(1))),
+    }
 
 
 def _short(value: float) -> float | None:

@@ -236,17 +236,15 @@ function overview() {
   const count = mode().strongest.length;
   const [text] = MAPS[state.map] || [state.map];
   const map = state.map === "none" ? "" : `The colours show the map \u201c${text}\u201d. `;
-  if (!count) return `${map}No two places match each other best.`;
-  const pairs = count === 1 ? "The numbered pair is the strongest match" : `The ${count} numbered pairs are the strongest matches`;
-  return `${map}${pairs} (${modeName()}). Point at a place to see all of its matches.`;
+  if (!count) return `${map}No two places are the best match of each other.`;
+  const words = {score: "adds most to the score", alike: "looks most alike"}[state.mode] || "matches best";
+  return `${map}Of all pairs of places, ${count === 1 ? "the numbered one" : "each numbered one"} ${words} for both of its places. Point at a place to see all of its matches.`;
 }
-
-const modeName = () => (MODES[state.mode] || [state.mode])[0];
 
 function sentence(pair) {
   const {side, place, match, value} = pair;
   const here = `The ${side}'s ${named(side, place)}`;
-  if (match === null || value === null) return `${here} has no match.`;
+  if (match === null) return `${here} has no match.`;
   const best = `${named(other(side), match)} of the ${other(side)}`;
   if (state.mode === "alike") {
     return `${here}, looks most like ${best}: cosine ${short(value)}, where the average of all pairs is ${short(data.modes.alike.centre)}.`;
