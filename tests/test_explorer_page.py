@@ -10,7 +10,7 @@ from browser import chromium, needs_axe, no_wider_than_the_window, opened, pixel
 from encoders import HeadEncoder, random, seeded
 from torch import nn
 
-from captum_fam import CorrespondenceMap, FeatureActivationMap, SimilarityDecomposition
+from captum_fam import FeatureActivationMap, SimilarityDecomposition
 from captum_fam.explorer import explore_pair
 
 SIDES = {"query": (3, 5), "reference": (4, 2)}  # grids
@@ -129,7 +129,7 @@ def colours(values, centre, limit, opacity=1.0):
 
 
 def drawn(page, side):
-    red, green, blue, opacity = np.moveaxis(pixels(page, f"#{side}"), -1, 0)
+    red, _, blue, opacity = np.moveaxis(pixels(page, f"#{side}"), -1, 0)
     return np.where(red > blue, opacity, -opacity)
 
 
@@ -183,6 +183,12 @@ def shows(page, mode, k, side, place, number_of_box=1):
         assert number("cosine", said) == pytest.approx(values.max(), abs=0.0006)
 
 
+def overview(page):
+    """Nothing is pointed at or kept."""
+    assert not named(page.inner_text("#live"))
+    assert page.locator(".box.here").count() == 0
+
+
 PLACES = [("query", 0), ("query", 4), ("query", 7), ("query", 14), ("reference", 0), ("reference", 3), ("reference", 7)]
 
 
@@ -192,9 +198,13 @@ def test_pointing_at_a_place_shows_what_numpy_computes(page, mode):
     for side, place in PLACES:
         point(page, side, place)
         shows(page, mode, 0, side, place)
+    for end, sign in (("low", -1), ("high", 1)):
+        assert number("", f" {page.inner_text(f'#{end}')}") == pytest.approx(
+            CENTRES[mode] + sign * LIMITS[mode], rel=0.006
+        )
     assert len({line(mode, 0, *at).argmax() for at in PLACES}) > 2  # else a constant would do
     page.mouse.move(1, 1)
-    assert "numbered pair" in page.inner_text("#live")
+    overview(page)
 
 
 def test_before_anybody_points_the_strongest_matches_are_numbered(page):
@@ -233,7 +243,7 @@ def test_the_keyboard_alone_does_the_same(page, mode):
             row += (key == "Down") - (key == "Up")
             column += (key == "Right") - (key == "Left")
             row, column = min(h - 1, max(0, row)), min(w - 1, max(0, column))  # at the edge it stays
-            if key != "Down":
+            if key in ("Up", "Left"):
                 shows(page, mode, 0, side, row * w + column)
         at = row * w + column
         shows(page, mode, 0, side, at)
@@ -241,7 +251,7 @@ def test_the_keyboard_alone_does_the_same(page, mode):
         page.keyboard.press("Shift+Tab" if side == "query" else "Tab")  # to something that is no image
         shows(page, mode, 0, side, at)  # kept
         page.keyboard.press("Escape")
-        assert "numbered pair" in page.inner_text("#live")
+        overview(page)
     go_by_tab(page, "query")
     page.keyboard.press("Space")
     page.keyboard.press("ArrowUp" if starts[0] >= 5 else "ArrowDown")
@@ -257,7 +267,7 @@ def test_a_finger_does_the_same(browser, file):
             point(page, side, place, tap=True)
             shows(page, "score", 0, side, place)
             point(page, side, place, tap=True)  # again: lets go
-            assert "numbered pair" in page.inner_text("#live")
+            overview(page)
         point(page, "query", 3, tap=True)
         point(page, "reference", 6, tap=True)
         shows(page, "score", 0, "reference", 6, number_of_box=2)
@@ -284,7 +294,7 @@ def test_a_click_keeps_a_pair_and_escape_frees_all(page):
     page.keyboard.press("m")  # what is kept stays, with the best match of the mode
     shows(page, "alike", 0, "query", 0, number_of_box=2)
     page.keyboard.press("Escape")
-    assert "numbered pair" in page.inner_text("#live")
+    overview(page)
     assert len(boxes(page, "query")) == len(page.locator("#matches li").all())
 
 
@@ -398,3 +408,201 @@ def test_the_whole_maps_are_those_of_the_methods(page):
     page.check("[name=map][value=none]")
     assert not any(drawn(page, side).any() for side in SIDES)
     assert page.is_hidden("#scale")
+
+
+def test_the_same_pair_is_the_same_file_and_the_same_page(browser, tmp_path):
+    path, contents, seen = tmp_path / "pair.html", [], []
+    for _ in range(2):
+        explore().save(path)
+        contents.append(path.read_bytes())
+        with opened(browser, path) as page:
+            point(page, "query", 7)
+            seen.append((page.content(), page.screenshot()))
+    assert len(set(contents)) == 1, "the same pair makes another file"  # of a megabyte: no differences are listed
+    assert len(set(seen)) == 1, "the same file makes another page"
+
+
+def test_nothing_outside_the_page_is_named():
+    """Beside what a browser asks for, which every test counts: addresses that it may look up beforehand."""
+    page = explore().html
+    assert not re.search(r"https?:|[\"'(=]//|<(?:link|base|iframe|object|embed)\b|@import|@font-face", page)
+    assert all(
+        address.startswith("data:image/jpeg;base64,") for address in re.findall(r"(?:src|href)=\"([^\"]*)", page)
+    )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "<img src='http://127.0.0.1:9/x.png'>",
+        "<link rel=icon href='http://127.0.0.1:9/x.png'>",
+        "<script>throw Error('page')</script>",
+        "<script>console.log('page')</script>",
+        "<iframe srcdoc='<script>fetch(`http://127.0.0.1:9`)</script>'></iframe>",
+    ],
+)
+def test_a_page_that_asks_or_complains_is_noticed(browser, tmp_path, fault):
+    path = tmp_path / "page.html"
+    path.write_text(f"<title>page</title>{fault}")
+    with pytest.raises(AssertionError, match="the page"), opened(browser, path) as page:
+        page.wait_for_load_state("networkidle")
+
+
+def test_the_policy_of_the_page_forbids_what_it_does_not_need(browser, file):
+    with opened(browser, file, quiet=False) as page:
+        page.evaluate("new Image().src = 'http://127.0.0.1:9/x.png'")
+        assert page.evaluate("fetch('http://127.0.0.1:9').then(() => 'sent', () => 'refused')") == "refused"
+    assert len(page.heard.faults) >= 2
+    assert all("Content Security Policy" in fault for fault in page.heard.faults[:2])
+
+
+def test_names_are_text_whatever_they_hold(browser, tmp_path):
+    path = tmp_path / "pair.html"
+    explore(HOSTILE).save(path)
+    with opened(browser, path, width=320) as page:
+        for k in range(4):
+            page.check(f"[name=shown][value='{k}']")
+            for side, name in (("query", HOSTILE[0]), ("reference", HOSTILE[k + 1])):
+                assert page.evaluate(f"document.querySelector('#{side}-name').textContent") == name
+                assert name in page.evaluate(f"document.querySelector('#{side}').ariaLabel")
+            title = page.evaluate("document.querySelector('h1').textContent")
+            assert HOSTILE[0] in title
+            assert HOSTILE[k + 1] in title
+            assert no_wider_than_the_window(page)
+            point(page, "query", 3)
+            shows(page, "score", k, "query", 3)
+        assert page.locator("img").count() == 2 + 4
+        assert page.locator("script").count() == 2
+
+
+def test_a_notebooks_styles_and_the_pages_do_not_meet(browser, file, tmp_path):
+    path = tmp_path / "notebook.html"
+    path.write_text(
+        "<!doctype html><title>notebook</title>"
+        "<style>* { color: red !important; font-size: 40px !important } .stage, table { display: none }</style>"
+        f"<main><h1>out</h1><div class=box>out</div>{explore(HOSTILE)._repr_html_()}</main>"
+    )
+    with opened(browser, file) as page:
+        font = "getComputedStyle(document.querySelector('#live')).fontSize"
+        alone = page.evaluate(font)
+    with opened(browser, path) as page:
+        (frame,) = page.frames[1:]
+        assert frame.evaluate(font) == alone != "40px"
+        outside = (
+            "(name) => { const s = getComputedStyle(document.querySelector(name)); return [s.maxWidth, s.position] }"
+        )
+        assert page.evaluate(outside, "main") == ["none", "static"]
+        assert page.evaluate(outside, "div.box") == ["none", "static"]
+        frame.hover("#query", position={"x": 5, "y": 5})
+        shows(frame, "score", 0, "query", 0)
+        frame.hover("#reference", position={"x": 5, "y": 5})
+        shows(frame, "score", 0, "reference", 0)
+        # The page cannot reach what it is shown in.
+        reached = "() => { try { return parent.document.title } catch (error) { return error.name } }"
+        assert frame.evaluate(reached) == "SecurityError"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1400])
+def test_it_is_read_on_any_screen_and_on_paper(browser, file, width, scheme):
+    with opened(browser, file, width=width, color_scheme=scheme) as page:
+        assert no_wider_than_the_window(page)
+        light, dark = page.evaluate(
+            """() => {
+                const style = getComputedStyle(document.body);
+                return [style.backgroundColor, style.color].map((c) => c.match(/\\d+/g).reduce((a, b) => a + +b, 0));
+            }"""
+        )
+        assert (light > 600 and dark < 200) if scheme == "light" else (light < 200 and dark > 600)
+        for side in SIDES:  # images have their own shape, and both are beside each other
+            image = page.locator(f"#{side} img").bounding_box()
+            assert image == page.locator(f"#{side} canvas").bounding_box()
+            assert image["width"] / image["height"] == pytest.approx(5 / 3 if side == "query" else 1 / 2, rel=0.02)
+        query, reference = (page.locator(f"#{side} img").bounding_box() for side in SIDES)
+        assert query["y"] == reference["y"]
+        assert query["x"] + query["width"] < reference["x"]
+
+        point(page, "query", 7)
+        page.mouse.down()
+        page.mouse.up()
+        page.mouse.move(1, 1)
+        assert no_wider_than_the_window(page)
+        page.emulate_media(media="print")
+        shows(page, "score", 0, "query", 7)
+        assert page.is_visible("#sums")
+        assert page.is_visible("#matches")
+        assert page.is_hidden("#switches")
+        # Browsers leave the ground white.
+        ink = page.evaluate("getComputedStyle(document.querySelector('#live')).color")
+        assert sum(map(int, re.findall(r"\d+", ink))) < 200
+
+
+def test_what_is_not_there_is_not_offered(browser, tmp_path):
+    """Matrices that somebody has computed, for one reference, with holes."""
+    matrix = random(3, 5, 4, 2).numpy()
+    matrix[0, 0] = np.nan
+    matrix[1, 1, 2, 0] = np.inf
+    path = tmp_path / "pair.html"
+    explore_pair(PHOTOS[0], PHOTOS[1], {"a & b <i>": matrix}).save(path)
+    with opened(browser, path) as page:
+        for name in ("#references", "#control", "#why", "#maps", "#scale"):
+            assert page.is_hidden(name), name
+        assert page.locator("[name=mode]").evaluate_all("all => all.map((one) => one.value)") == ["a & b <i>"]
+        assert "Score" not in page.inner_text("main")
+        finite = matrix[np.isfinite(matrix)]
+        limit = np.quantile(abs(finite), 0.999)
+        for place, hidden in ((6, [4]), (0, range(8)), (13, [])):
+            point(page, "query", place)
+            values = matrix.reshape(15, 8)[place]
+            known = np.isfinite(values)
+            actual = drawn(page, "reference").ravel()
+            close_to(actual[known], colours(values[known], 0, limit))
+            assert not known[hidden].any()
+            assert not actual[~known].any()
+            said = page.inner_text("#live")
+            if known.any():
+                best = int(np.where(known, values, -np.inf).argmax())
+                assert named(said) == [divmod(place, 5), divmod(best, 2)]
+                assert number("of the reference:", said) == pytest.approx(values[best], rel=0.006)
+                assert number("add up to", said) == pytest.approx(values[known].sum(), rel=0.006)
+                assert boxes(page, "reference") == {1: best}
+            else:
+                assert "no match" in said
+                assert boxes(page, "reference") == {}
+
+
+@pytest.mark.parametrize("zero", [0.0, np.nan])
+def test_an_empty_matrix_is_said_to_be_one(browser, tmp_path, zero):
+    path = tmp_path / "pair.html"
+    explore_pair(PHOTOS[0], PHOTOS[1], np.full((3, 5, 4, 2), zero)).save(path)
+    with opened(browser, path) as page:
+        assert "No two places" in page.inner_text("#live")
+        assert page.locator(".box").count() == 0
+        go_by_tab(page, "query")
+        page.keyboard.press("ArrowRight")
+        assert named(page.inner_text("#live"))[0] == (0, 1)
+        assert not drawn(page, "reference").any()
+        assert "NaN" not in page.inner_text("main")
+
+
+@needs_axe
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1400])
+def test_axe_finds_no_violation(browser, file, width, scheme):
+    with opened(browser, file, width=width, color_scheme=scheme) as page:
+        assert violations(page) == []
+        point(page, "query", 7)
+        page.mouse.down()
+        page.mouse.up()
+        page.mouse.move(1, 1)
+        page.keyboard.press("c")
+        page.keyboard.press("m")
+        assert violations(page) == []
+
+
+@needs_axe
+def test_axe_finds_a_violation_that_is_there(browser, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("<img src='data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA='>")
+    with opened(browser, path) as page:
+        assert any(found.startswith("image-alt") for found in violations(page))
