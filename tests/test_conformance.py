@@ -774,4 +774,6 @@ def test_a_configuration_gives_the_same_on_each_device_and_in_parallel(mode, ent
         return tuple(moved(v) for v in value) if isinstance(value, tuple) else value
 
     result = method.attribute(**{name: moved(value) for name, value in args.items()})
-    torch.testing.assert_close(result, expected, check_device=False)
+    # Of activations in the hundreds, single precision keeps 1e-5, and a GPU adds up in another order.
+    atol = 1e-5 if DEVICE == "cpu" else 1e-4
+    torch.testing.assert_close(result, expected, check_device=False, rtol=1.3e-6, atol=atol)

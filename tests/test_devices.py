@@ -111,7 +111,7 @@ def test_a_gpu_is_waited_for_no_more_often_than_counted(call):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     # attribute also copies the numbers of the references there
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) <= 3
+    assert len([w for w in caught if "called a synchroniz" in str(w.message)]) <= 3
 
 
 @each_call

@@ -167,6 +167,16 @@ def test_a_wrapped_encoder_has_the_maps_of_the_encoder(kind):
     close(found.cpu(), eight_steps().attribute(X, 1, reference_embedding=S))
 
 
+def test_the_layers_name_in_a_score_in_data_parallel_is_the_same_with_a_gpu_and_without():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parallel = nn.DataParallel(SimilarityScore(copy.deepcopy(ENCODER).to(device), S), None)
+    # As with a GPU, where the encoder is put into a DataParallel model of its own.
+    parallel.device_ids, parallel.output_device, parallel.dim = [0], 0, 0
+    integrated, x = IntegratedDecomposition(parallel), X.to(device)
+    assert integrated.layer_of(x) == "body"
+    assert integrated._layers((x,), None) == [parallel.module.encoder.body]
+
+
 class Needy(Staged):
     def forward(self, x, more):
         return super().forward(x, more)

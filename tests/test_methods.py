@@ -373,7 +373,9 @@ def test_a_data_parallel_model_is_explained_as_its_module(make):
         parallel, _ = make()
         model = parallel.forward_func.encoder
         parallel.forward_func = SimilarityScore(nn.DataParallel(model), REFERENCES)
-    close(parallel.attribute(X, 2), expected)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # with a GPU, DataParallel takes modules there only
+    parallel.forward_func.to(device)
+    close(parallel.attribute(X.to(device), 2).cpu(), expected, rtol=1e-6, atol=1e-8)
 
 
 @each_method

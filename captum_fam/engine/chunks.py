@@ -19,11 +19,15 @@ def cut(inputs: Tensors, rows: slice) -> Tensors:
 
 
 def cut_arguments(additional_forward_args: Any, rows: Tensor | slice, inputs: int) -> Any:
-    """Those of some inputs: tensors with a row for each of them are cut, as Captum does."""
+    """Those of some inputs: tensors with a row for each of them, in whatever memory, are cut, as Captum does."""
     if additional_forward_args is None:
         return None
     given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-    return tuple(a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == inputs else a for a in given)
+
+    def own(a: Tensor) -> Tensor:
+        return a[rows.to(a.device) if isinstance(rows, Tensor) else rows]
+
+    return tuple(own(a) if isinstance(a, Tensor) and a.ndim and len(a) == inputs else a for a in given)
 
 
 class Assembled:

@@ -41,7 +41,7 @@ class ClassActivationMap(ChannelAttribution):
         layer (torch.nn.Module or list of torch.nn.Module): Its last layer with activations
                     (B, C, \*spatial).
         device_ids (list[int]): As for other Captum layer methods; a DataParallel model is
-                    run on its first device.
+                    run on its first device, where the inputs must be.
                     Default: None
         classifier (torch.nn.Linear, optional): The linear layer.
                     Default: None, the last torch.nn.Linear of the model

@@ -10,7 +10,7 @@ from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.layers import early_map
 from captum_fam.engine.path import Baseline
 from captum_fam.engine.untouched import model_of
-from captum_fam.methods.similarity_attribution import Inputs, Selector
+from captum_fam.methods.similarity_attribution import Inputs, Selector, uncompiled
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.similarity import Similarity
 
@@ -98,11 +98,17 @@ class IntegratedDecomposition(SimilarityDecomposition):
                 "No layer of the encoder was found to give a map (B, C, *spatial), or tokens of patches, on which the"
                 " embedding depends; pass one as `layer`."
             )
-        return name
+        return name.removeprefix("module.") if self._is_split_here() else name
+
+    def _is_split_here(self) -> bool:
+        """Whether the encoder's DataParallel is not the user's, who put a score in one."""
+        score, encoder = self._score(), self._encoder()
+        return score is not None and isinstance(encoder, nn.DataParallel) and encoder is not uncompiled(score.encoder)
 
     def _layers(self, inputs: Tensors, additional_forward_args: object | None) -> list[nn.Module]:
         if self.layer is not None:
             return super()._layers(inputs, additional_forward_args)
         name, model = self.layer_of(inputs, additional_forward_args), model_of(self._encoder())
         assert model is not None  # or no layer had a name
+        name = f"module.{name}" if self._is_split_here() else name
         return [model.get_submodule(name)]

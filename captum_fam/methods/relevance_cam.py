@@ -76,7 +76,7 @@ class RelevanceCam(ChannelAttribution):
         layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
                     (B, C, \*spatial), one tensor, make the map; or a list of layers.
         device_ids (list[int]): As for other Captum layer methods; a DataParallel model is run
-                    on its first device.
+                    on its first device, where the inputs must be.
                     Default: None
         similarity, output_selector, reshape_transform (optional): As in
                     :class:`~captum_fam.FeatureActivationMap`.

@@ -132,7 +132,8 @@ class ScoreCam(ChannelAttribution):
                     maps = widen(A[rows, index % C])[:, None]
                     low, high = maps.flatten(1).amin(1), maps.flatten(1).amax(1)
                     low, span = (v.reshape(-1, *[1] * (maps.ndim - 1)) for v in (low, high - low))
-                    H = resize((maps - low) / nonzero(span), x.shape[2:])
+                    # A DataParallel model may be given inputs in the memory of the CPU.
+                    H = resize((maps - low) / nonzero(span), x.shape[2:]).to(x.device)
                     found.append(self._embed_changed((x[rows] * H).to(x.dtype), rows, B, args))
                     progress.update(len(index))
                 return torch.cat(found)
