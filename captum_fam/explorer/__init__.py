@@ -141,22 +141,54 @@ def explore_pair(
         PairExplorer(2 references, 0.67 MB)
     """
     given: list[Any] = list(method) if isinstance(method, (list, tuple)) else [method]
-    computed = all(isinstance(m, (Tensor, np.ndarray, Mapping)) for m in given) and len(given) == 1
-    similarity = None
-    if computed:
-        shown = [*_listed(query), *_listed(reference), *([] if control is None else _listed(control))]
-        found = of_matrices(given[0], len(shown) - 1)
-    else:
-        images = _images(query, reference, control)
-        shown = [image for part in images for image in part]
-        found, similarity = of_methods(images[0], torch.cat(images[1:]), given, control is not None)
-    return _explorer(
-        pictures("photos", list(shown if photos is None else _listed(photos)), len(shown), mean, std),
-        titles,
-        found,
-        similarity,
-        control is not None,
-    )
+    shown: dict[str, Any] = {"control": control, "photos": photos, "titles": titles, "mean": mean, "std": std}
+    if len(given) != 1 or not isinstance(given[0], (Tensor, np.ndarray, Mapping)):
+        return explore_groups(query, reference, given, **shown)
+    images = [*_listed(query), *_listed(reference), *([] if control is None else _listed(control))]
+    found = of_matrices(given[0], len(images) - 1)
+    drawn = pictures("photos", list(images if photos is None else _listed(photos)), len(images), mean, std)
+    return _explorer(drawn, titles, found, None, control is not None)
+
+
+def explore_groups(
+    query: Any,
+    images: Any,
+    methods: list[Any],
+    groups: list[list[int]] | None = None,
+    scores: list[float] | None = None,
+    *,
+    control: Any = None,
+    photos: Pictures | None = None,
+    titles: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> PairExplorer:
+    """
+    The page of a query and of references that are groups of the images (N, C, H, W), each with the mean of their
+    embeddings; without ``groups``, of every image. ``scores`` are what somebody has said that they are.
+    """
+    given = _images(query, images, control)
+    if groups is None:
+        groups = [[n] for n in range(len(given[1]))]
+    groups = groups + [[len(given[1])]] * (control is not None)
+    found, similarity = of_methods(given[0], torch.cat(given[1:]), groups, methods, control is not None)
+    for one, score in zip(found, scores or []):
+        one.score = score
+    each = [image for part in given for image in part]
+    first, *others = pictures("photos", list(each if photos is None else _listed(photos)), len(each), mean, std)
+    drawn = [first, *(_side_by_side([others[n] for n in group]) for group in groups)]
+    return _explorer(drawn, titles, found, similarity, control is not None)
+
+
+def _side_by_side(images: list[Image.Image]) -> Image.Image:
+    """As their places are in the matrix: in a row, of one size."""
+    if len(images) == 1:
+        return images[0]
+    width, height = (max(sizes) for sizes in zip(*(image.size for image in images)))
+    row = Image.new("RGB", (width * len(images), height))
+    for n, image in enumerate(images):
+        row.paste(image.resize((width, height)), (n * width, 0))
+    return row
 
 
 def _explorer(
@@ -243,10 +275,11 @@ def _images(query: Any, reference: Any, control: Any) -> list[Tensor]:
     given = {"query": query, "reference": reference} | ({} if control is None else {"control": control})
     images = {}
     for name, value in given.items():
-        (images[name],) = tensors = format_inputs(name, value)
-        check_same_form(tensors, (images["query"],))
+        images[name], *others = tensors = format_inputs(name, value)
         count = "one image (1, C, H, W)" if name != "reference" else "images (K, C, H, W)"
-        if images[name].ndim != 4 or not len(images[name]) or (name != "reference" and len(images[name]) > 1):
+        if not others:
+            check_same_form(tensors, (images["query"],))
+        if others or images[name].ndim != 4 or not len(images[name]) or (name != "reference" and len(images[name]) > 1):
             raise ValueError(f"Expected `{name}` to be {count}, ready for the encoder, but got {describe(value)}.")
     if control is not None and images["control"].shape[1:] != images["reference"].shape[1:]:
         raise ValueError(

@@ -6,16 +6,19 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_fam._checks import describe
 from captum_fam.engine.layers import last_map
+from captum_fam.engine.question import Question
 from captum_fam.matches import as_matrices
-from captum_fam.methods.correspondence_map import CorrespondenceMap, less_the_others
+from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
-from captum_fam.similarity import channel_contributions, widen
+from captum_fam.similarity import channel_contributions, nonzero, norm, widen
 
 # Where the user has named no decomposition: along this path, the parts add up to the score for every encoder, and those
 # of a spatial mean are what they are without it.
@@ -66,28 +69,34 @@ def of_matrices(given: Any, references: int) -> list[Found]:
     return found
 
 
-def of_methods(query: Tensor, references: Tensor, methods: list[Method], control: bool) -> tuple[list[Found], str]:
+def of_methods(
+    query: Tensor, images: Tensor, groups: list[list[int]], methods: list[Method], control: bool
+) -> tuple[list[Found], str]:
     """
-    What the methods find of a query (1, C, H, W) and K references (K, C, H, W), of which the last may be the control;
-    and the name of the similarity. What was not given is made for the same encoder and layer.
+    What the methods find of a query (1, C, H, W) and K references, of which the last may be the control; and the name
+    of the similarity. A reference is the mean embedding of a group of images, by their numbers among all (N, C, H, W),
+    whose places are side by side. What was not given is made for the same encoder and layer.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The places of layer")  # the page says what is missing from the sum
         decomposition, correspondence, fam, match = _all_of(methods, query)
-        z, s = widen(match.embed(query)), widen(match.embed(references))
+        z, s = widen(match.embed(query)), widen(match.embed(images))
+        p = torch.stack([s[group].mean(0) for group in groups])
         similarity: Any = match.similarity
-        scores = channel_contributions(z, s, similarity).sum(1)
+        scores = channel_contributions(z, p, similarity).sum(1)
         found = [Found(score.item()) for score in scores]
-        _decompose(decomposition, query, references, found, scores)
-        _compare(correspondence, query, references, found)
-        K = len(references) - control
+        _decompose(decomposition, query, images, groups, (z, s, p), found)
+        _compare(correspondence, query, images, groups, found)
+        K = len(groups) - control
         for name, method, contrast in ((OWN, match, "self"), (COMMON, fam, None)):
             if contrast is None or similarity != "euclidean":  # by which nothing is particular to a match
-                there, here = method.attribute_pair(references, query, contrast=contrast)
-                _put(found, name, here, there)
+                here = method.attribute_all(query, reference_embedding=p, contrast=contrast)
+                there = _of_groups(method, images, groups, p, z, contrast)
+                for one, plane, group in zip(found, _planes(here, 1), groups):
+                    one.maps[name] = plane, _side_by_side(there, group)
         if K > 1:
-            rest: Any = match.attribute_all(query, reference=references[:K], contrast="rest")
-            for one, plane in zip(found[:K], _planes(rest.transpose(0, 1))):
+            rest = match.attribute_all(query, reference_embedding=p[:K], contrast="rest")
+            for one, plane in zip(found[:K], _planes(rest, 1)):
                 one.maps[REST] = plane, None
     return found, similarity
 
@@ -141,60 +150,96 @@ def _last(method: Method, query: Tensor) -> Any:
 
 
 def _decompose(
-    method: SimilarityDecomposition, query: Tensor, references: Tensor, found: list[Found], scores: Tensor
+    method: SimilarityDecomposition,
+    query: Tensor,
+    images: Tensor,
+    groups: list[list[int]],
+    embeddings: tuple[Tensor, Tensor, Tensor],
+    found: list[Found],
 ) -> None:
-    """The parts of each score, by pairs of places."""
-    euclidean = method._similarity() == "euclidean"
-    if euclidean:  # -|z - s|^2 = 2 z.s - |z|^2 - |s|^2, and pairs of places make the first
+    """
+    The parts of each score, by pairs of places. The product with a mean is the mean of the products, so the images of
+    a group share its score; the cosine of an image is of its own length, where that of the group has the mean's.
+    """
+    z, s, p = (of.double().cpu() for of in embeddings)
+    similarity = method._similarity()
+    if similarity == "euclidean":  # -|z - p|^2 = 2 z.p - |z|^2 - |p|^2, and pairs of places make the first
         method = copy(method)
         method.similarity = "dot"
-    times = 2 if euclidean else 1
-    there, here = method.attribute_pair(references, query)
-    _put(found, MADE, here, there, times)
+    times = torch.full((len(s),), 2.0 if similarity == "euclidean" else 1.0).double()
+    for mean, group in zip(p, groups):
+        times[group] /= len(group)
+        if similarity == "cosine":
+            times[group] *= norm(s[group])[:, 0] / nonzero(norm(mean))
+
+    def shares(parts: Tensor, *shape: int) -> Tensor:
+        return (times[:, None] * parts.double().cpu().flatten(1)).reshape(len(s), *shape)
+
+    planes = map(_planes, method.attribute_pair(images, query))
+    there, here = (shares(maps, *maps.shape[1:]) for maps in planes)
     integrated = method.n_steps is not None
-    made: Any = method.attribute_matrix(references, query, return_baselines=integrated)
-    matrices = made[0] if integrated else made
-    z, s = widen(method.embed(query)), widen(method.embed(references))
-    for k, one in enumerate(found):
-        here_k, there_k = one.maps[MADE]
-        assert there_k is not None
-        turned = times * matrices[k].double().cpu().T
-        mode = Mode(turned.reshape(*here_k.shape, *there_k.shape))
-        if integrated:
-            of_reference, of_query, both = (times * part[k].double().cpu() for part in made[1:])
-            if any(part.any() for part in (of_reference, of_query, both)):  # no baseline has an embedding
-                mode.query_rest, mode.reference_rest = (
-                    of_query.reshape(here_k.shape),
-                    of_reference.reshape(there_k.shape),
-                )
-                mode.rest["rest"] = both.item()
-        if euclidean:
-            mode.rest["lengths"] = -(z.square().sum() + s[k].square().sum()).item()
+    made: Any = method.attribute_matrix(images, query, return_baselines=integrated)
+    matrices, *rests = made if integrated else [made]
+    values = shares(matrices.mT, *here.shape[1:], *there.shape[1:])
+    shapes: Any = there.shape[1:], here.shape[1:], ()
+    rests = [shares(part, *shape) for part, shape in zip(rests, shapes)]
+    for one, group, mean in zip(found, groups, p):
+        mode = Mode(_side_by_side(values, group))
+        if any(part[group].any() for part in rests):  # no baseline has an embedding
+            of_reference, of_query, both = rests
+            mode.query_rest, mode.reference_rest = of_query[group].sum(0), _side_by_side(of_reference, group)
+            mode.rest["rest"] = both[group].sum().item()
+        if similarity == "euclidean":
+            mode.rest["lengths"] = -(z.square().sum() + mean.square().sum()).item()
         one.modes[SCORE] = mode
         # The map's mean is the score; on the page its sum is, as that of the matrix.
-        one.maps[MADE] = here_k / here_k.numel(), there_k / there_k.numel()
+        one.maps[MADE] = here[group].sum(0) / here[0].numel(), _side_by_side(there, group) / there[0].numel()
 
 
-def _compare(method: CorrespondenceMap, query: Tensor, references: Tensor, found: list[Found]) -> None:
-    """Which places look alike."""
-    here, there = less_the_others(method, query, references)
-    _put(found, ALIKE, here.transpose(0, 1), there)
-    cosines: Any = method.attribute_matrix(references, query)
-    for matrix, one in zip(cosines, found):
-        here_k, there_k = one.maps[ALIKE]
-        assert there_k is not None
-        one.modes[ALIKE] = Mode(matrix.double().cpu().T.reshape(*here_k.shape, *there_k.shape))
+def _compare(
+    method: CorrespondenceMap, query: Tensor, images: Tensor, groups: list[list[int]], found: list[Found]
+) -> None:
+    """Which places look alike; the best match of a group is that of one of its images."""
+
+    def best(maps: Any) -> Tensor:
+        """Of matches (n, N, h, w) with each image, those with each group (n, K, h, w)."""
+        return torch.stack([maps[:, group].amax(1) for group in groups], 1).double().cpu()
+
+    there = _planes(method.attribute(images, reference=query))
+    here = best(method.attribute_all(query, reference=images))
+    cosines: Any = method.attribute_matrix(images, query)
+    if len(groups) > 1 and method.background is None:
+        here = here - (here.sum(1, keepdim=True) - here) / (len(groups) - 1)
+        matches = best(method.attribute_all(images, reference=images))
+        for k, group in enumerate(groups):
+            there[group] -= torch.cat([matches[group, :k], matches[group, k + 1 :]], 1).mean(1)
+    values = cosines.double().cpu().mT.reshape(len(images), *here.shape[2:], *there.shape[1:])
+    for one, group, plane in zip(found, groups, here[0]):
+        one.maps[ALIKE] = plane, _side_by_side(there, group)
+        one.modes[ALIKE] = Mode(_side_by_side(values, group))
 
 
-def _put(found: list[Found], name: str, here: Any, there: Any, times: float = 1) -> None:
-    """Maps (K, 1, h, w) of the query and the references."""
-    here, there = _planes(here), _planes(there)
-    for k, one in enumerate(found):
-        one.maps[name] = times * here[k], times * there[k]
+def _of_groups(
+    method: DimensionAttribution, images: Tensor, groups: list[list[int]], p: Tensor, z: Tensor, contrast: Any
+) -> Tensor:
+    """The maps (N, h, w) of the images, for the query, with the weights of the mean embeddings of their groups."""
+    t = Question(z, torch.zeros(1, 1, dtype=torch.long), contrast).terms(p, method)
+    f = method.weights(p[:, None], t, contrast is None)
+    owners = torch.empty(len(images), dtype=torch.long)
+    for k, group in enumerate(groups):
+        owners[group] = k
+    method = copy(method)
+    method.weights = lambda *_: f[owners]  # type: ignore[method-assign]
+    return _planes(method.attribute(images, reference_embedding=z))
 
 
-def _planes(maps: Any) -> Tensor:
-    """Maps (K, h, w), in double precision on the CPU."""
+def _side_by_side(parts: Tensor, group: list[int]) -> Tensor:
+    """Of parts (N, ..., h, w) of the images, those of a group as of one wide image."""
+    return torch.cat([*parts[group]], -1)
+
+
+def _planes(maps: Any, at: int = 0) -> Tensor:
+    """Maps (K, h, w), in double precision on the CPU, of (K, 1, h, w), or with ``at=1`` of (1, K, h, w)."""
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         raise ValueError(f"Expected a layer that gives one map (B, C, h, w), but got attributions {describe(maps)}.")
-    return maps[:, 0].double().cpu()
+    return maps.select(1 - at, 0).double().cpu()
