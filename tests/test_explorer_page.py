@@ -606,3 +606,82 @@ def test_axe_finds_a_violation_that_is_there(browser, tmp_path):
     path.write_text("<img src='data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA='>")
     with opened(browser, path) as page:
         assert any(found.startswith("image-alt") for found in violations(page))
+
+
+def test_a_name_from_right_to_left_does_not_turn_what_comes_after_it(browser, tmp_path):
+    path = tmp_path / "pair.html"
+    explore(["\u202egpj.exe", "\u202eevil", "\u0645\u0631\u062d\u0628\u0627", "b", "c"]).save(path)
+    with opened(browser, path) as page:
+        # Where the characters of a text are, from left to right.
+        order = """(selector) => {
+            const text = [...document.querySelectorAll(selector)].map((one) => {
+                const walker = document.createTreeWalker(one, NodeFilter.SHOW_TEXT);
+                const found = [];
+                while (walker.nextNode()) {
+                    for (let i = 0; i < walker.currentNode.length; i++) {
+                        const range = new Range();
+                        range.setStart(walker.currentNode, i);
+                        range.setEnd(walker.currentNode, i + 1);
+                        const {left, width} = range.getBoundingClientRect();
+                        if (width) found.push([left, range.toString()]);
+                    }
+                }
+                return found.sort((a, b) => a[0] - b[0]).map((pair) => pair[1]).join("");
+            });
+            return text;
+        }"""
+        (title,) = page.evaluate(order, "h1")
+        assert title.startswith("Why is \u201c")
+        assert "\u201d similar to \u201c" in title
+        assert title.endswith("\u201d?")
+        for text, score in zip(page.evaluate(order, "#references label"), SCORES):
+            assert f"{score:.3f}".replace("-", "\u2212") in text
+
+
+def test_modes_may_have_any_name(browser, tmp_path):
+    """Also names that objects of JavaScript have of their own, and numbers, which they put first."""
+    names = ["b", "constructor", "__proto__", "10", "2", "toString"]
+    matrices = {name: random(3, 5, 4, 2, seed=n).numpy() for n, name in enumerate(names)}
+    path = tmp_path / "pair.html"
+    explore_pair(PHOTOS[0], PHOTOS[1], matrices).save(path)
+    with opened(browser, path) as page:
+        assert [label.strip() for label in page.locator("#modes label").all_inner_texts()] == names
+        for name in names:
+            assert page.is_checked(f"[name=mode][value='{name}']")
+            point(page, "query", 7)
+            values = matrices[name].reshape(15, 8)[7]
+            close_to(drawn(page, "reference").ravel(), colours(values, 0, np.quantile(abs(matrices[name]), 0.999)))
+            page.keyboard.press("m")
+        assert page.is_checked("[name=mode][value=b]")
+
+
+def test_keys_of_the_browser_and_of_screen_readers_are_left_to_them(page):
+    go_by_tab(page, "query")
+    before = page.inner_text("#live")
+    page.evaluate("window.kept = []; addEventListener('keydown', (event) => kept.push(event.defaultPrevented))")
+    for key in ("Alt+ArrowRight", "Control+ArrowDown", "Meta+ArrowLeft", "Control+Alt+ArrowUp", "Control+Enter"):
+        page.keyboard.press(key)
+    for key in ("Control+c", "Alt+m"):
+        page.keyboard.press(key)
+    assert page.inner_text("#live") == before
+    assert not any(page.evaluate("kept"))
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("kept").pop()
+
+
+@pytest.mark.parametrize("scale", [1, 1.25, 3])
+def test_the_edges_of_an_image_are_places(browser, file, scale):
+    with opened(browser, file, device_scale_factor=scale) as page:
+        image = page.locator("#query img").bounding_box()
+        left, top = image["x"] + 0.5, image["y"] + 0.5
+        right, bottom = left + image["width"] - 1, top + image["height"] - 1
+        for place, at in ((0, (left, top)), (4, (right, top)), (10, (left, bottom)), (14, (right, bottom))):
+            page.mouse.move(*at)
+            shows(page, "score", 0, "query", place)
+        page.mouse.move(right + 3, bottom)
+        overview(page)
+
+
+def test_the_control_is_called_one(page):
+    labels = page.locator("#references label").all_inner_texts()
+    assert ["control" in label for label in labels] == [False, False, False, True]

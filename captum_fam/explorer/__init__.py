@@ -207,6 +207,7 @@ def _explorer(
         {
             "similarity": similarity,
             "query": _pictured(titles[0], shown[0]),
+            "names": list(scales),  # of modes in their order; JavaScript puts numbers first
             "modes": scales,
             "maps": [name for name in _MAPS if name in found[0].maps],
             "control": len(found) - 1 if control else None,

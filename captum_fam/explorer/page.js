@@ -14,6 +14,7 @@ const similarity = data.similarity === "euclidean" ? "minus squared distance" : 
 
 // The words of the modes and maps that the package makes; those of others have their names alone.
 const MODES = {
+  __proto__: null, // else it has a "constructor"
   score: ["explains the score", "Each pair of places is a part of the score; all of them add up to it."],
   alike: ["looks alike", "Cosine of what the network sees at two places. The score is not made of it."],
 };
@@ -41,7 +42,7 @@ const PARTS = {
 const first = data.maps[0] || "none";
 const state = {
   shown: 0, // the reference
-  mode: Object.keys(data.modes)[0],
+  mode: data.names[0],
   map: first,
   opacity: 1,
   at: null, // what is pointed at: {side, x, y}, shares of the image's width and height
@@ -210,6 +211,9 @@ function bar(centre, limit) {
 
 /* Words */
 
+// A name that is written from right to left does not turn what comes after it.
+const apart = (name) => `\u2068${name}\u2069`;
+
 const signed = (value) => (value > 0 ? "+" : "") + short(value);
 
 // Three digits that count, without powers of ten.
@@ -316,8 +320,8 @@ function show() {
     stage.setAttribute("aria-label", `${side} ${name}, ${h} rows and ${w} columns of places`);
     element(`${side}-name`).textContent = name;
   }
-  element("title").textContent = `Why is \u201c${data.query.name}\u201d similar to \u201c${shown.name}\u201d?`;
-  document.title = `${data.query.name} and ${shown.name}`;
+  element("title").textContent = `Why is \u201c${apart(data.query.name)}\u201d similar to \u201c${apart(shown.name)}\u201d?`;
+  document.title = `${apart(data.query.name)} and ${apart(shown.name)}`;
   const meaning = {cosine: "1 is the same direction, 0 is nothing in common", euclidean: "0 is the same, less is farther apart"};
   element("score").textContent =
     shown.score === null ? "" : `Score: ${similarity} ${shown.score.toFixed(3).replace("-", "\u2212")}` + (meaning[data.similarity] ? ` (${meaning[data.similarity]})` : "");
@@ -345,7 +349,7 @@ function choice(group, value, [text, more]) {
 }
 
 function build() {
-  for (const name of Object.keys(data.modes)) element("modes").append(choice("mode", name, MODES[name] || [name]));
+  for (const name of data.names) element("modes").append(choice("mode", name, MODES[name] || [name]));
   const maps = data.maps;
   for (const name of [...maps, "none"]) element("maps").append(choice("map", name, MAPS[name] || [name]));
   element("maps").hidden = !maps.length;
@@ -354,7 +358,7 @@ function build() {
   const strip = document.querySelector("#references .strip");
   data.references.forEach(({name, picture, score}, k) => {
     const amount = score === null ? "" : ` ${score.toFixed(3).replace("-", "\u2212")}`;
-    const label = choice("shown", k, [`${name}${amount}`]);
+    const label = choice("shown", k, [`${apart(name)}${amount}${k === data.control ? " (control)" : ""}`]);
     const image = document.createElement("img");
     image.src = picture;
     image.alt = "";
@@ -402,7 +406,11 @@ function pointUnder(side, event) {
 
 const STEPS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
 
+// Keys with these belong to the browser, and to screen readers.
+const isCommand = (event) => event.ctrlKey || event.metaKey || event.altKey;
+
 function onKey(side, event) {
+  if (isCommand(event)) return;
   const [h, w] = mode()[side];
   if (event.key in STEPS) {
     const place = state.at && state.at.side === side ? placeOf(state.at) : startOf(side);
@@ -446,15 +454,14 @@ function listen() {
   });
   element("control").addEventListener("click", toggleControl);
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const names = Object.keys(data.modes);
+    if (isCommand(event)) return;
     if (event.key === "Escape") {
       state.pins = [];
       pointAt(null);
     } else if (event.key === "c" && data.control !== null) {
       toggleControl();
     } else if (event.key === "m") {
-      changeMode(names[(names.indexOf(state.mode) + 1) % names.length]);
+      changeMode(data.names[(data.names.indexOf(state.mode) + 1) % data.names.length]);
     }
   });
 }
