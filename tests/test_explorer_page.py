@@ -11,6 +11,7 @@ from encoders import HeadEncoder, random, seeded
 from torch import nn
 
 from captum_fam import FeatureActivationMap, SimilarityDecomposition
+from captum_fam.demo import photographs
 from captum_fam.explorer import explore_pair
 
 SIDES = {"query": (3, 5), "reference": (4, 2)}  # grids
@@ -685,3 +686,48 @@ def test_the_edges_of_an_image_are_places(browser, file, scale):
 def test_the_control_is_called_one(page):
     labels = page.locator("#references label").all_inner_texts()
     assert ["control" in label for label in labels] == [False, False, False, True]
+
+
+def low_rank(*grids):
+    left, right = (random(h * w, 5, seed=seed).numpy() for seed, (h, w) in enumerate(grids))
+    return left @ right.T
+
+
+def with_a_hole(*grids):
+    M = random(grids[0][0] * grids[0][1], grids[1][0] * grids[1][1]).numpy()
+    M[-1, -1] = np.nan
+    return M
+
+
+@pytest.mark.parametrize(
+    ("make", "grids", "stored", "lost"),
+    [
+        (low_rank, ((16, 18), (17, 15)), "rank 32", 0.01),
+        (with_a_hole, ((16, 15), (9, 14)), "few digits", 0.033),  # half a step of 1 digit of 64, squared
+    ],
+)
+def test_large_matrices_are_read_as_they_are_stored(browser, tmp_path, monkeypatch, make, grids, stored, lost):
+    monkeypatch.setattr("captum_fam.explorer._stored.SHORT", 30_000)  # as if it was one of a million numbers
+    M = make(*grids)
+    path = tmp_path / "pair.html"
+    explore_pair(PHOTOS[0], PHOTOS[1], M.reshape(*grids[0], *grids[1])).save(path)
+    finite = M[np.isfinite(M)]
+    limit = np.quantile(abs(finite), 0.999)
+    with opened(browser, path) as page:
+        assert stored in page.inner_text("#stored")
+        for side, place in (("query", 5), ("query", 217), ("reference", 101), ("reference", 7)):
+            point(page, side, place, grid=grids[side == "reference"])
+            there = grids[side == "query"]
+            values = (M[place] if side == "query" else M[:, place]).reshape(there)
+            actual, exact = drawn(page, other(side)), colours(values, 0, limit)
+            assert actual.shape == there
+            np.testing.assert_allclose(actual, exact, atol=1 + 255 * 0.85 * lost * abs(finite).max() / limit)
+            best = divmod(int(values.argmax()), there[1])
+            assert named(page.inner_text("#live")) == [divmod(place, grids[side == "reference"][1]), best]
+
+
+def test_a_page_of_14_by_14_places_and_three_references_is_below_a_megabyte():
+    names = ["cat", "coffee", "motorcycle", "admiral"]
+    pictures = [photographs()[name] for name in names]
+    noise = random(3, 14, 14, 14, 14)  # of which no digit can be left out
+    assert len(explore_pair(pictures[0], pictures[1:], {"a": noise, "b": noise.flip(1)}).html) < 1e6
