@@ -4,6 +4,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,12 @@ def explore_pair(
                     :func:`~captum_fam.visualize_pair`.
         reference (Tensor): K images of one size (K, C, H', W'), of one of which the page shows the matches at a
                     time. With matrices, any K pictures.
-        method (a method, a list of two, Tensor, array or dict): A :class:`~captum_fam.SimilarityDecomposition` or
+        method (a method, a list of them, Tensor, array or dict): A :class:`~captum_fam.SimilarityDecomposition` or
                     :class:`~captum_fam.IntegratedDecomposition` for the first mode, a
-                    :class:`~captum_fam.CorrespondenceMap` for the second, or a list of both. Of one of them,
-                    the other is made, with the same encoder and layer. With ``n_steps``, the parts add up to the
-                    score for every encoder.
+                    :class:`~captum_fam.CorrespondenceMap` for the second, a
+                    :class:`~captum_fam.FeatureActivationMap` for its map, or a list of them. The others are made,
+                    with the same encoder and layer. With ``n_steps``, the parts add up to the score for every
+                    encoder.
 
                     Or matrices that are computed already, (K, N, N') of square grids or (K, h, w, h', w'), or a
                     dict of such matrices by the names of their modes.
@@ -137,8 +139,8 @@ def explore_pair(
 
         >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> query, shelf = torch.rand(1, 3, 16, 16), torch.rand(2, 3, 16, 16)
-        >>> explore_pair(query, shelf, SimilarityDecomposition(encoder, encoder[1]))
-        PairExplorer(2 references, 0.67 MB)
+        >>> explore_pair(query, shelf, SimilarityDecomposition(encoder, encoder[1]))  # doctest: +ELLIPSIS
+        PairExplorer(2 references, ... MB)
     """
     given: list[Any] = list(method) if isinstance(method, (list, tuple)) else [method]
     shown: dict[str, Any] = {"control": control, "photos": photos, "titles": titles, "mean": mean, "std": std}
@@ -171,11 +173,13 @@ def explore_groups(
     if groups is None:
         groups = [[n] for n in range(len(given[1]))]
     groups = groups + [[len(given[1])]] * (control is not None)
+    if titles is not None:
+        check_titles(titles, 1 + len(groups))
+    each = [image for part in given for image in part]
+    first, *others = pictures("photos", list(each if photos is None else _listed(photos)), len(each), mean, std)
     found, similarity = of_methods(given[0], torch.cat(given[1:]), groups, methods, control is not None)
     for one, score in zip(found, scores or []):
         one.score = score
-    each = [image for part in given for image in part]
-    first, *others = pictures("photos", list(each if photos is None else _listed(photos)), len(each), mean, std)
     drawn = [first, *(_side_by_side([others[n] for n in group]) for group in groups)]
     return _explorer(drawn, titles, found, similarity, control is not None)
 
@@ -194,9 +198,9 @@ def _side_by_side(images: list[Image.Image]) -> Image.Image:
 def _explorer(
     shown: list[Image.Image], titles: Sequence[str] | None, found: list[Found], similarity: str | None, control: bool
 ) -> PairExplorer:
-    if titles is not None and (isinstance(titles, str) or len(titles) != len(shown)):
-        raise ValueError(f"Expected `titles` to be a list of {len(shown)}, one for each image, but got {titles!r}.")
-    if titles is None:
+    if titles is not None:
+        check_titles(titles, len(shown))
+    else:
         many = len(found) - control > 1
         titles = ["query", *(f"reference {k + 1}" if many else "reference" for k in range(len(found) - control))]
         titles += ["control"] * control
@@ -214,7 +218,7 @@ def _explorer(
             "references": [
                 {
                     **_pictured(title, image),
-                    "score": None if one.score is None else float(f"{one.score:.6g}"),
+                    "score": None if one.score is None or not isfinite(one.score) else float(f"{one.score:.6g}"),
                     "modes": {name: _mode(name, mode, one.score) for name, mode in one.modes.items()},
                     "maps": {name: _map(*sides) for name, sides in one.maps.items()},
                 }
@@ -222,6 +226,11 @@ def _explorer(
             ],
         }
     )
+
+
+def check_titles(titles: Sequence[str], count: int) -> None:
+    if isinstance(titles, str) or len(titles) != count:
+        raise ValueError(f"Expected `titles` to be a list of {count}, one for each image, but got {titles!r}.")
 
 
 def _pictured(title: str, image: Image.Image) -> dict[str, Any]:
@@ -261,7 +270,7 @@ def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:
     return {
         **matrix(mode.values),
         **{side: None if rest is None else numbers(rest) for side, rest in rests.items()},
-        "sums": sums,
+        "sums": {part: value for part, value in sums.items() if isfinite(value)},
     }
 
 

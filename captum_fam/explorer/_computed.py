@@ -27,7 +27,7 @@ STEPS, BASELINE = 8, "zero"
 SCORE, ALIKE = "score", "alike"  # modes with words of their own
 OWN, COMMON, MADE, REST = "own", "common", "made", "rest"  # maps, with "alike"
 
-Method = SimilarityDecomposition | CorrespondenceMap
+Method = SimilarityDecomposition | CorrespondenceMap | FeatureActivationMap
 
 
 @dataclass
@@ -107,17 +107,16 @@ def _all_of(
     """
     The two methods that give matrices, FAM, and the decomposition of the first order, or the user's own, for maps.
     """
-    given = {
-        type_: [m for m in methods if isinstance(m, type_)] for type_ in (SimilarityDecomposition, CorrespondenceMap)
-    }
+    types = SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap
+    given: dict[type, list[Any]] = {type_: [m for m in methods if isinstance(m, type_)] for type_ in types}
     if (
         not methods
         or any(len(of_type) > 1 for of_type in given.values())
         or sum(map(len, given.values())) < len(methods)
     ):
         raise TypeError(
-            "Expected `method` to be a SimilarityDecomposition, an IntegratedDecomposition or a CorrespondenceMap, a"
-            " list of one of the former and one of the latter, or matrices, but got"
+            "Expected `method` to be a SimilarityDecomposition, an IntegratedDecomposition, a CorrespondenceMap or a"
+            " FeatureActivationMap, a list of different ones, or matrices, but got"
             f" {[type(m).__name__ for m in methods]}."
         )
     first = methods[0]
@@ -128,7 +127,7 @@ def _all_of(
         raise ValueError("Expected a method with one layer, but got a list of layers; explore them one by one.")
     args: Any = (first._encoder(), layer, first.device_ids)
     options: Any = {"output_selector": first._selector(), "reshape_transform": first.reshape_transform}
-    similarity: Any = (given[SimilarityDecomposition] or methods)[0]._similarity()
+    similarity: Any = (given[SimilarityDecomposition] or given[FeatureActivationMap] or methods)[0]._similarity()
     if similarity not in ("cosine", "dot", "euclidean"):
         raise ValueError(
             f'The explorer needs a similarity that is a sum over pairs of places, "cosine", "dot" or "euclidean", but'
@@ -139,6 +138,9 @@ def _all_of(
     ]
     (correspondence,) = given[CorrespondenceMap] or [CorrespondenceMap(*args, **options)]
     fam = FeatureActivationMap(*args, similarity=similarity, **options)
+    for own in given[FeatureActivationMap]:
+        fam = copy(own)  # that of a SimilarityScore has references of its own
+        fam.forward_func, fam.similarity, fam.output_selector = args[0], similarity, options["output_selector"]
     return decomposition, correspondence, fam, SimilarityDecomposition(*args, similarity=similarity, **options)
 
 
@@ -161,7 +163,7 @@ def _decompose(
     The parts of each score, by pairs of places. The product with a mean is the mean of the products, so the images of
     a group share its score; the cosine of an image is of its own length, where that of the group has the mean's.
     """
-    z, s, p = (of.double().cpu() for of in embeddings)
+    z, s, p = (of.cpu().double() for of in embeddings)
     similarity = method._similarity()
     if similarity == "euclidean":  # -|z - p|^2 = 2 z.p - |z|^2 - |p|^2, and pairs of places make the first
         method = copy(method)
@@ -173,7 +175,7 @@ def _decompose(
             times[group] *= norm(s[group])[:, 0] / nonzero(norm(mean))
 
     def shares(parts: Tensor, *shape: int) -> Tensor:
-        return (times[:, None] * parts.double().cpu().flatten(1)).reshape(len(s), *shape)
+        return (times[:, None] * parts.cpu().double().flatten(1)).reshape(len(s), *shape)
 
     planes = map(_planes, method.attribute_pair(images, query))
     there, here = (shares(maps, *maps.shape[1:]) for maps in planes)
@@ -203,7 +205,7 @@ def _compare(
 
     def best(maps: Any) -> Tensor:
         """Of matches (n, N, h, w) with each image, those with each group (n, K, h, w)."""
-        return torch.stack([maps[:, group].amax(1) for group in groups], 1).double().cpu()
+        return torch.stack([maps[:, group].amax(1) for group in groups], 1).cpu().double()
 
     there = _planes(method.attribute(images, reference=query))
     here = best(method.attribute_all(query, reference=images))
@@ -213,7 +215,7 @@ def _compare(
         matches = best(method.attribute_all(images, reference=images))
         for k, group in enumerate(groups):
             there[group] -= torch.cat([matches[group, :k], matches[group, k + 1 :]], 1).mean(1)
-    values = cosines.double().cpu().mT.reshape(len(images), *here.shape[2:], *there.shape[1:])
+    values = cosines.cpu().double().mT.reshape(len(images), *here.shape[2:], *there.shape[1:])
     for one, group, plane in zip(found, groups, here[0]):
         one.maps[ALIKE] = plane, _side_by_side(there, group)
         one.modes[ALIKE] = Mode(_side_by_side(values, group))
@@ -242,4 +244,4 @@ def _planes(maps: Any, at: int = 0) -> Tensor:
     """Maps (K, h, w), in double precision on the CPU, of (K, 1, h, w), or with ``at=1`` of (1, K, h, w)."""
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         raise ValueError(f"Expected a layer that gives one map (B, C, h, w), but got attributions {describe(maps)}.")
-    return maps.select(1 - at, 0).double().cpu()
+    return maps.select(1 - at, 0).cpu().double()

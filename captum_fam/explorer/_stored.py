@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from io import BytesIO
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from captum_fam.matches import strongest_matches
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"  # base64's
-LONGEST = 512  # pixels of a picture's longer side
+SIDE = 512  # pixels of a square picture's side; no other picture has more pixels
 WHOLE = 1 << 16  # a matrix of more entries is stored as two factors, where these are smaller
 RANKS = (32, 64, 128, 256, 512)
 CLOSE = 0.01  # of the largest entry: how far an entry of the product may be from the matrix
@@ -26,7 +27,7 @@ Array = NDArray[np.float64]
 
 def picture(image: Image.Image) -> str:
     """An RGB image as the address of a JPEG that is in the address itself."""
-    scale = min(1, LONGEST / max(image.size))
+    scale = min(1, SIDE / sqrt(image.width * image.height))
     drawn = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     content = BytesIO()
     drawn.save(content, "JPEG", quality=85, optimize=True)

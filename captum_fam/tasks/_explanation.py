@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,15 @@ from captum_fam.engine.question import Question
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.layer_explanation import Explained
 from captum_fam.similarity import widen
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an explanation was made of: the method, the queries, and what else a page of its task shows."""
+
+    method: DimensionAttribution
+    queries: Tensors
+    others: Any
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -39,8 +48,29 @@ class Explanation:
     explainable: Tensor
     route: str
 
+    _origin: ClassVar[Origin | None] = None  # no field: neither copies nor files have the encoder and the images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_origin"}
+
+    def _remember(self, method: DimensionAttribution, queries: Tensors, others: Any) -> None:
+        object.__setattr__(self, "_origin", Origin(method, tuple(x.detach() for x in queries), others))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(maps={tuple(self.maps.shape)}, route={self.route!r})"
+
+    def _explored(self, query: int) -> tuple[Origin, Tensors]:
+        """What this was made of, and the image (1, C, H, W) of a query."""
+        if self._origin is None:
+            raise ValueError(
+                "A copy of an explanation, or one from a file, has no images to show; explore the one that the call"
+                " returned."
+            )
+        B = len(self.maps)
+        if not isinstance(query, int) or isinstance(query, bool) or query not in range(B):
+            raise ValueError(f"Expected `query` to be the number of one of {B} queries, from 0, but got {query!r}.")
+        # A clone is an ordinary tensor, also of one that was made in inference mode.
+        return self._origin, tuple(x[query : query + 1].clone() for x in self._origin.queries)
 
     def _counted(self) -> Tensor:
         """Which references (B, K) are among "the rest"."""

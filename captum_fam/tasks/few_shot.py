@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from captum_fam._checks import check_internal_batch_size, check_labels, format_inputs, warn_once
 from captum_fam.engine.chunks import cut, slices
 from captum_fam.engine.untouched import eagerly
+from captum_fam.explorer import PairExplorer, check_titles, explore_groups
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.similarity_attribution import Inputs
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import prototypes
-from captum_fam.similarity import Similarity
+from captum_fam.similarity import Similarity, widen
 from captum_fam.tasks._easyfsl import Decision, decision_of, is_classifier
 from captum_fam.tasks._explanation import Explanation, explained, method_of
+from captum_fam.visualization import Pictures
 
 Labels = int | Sequence[int] | Tensor | None
+
+_SAME = 0.01  # how far a reference may be from a mean of embeddings, in units of its length
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -126,6 +130,88 @@ class EpisodeExplanation(Explanation):
             ValueError: As in :meth:`contrast`.
         """
         return self._difference(self.constants, *self._pair(label, other))
+
+    def explore(
+        self,
+        query: int = 0,
+        *,
+        control: Pictures | None = None,
+        photos: Pictures | None = None,
+        titles: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> PairExplorer:
+        r"""
+        A page of a query and the classes, the most similar first, on which one points at a place and sees what it
+        matches, as that of :func:`~captum_fam.explore_pair`. A class is shown as all of its support images side by
+        side: its score is a sum over them, as the product with a mean is the mean of the products, and the page
+        prints the ``similarities``. So the page grows with the shots: of 14 by 14 places, by a quarter of
+        a megabyte with each.
+
+        Of an encoder and of SimpleShot, and of PrototypicalNetworks with ``method=SimilarityDecomposition``, which
+        explains the squared distance. Other classifiers decide by references that are no means of the
+        support embeddings.
+
+        Args:
+            query (int): Number of the query, from 0.
+                        Default: 0
+            control (Tensor, optional): One image (1, C, H, W) of the support's size that has nothing to do with
+                        the query.
+                        Default: None
+            photos (list of pictures, optional): What is shown of the query, each of the support images and the
+                        control, in this order.
+                        Default: None, the images themselves
+            titles (list of str, optional): Names of the query, of the ``classes`` in their order, and of the
+                        control.
+                        Default: None, as ``"class 3, predicted"``
+            mean, std (sequence of float, optional): As in :func:`~captum_fam.visualize_pair`.
+                        Default: None
+
+        Returns:
+            *PairExplorer*: the page, with ``save(path)``.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described above, the support images were not passed, or
+                        the score is no sum over them; the message says what to do.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> support, queries = torch.rand(6, 3, 16, 16), torch.rand(2, 3, 16, 16)
+            >>> episode = explain_episode(encoder, encoder[1], queries, support, [0, 0, 1, 1, 2, 2])
+            >>> episode.explore(query=1)  # doctest: +ELLIPSIS
+            PairExplorer(3 references, ... MB)
+        """
+        origin, image = self._explored(query)
+        method, (decision, support, labels) = origin.method, origin.others
+        if support is None:
+            raise ValueError("A page shows the support images: pass them and their labels to explain_episode.")
+        labels = torch.as_tensor(labels).tolist()
+        groups = [[n for n, label in enumerate(labels) if label == own] for own in self.classes.tolist()]
+        _check_means(decision, method.embed(image), method.embed(support), groups)
+        if decision.decomposed not in (None, method._similarity()):
+            raise ValueError(
+                "The scores of this classifier are distances, which are no sums over places; their squares are, and"
+                " order the classes alike. Pass method=SimilarityDecomposition to explain_episode."
+            )
+        count = 1 + len(groups) + (control is not None)
+        if titles is None:
+            names = [f"class {c}" + ", predicted" * (c == self.predicted[query].item()) for c in self.classes.tolist()]
+            titles = [f"query {query}", *names, *["control"] * (control is not None)]
+        check_titles(titles, count)
+        order = self.similarities[query].argsort(descending=True, stable=True).tolist()
+        return explore_groups(
+            image,
+            support,
+            [method],
+            [groups[k] for k in order],
+            self.similarities[query, order].tolist(),
+            control=control,
+            photos=photos,
+            titles=[titles[0], *(titles[1 + k] for k in order), *titles[1 + len(groups) :]],
+            mean=mean,
+            std=std,
+        )
 
     def _pair(self, label: Labels, other: Labels | Literal["rest"]) -> tuple[Tensor, Tensor | Literal["rest"]]:
         if len(self.classes) < 2:
@@ -262,7 +348,9 @@ def explain_episode(
         z = explanation.embedding
         scores = decision.scores(z) if decision.scores is not None else found["similarities"].to(z.dtype)
     warn_once(explanation.report.texts())
-    return EpisodeExplanation(**found, classes=decision.classes, scores=scores)
+    result = EpisodeExplanation(**found, classes=decision.classes, scores=scores)
+    result._remember(explainer, queries, (decision, support_images, support_labels))
+    return result
 
 
 def _of_prototypes(method: DimensionAttribution, images: Inputs | None, labels: Any) -> Decision:
@@ -275,3 +363,16 @@ def _of_prototypes(method: DimensionAttribution, images: Inputs | None, labels: 
     labels = check_labels("support_labels", labels, len(embeddings), "`support_images`", embeddings.device)
     s = prototypes(embeddings, labels)
     return Decision(method.forward_func, "", labels.unique(sorted=True), lambda z: s)
+
+
+def _check_means(decision: Decision, z: Tensor, support: Tensor, groups: list[list[int]]) -> None:
+    """Whether the references of a decision are the means of the support embeddings, of which a page makes sums."""
+    means = torch.stack([widen(support[group]).mean(0) for group in groups])
+    with torch.no_grad():
+        s = widen(decision.references(z)).reshape(means.shape)
+    if ((s - means).norm(dim=1) > _SAME * means.norm(dim=1)).any():
+        raise ValueError(
+            "The references of this episode are not the means of its support images' embeddings, so the scores are no"
+            " sums over these: the classifier rectifies or weighs them (FEAT, BDCSPN, LaplacianShot, MatchingNetworks),"
+            " or the encoder has changed since. Pass the encoder itself to explain_episode, with its `similarity`."
+        )

@@ -4,23 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
-from captum_fam._distances import canonical
 from captum_fam.engine.question import Question
 from captum_fam.engine.untouched import eagerly
+from captum_fam.explorer import PairExplorer, explore_groups
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.similarity import Similarity, unit, widen
+from captum_fam.similarity import Similarity, widen
 from captum_fam.tasks._explanation import Explanation, explained, method_of
+from captum_fam.tasks._faiss import search_index, searched, similarity_of, warnings_of_lengths, warnings_of_scores
+from captum_fam.visualization import Pictures
 
-_INNER_PRODUCT, _L2 = 0, 1  # faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2
-_CLOSE = 1e-3  # how far lengths and scores may be from what they should be
-_ROUNDING = 1e-5  # the same for scores, in units of the squared lengths
-_LOSSY = 0.2  # how far the median length of normalised vectors may be from one, in an index that is lossy
 _SAME = 0.05  # how far an image's embedding may be from that in the index, in units of its length
 
 
@@ -95,6 +92,75 @@ class RetrievalExplanation(Explanation):
         against = other if isinstance(other, str) else torch.full((B,), other, device=device)
         return self._contrast(torch.full((B,), rank, device=device), against)
 
+    def explore(
+        self,
+        query: int = 0,
+        *,
+        control: Pictures | None = None,
+        photos: Pictures | None = None,
+        titles: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> PairExplorer:
+        r"""
+        A page of a query and its hits, on which one points at a place and sees what it matches, as that of
+        :func:`~captum_fam.explore_pair`. It prints the ``similarities``: of an index of L2 distances, minus the
+        squared distance. The hits' images are taken from the gallery again and embedded. Where the index holds
+        another vector than the image's embedding, as a lossy one does, the difference is printed as missing.
+
+        Args:
+            query (int): Number of the query, from 0.
+                        Default: 0
+            control (Tensor, optional): One image (1, C, H, W) of the hits' size that has nothing to do with the
+                        query.
+                        Default: None
+            photos (list of pictures, optional): What is shown of the query, its hits and the control, in
+                        this order.
+                        Default: None, the images themselves
+            titles (list of str, optional): Names of the query, its hits and the control, in this order.
+                        Default: None, as ``"1: image 17"``, rank and number in the index
+            mean, std (sequence of float, optional): As in :func:`~captum_fam.visualize_pair`.
+                        Default: None
+
+        Returns:
+            *PairExplorer*: the page, with ``save(path)``.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described above, there was no gallery, or nothing was
+                        found for the query.
+
+        Examples::
+
+            >>> import faiss
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> gallery, index = torch.rand(20, 3, 16, 16), faiss.IndexFlatL2(8)
+            >>> index.add(encoder(gallery).detach().numpy())
+            >>> found = explain_retrieval(gallery[:2], index, encoder, encoder[1], gallery, k=3)
+            >>> found.explore(query=1)  # doctest: +ELLIPSIS
+            PairExplorer(3 references, ... MB)
+        """
+        origin, image = self._explored(query)
+        if origin.others is None:
+            raise ValueError("A page shows the images of the hits: pass `gallery` to explain_retrieval.")
+        there = self.indices[query] >= 0
+        numbers = self.indices[query, there].tolist()
+        if not numbers:
+            raise ValueError(f"The index found nothing for query {query}, so there is nothing to show.")
+        if titles is None:
+            titles = [f"query {query}", *(f"{rank}: image {number}" for rank, number in enumerate(numbers, 1))]
+            titles += ["control"] * (control is not None)
+        return explore_groups(
+            image,
+            _images(origin.others, numbers).to(image[0]),
+            [origin.method],
+            scores=self.similarities[query, there].tolist(),
+            control=control,
+            photos=photos,
+            titles=titles,
+            mean=mean,
+            std=std,
+        )
+
     def _counted(self) -> Tensor:
         return self.indices >= 0
 
@@ -165,7 +231,7 @@ def explain_retrieval(
         (tensor([0, 1]), torch.Size([2, 3, 14, 14]))
     """
     check_positive("k", k)
-    similarity = _similarity(index, similarity)
+    similarity = similarity_of(index, similarity)
     explainer = method_of(method, "explain_retrieval", forward_func, layer, similarity=similarity, **options)
     (query,) = format_inputs("query", query)
     if query.ndim != 4:
@@ -176,15 +242,15 @@ def explain_retrieval(
     hits: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def search(z: Tensor, rows: slice) -> Tensor:
-        hits[rows.start] = _search(index, _searched(z, similarity), k, similarity)
+        hits[rows.start] = search_index(index, searched(z, similarity), k, similarity)
         return hits[rows.start][2]
 
     found, explanation = explained(explainer, (query,), search, internal_batch_size)
     scores, indices, s = map(torch.cat, zip(*hits.values()))
     z, there = widen(explanation.embedding), indices >= 0
     similarity_scores = -scores if similarity == "euclidean" else scores
-    warned = explanation.report.texts() + _warnings_of_lengths(s[there], z, similarity)
-    warned += _warnings_of_scores(similarity_scores, found["similarities"], there, _searched(z, similarity), s)
+    warned = explanation.report.texts() + warnings_of_lengths(s[there], z, similarity)
+    warned += warnings_of_scores(similarity_scores, found["similarities"], there, searched(z, similarity), s)
     there = there.to(z.device)
     shown = there.reshape(*there.shape, *[1] * (found["maps"].ndim - 2))
     for name in ("maps", "signed_maps"):
@@ -203,73 +269,9 @@ def explain_retrieval(
         warned += _warnings_of_gallery(indices[far > _SAME])
     warn_once(warned)
     to = query.device
-    return RetrievalExplanation(**found, indices=indices.to(to), scores=scores.to(to), hit_maps=hit_maps)
-
-
-def _searched(z: Tensor, similarity: str) -> Tensor:
-    """What an index is searched with."""
-    return unit(widen(z)) if similarity == "cosine" else widen(z)
-
-
-def _is_lossy(index: Any) -> bool:
-    """Whether an index keeps less of a vector than its numbers in single precision."""
-    try:
-        size: int = getattr(index, "storage", index).sa_code_size()  # of HNSW, the storage has the vectors
-    except (AttributeError, RuntimeError):
-        return False
-    return bool(size < 4 * index.d)
-
-
-def _similarity(index: Any, similarity: Similarity | None) -> str:
-    """The similarity that an index searches by."""
-    metric = getattr(index, "metric_type", None)
-    if metric not in (_INNER_PRODUCT, _L2) or not hasattr(index, "reconstruct"):
-        got = type(index).__name__ if metric is None else f"{type(index).__name__} with metric {metric}"
-        raise ValueError(f"Expected `index` to be a faiss index of inner products or L2 distances, but got {got}.")
-    possible = ("dot", "cosine") if metric == _INNER_PRODUCT else ("euclidean",)
-    similarity = possible[0] if similarity is None else canonical(similarity)
-    if similarity not in possible:
-        kind = "inner products" if metric == _INNER_PRODUCT else "L2 distances"
-        raise ValueError(
-            f"The index searches by {kind}, so `similarity` may be {' or '.join(map(repr, possible))}, but got"
-            f" {describe(similarity)}; leave it out."
-        )
-    return str(similarity)
-
-
-def _search(index: Any, z: Tensor, k: int, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (B, k), numbers (B, k) and vectors (B, k, D) of the hits."""
-    if z.shape[1] != index.d:
-        raise ValueError(
-            f"The index holds vectors of {index.d} dimensions, but the embeddings of `query` have {z.shape[1]};"
-            " embed both with the same encoder."
-        )
-    if not index.ntotal:
-        raise ValueError("Expected `index` to hold vectors, but it is empty; call index.add(embeddings) first.")
-    scores, indices = map(torch.from_numpy, index.search(_array(z), k))
-    s = _vectors(index, indices)
-    off = (s.norm(dim=2) - 1).abs()[indices >= 0]
-    if similarity == "cosine" and len(off) and (off.median() > _LOSSY if _is_lossy(index) else off.max() > _CLOSE):
-        raise ValueError(
-            'similarity="cosine" needs an index of normalised vectors: call faiss.normalize_L2(vectors) before'
-            " index.add(vectors), or leave out `similarity`."
-        )
-    return scores, indices, s
-
-
-def _vectors(index: Any, indices: Tensor) -> Tensor:
-    """The stored vectors (B, k, D); ones for what was not found."""
-    s = torch.ones(*indices.shape, index.d)
-    for place in (indices >= 0).nonzero().tolist():
-        number = int(indices[tuple(place)])
-        try:
-            s[tuple(place)] = torch.from_numpy(np.asarray(index.reconstruct(number)))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{type(index).__name__} does not give back its vectors: for an IndexIDMap use IndexIDMap2, for an"
-                " inverted file call index.make_direct_map() first."
-            ) from error
-    return s
+    result = RetrievalExplanation(**found, indices=indices.to(to), scores=scores.to(to), hit_maps=hit_maps)
+    result._remember(explainer, (query,), gallery)
+    return result
 
 
 def _hit_maps(
@@ -291,25 +293,29 @@ def _hit_maps(
     numbers = indices[there].tolist()
     if not numbers:
         return None
+    found = method.explain(
+        (_images(gallery, numbers).to(query),),
+        lambda _, rows: Question(z[None], torch.zeros(1, 1, dtype=torch.long)),
+        internal_batch_size=internal_batch_size,
+        sides=("hits", "queries"),
+    )
+    (maps,) = found.maps
+    embedded = searched(found.embedding, str(method.similarity)).cpu().float()
+    far[there] = (embedded - s[there]).norm(dim=1) / s[there].norm(dim=1)
+    warned += found.report.texts()
+    shown = torch.zeros(len(indices), *maps.shape[2:], dtype=maps.dtype, device=maps.device)
+    shown[there.to(maps.device)] = maps[:, 0]
+    return shown
+
+
+def _images(gallery: Any, numbers: list[int]) -> Tensor:
     images = [_image(gallery, number) for number in numbers]
     if len({image.shape for image in images}) > 1:
         raise ValueError(
             f"Expected images of one shape in `gallery`, but got {sorted({tuple(i.shape) for i in images})};"
             " resize them as for the encoder."
         )
-    found = method.explain(
-        (torch.stack(images).to(query),),
-        lambda _, rows: Question(z[None], torch.zeros(1, 1, dtype=torch.long)),
-        internal_batch_size=internal_batch_size,
-        sides=("hits", "queries"),
-    )
-    (maps,) = found.maps
-    embedded = _searched(found.embedding, str(method.similarity)).cpu().float()
-    far[there] = (embedded - s[there]).norm(dim=1) / s[there].norm(dim=1)
-    warned += found.report.texts()
-    shown = torch.zeros(len(indices), *maps.shape[2:], dtype=maps.dtype, device=maps.device)
-    shown[there.to(maps.device)] = maps[:, 0]
-    return shown
+    return torch.stack(images)
 
 
 def _image(gallery: Any, number: int) -> Tensor:
@@ -329,34 +335,6 @@ def _image(gallery: Any, number: int) -> Tensor:
     return image
 
 
-def _warnings_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: Tensor, s: Tensor) -> list[str]:
-    """Of hits whose similarity is not the score of the index."""
-    similar = similarities.cpu().float()
-    lengths = z.cpu().float().norm(dim=1)[:, None] ** 2 + s.norm(dim=2) ** 2
-    off = ((similar - scores).abs() > _CLOSE * scores.abs() + _ROUNDING * lengths) & there
-    if not off.any():
-        return []
-    here, found = scores[off][0].item(), similar[off][0].item()
-    return [
-        f"The index gave a score of {here:.4g}, but the similarity to the vector that it holds is {found:.4g}: it is"
-        " lossy or transforms vectors. The maps explain the latter."
-    ]
-
-
-def _warnings_of_lengths(s: Tensor, z: Tensor, similarity: Similarity | None) -> list[str]:
-    """Of an index of normalised vectors that is searched with another embedding."""
-    lengths = z.norm(dim=1)
-    if similarity == "cosine" or not len(s) or ((s.norm(dim=1) - 1).abs() > _CLOSE).any():
-        return []
-    if ((lengths - 1).abs() <= _CLOSE).all():
-        return []
-    advice = 'pass similarity="cosine"' if similarity == "dot" else "let the encoder end with F.normalize"
-    return [
-        f"The index holds vectors of unit length, but the embedding of a query has length {lengths.max():.3g}: its"
-        f" scores are not those of a search with normalised queries; for these, {advice}."
-    ]
-
-
 def _warnings_of_gallery(strange: Tensor) -> list[str]:
     """Of images whose embeddings are not those in the index."""
     if not len(strange):
@@ -366,7 +344,3 @@ def _warnings_of_gallery(strange: Tensor) -> list[str]:
         " explain other scores. Give the images as they were embedded for the index, in the same order; a lossy index"
         " differs by itself."
     ]
-
-
-def _array(z: Tensor) -> Any:
-    return np.ascontiguousarray(z.detach().cpu().float().numpy())
