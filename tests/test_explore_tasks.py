@@ -72,9 +72,18 @@ def norm(row):
     return np.linalg.norm(row)
 
 
-def in_a_row(shots, *shape):
-    """Values (S, ..., N') of shots, as of one image of S times the width."""
-    return np.concatenate([shot.reshape(*shape, *THERE) for shot in shots], -1)
+ACROSS = {1: 1, 2: 2, 3: 3, 4: 2, 5: 5, 6: 3}  # shots in a row, by their number
+
+
+def tiled(shots, *shape):
+    """Values (S, ..., N') of shots, as of one image of them in rows."""
+    S, (h, w) = len(shots), THERE
+    down, across = S // ACROSS[S], ACROSS[S]
+    whole = np.full((*shape, down * h, across * w), np.nan)
+    for n, shot in enumerate(shots):
+        top, left = n // across * h, n % across * w
+        whole[..., top : top + h, left : left + w] = shot.reshape(*shape, h, w)
+    return whole
 
 
 def score_of(z, p, similarity):
@@ -82,10 +91,10 @@ def score_of(z, p, similarity):
 
 
 def matrix_of(query, shots, similarity):
-    """(3, 5, 4, 2 S): what each place of the query makes with each of the shots."""
+    """(3, 5, 4, 2 S), with four shots (3, 5, 8, 4): what each place of the query makes with each of the shots."""
     v, w = places(query)[0], places(shots)
     times = {"cosine": 1 / norm(v.sum(0)) / norm(w.sum(1).mean(0)), "dot": 1, "euclidean": 2}[similarity]
-    return in_a_row(times * v @ w.transpose(0, 2, 1) / len(shots), *HERE)
+    return tiled(times * v @ w.transpose(0, 2, 1) / len(shots), *HERE)
 
 
 def data_of(page):
@@ -122,7 +131,7 @@ def shows(one, query, shots, similarity):
         assert sums["lengths"] == pytest.approx(-(z @ z) - p @ p)
     assert [sums["score"], sums["sum"]] == pytest.approx([score, score], abs=1e-9)
     assert sums["remainder"] == pytest.approx(0, abs=1e-9)
-    cosines = in_a_row(unit(activations(query)[0]) @ unit(activations(shots)).transpose(0, 2, 1), *HERE)
+    cosines = tiled(unit(activations(query)[0]) @ unit(activations(shots)).transpose(0, 2, 1), *HERE)
     close(decoded(one["modes"]["alike"]), cosines, atol=1.01 * one["modes"]["alike"]["error"] + 1e-9)
     made = one["maps"]["made"]
     close(made["query"]["values"], M.sum((2, 3)).ravel())
@@ -152,6 +161,20 @@ def test_a_class_is_its_shots_side_by_side_and_they_add_up_to_its_score(similari
         assert names == [f"class {labels[0]}, predicted", *(f"class {label}" for label in labels[1:]), "control"]
         assert data["query"]["name"] == f"query {query}"
         assert labels[0] == episode.predicted[query]
+
+
+@pytest.mark.parametrize("shots", [4, 5, 6])
+def test_more_shots_are_in_rows(shots):
+    photos = [Image.new("RGB", (8, 16), (40 * n, 0, 0)) for n in range(7)]
+    episode = explain_episode(ENCODER, ENCODER.layer, QUERIES, SUPPORT, [0] * shots + [1] * (6 - shots))
+    data = data_of(episode.explore(photos=photos))
+    (one,) = (one for one in data["references"] if one["name"].startswith("class 0"))
+    shows(one, QUERIES[:1], SUPPORT[:shots], "cosine")
+    across, pixels = ACROSS[shots], jpeg(one["picture"])
+    assert [one["width"], one["height"]] == [8 * across, 16 * (shots // across)]
+    for n in range(shots):
+        middle = pixels[n // across * 16 + 8, n % across * 8 + 4]
+        assert middle == pytest.approx([40 * (n + 1), 0, 0], abs=9)
 
 
 def maps_of(query, label):
@@ -199,7 +222,7 @@ def test_the_whole_maps_of_a_class_are_those_of_its_mean():
             if there is None:
                 assert actual["reference"] is None
             else:
-                close(actual["reference"]["values"], in_a_row(there).ravel(), atol=1e-5)
+                close(actual["reference"]["values"], tiled(there).ravel(), atol=1e-5)
                 assert actual["reference"]["shape"] == [4, 2 * len(CLASSES[label])]
         if label == 2:  # the episode's own
             close(one["maps"]["common"]["query"]["values"], episode.maps[1, 0].flatten())

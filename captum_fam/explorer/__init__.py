@@ -25,6 +25,7 @@ from captum_fam.explorer._computed import (
     Found,
     Method,
     Mode,
+    columns,
     of_matrices,
     of_methods,
 )
@@ -185,14 +186,15 @@ def explore_groups(
 
 
 def _side_by_side(images: list[Image.Image]) -> Image.Image:
-    """As their places are in the matrix: in a row, of one size."""
+    """As their places are in the matrix, in one size."""
     if len(images) == 1:
         return images[0]
     width, height = (max(sizes) for sizes in zip(*(image.size for image in images)))
-    row = Image.new("RGB", (width * len(images), height))
+    across = columns(len(images))
+    whole = Image.new("RGB", (width * across, height * (len(images) // across)))
     for n, image in enumerate(images):
-        row.paste(image.resize((width, height)), (n * width, 0))
-    return row
+        whole.paste(image.resize((width, height)), (n % across * width, n // across * height))
+    return whole
 
 
 def _explorer(

@@ -75,7 +75,7 @@ def of_methods(
     """
     What the methods find of a query (1, C, H, W) and K references, of which the last may be the control; and the name
     of the similarity. A reference is the mean embedding of a group of images, by their numbers among all (N, C, H, W),
-    whose places are side by side. What was not given is made for the same encoder and layer.
+    whose places are side by side, in rows. What was not given is made for the same encoder and layer.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The places of layer")  # the page says what is missing from the sum
@@ -236,8 +236,13 @@ def _of_groups(
 
 
 def _side_by_side(parts: Tensor, group: list[int]) -> Tensor:
-    """Of parts (N, ..., h, w) of the images, those of a group as of one wide image."""
-    return torch.cat([*parts[group]], -1)
+    """Of parts (N, ..., h, w) of the images, those of a group as of one large image."""
+    return torch.cat([torch.cat([*row], -1) for row in parts[group].split(columns(len(group)))], -2)
+
+
+def columns(count: int) -> int:
+    """How many images of a group are in a row: so many that no row is shorter, and no fewer than there are rows."""
+    return next(n for n in range(1, count + 1) if count % n == 0 and n * n >= count)
 
 
 def _planes(maps: Any, at: int = 0) -> Tensor:

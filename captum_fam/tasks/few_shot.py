@@ -143,10 +143,10 @@ class EpisodeExplanation(Explanation):
     ) -> PairExplorer:
         r"""
         A page of a query and the classes, the most similar first, on which one points at a place and sees what it
-        matches, as that of :func:`~captum_fam.explore_pair`. A class is shown as all of its support images side by
+        matches, as that of :func:`~captum_fam.explore_pair`. A class is shown as all of its support images, side by
         side: its score is a sum over them, as the product with a mean is the mean of the products, and the page
-        prints the ``similarities``. So the page grows with the shots: of 14 by 14 places, by a quarter of
-        a megabyte with each.
+        prints the ``similarities``. So all shots are on the page, which grows by up to 0.2 MB with each, of 14 by 14
+        places.
 
         Of an encoder and of SimpleShot, and of PrototypicalNetworks with ``method=SimilarityDecomposition``, which
         explains the squared distance. Other classifiers decide by references that are no means of the
