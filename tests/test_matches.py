@@ -133,6 +133,11 @@ def test_of_equal_values_the_first_counts():
     assert strongest_matches(sparse({(12, 0): 1, (0, 4): 1, (4, 12): 1}), 2) == [(0, 4), (4, 12)]
 
 
+def test_many_equal_values_come_in_the_order_of_their_places():
+    places = [12 * y + x for y in range(0, 12, 2) for x in range(0, 12, 2)]
+    assert strongest_matches(torch.eye(144).reshape(12, 12, 12, 12), 99) == [(p, p) for p in places]
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_what_is_not_finite_matches_nothing_and_hides_nothing(bad):
     values = sparse({(0, 4): 1, (0, 2): bad, (12, 4): bad})
@@ -337,6 +342,15 @@ def test_the_axes_are_as_large_as_the_images():
     assert {(axis.get_xlim(), axis.get_ylim()) for axis in axes.flat} == {((-0.5, 511.5), (383.5, -0.5))}
 
 
+@pytest.mark.parametrize("size", [(60, 30), (30, 60)])
+def test_images_are_in_the_middle_of_their_halves(size):
+    figure, axes = draw(np.zeros(size), np.zeros(size))
+    pixels(figure, dpi=30)
+    for axis in axes.flat:
+        half, image = axis.get_position(original=True), axis.get_position()
+        assert (half.x0 + half.x1, half.y0 + half.y1) == pytest.approx((image.x0 + image.x1, image.y0 + image.y1))
+
+
 def test_lines_join_the_boxes_of_their_number_at_the_sides_that_face():
     figure, axes = draw(matrix=sparse({(0, 14): 2, (12, 2): 1, (4, 10): 3}))
     lines = drawn(figure, ConnectionPatch)
@@ -422,6 +436,12 @@ def test_values_of_any_size_are_drawn(value):
     figure, axes = draw(matrix=torch.full((4, 4), value, dtype=torch.float64))
     assert len(axes[0, 0].patches) == (value > 0)
     pixels(figure, dpi=30)
+
+
+@pytest.mark.parametrize(("value", "limit"), [(0, 1), (-3, 1), (1e-30, 1e-30), (1e30, 1e30)])
+def test_the_scale_goes_to_the_strongest_match_or_to_one(value, limit):
+    figure, _ = draw(matrix=torch.full((4, 4), value, dtype=torch.float64))
+    assert figure.axes[-1].get_ylim() == pytest.approx((0, limit), abs=0)
 
 
 def test_matrices_of_both_methods_are_drawn_and_a_reference_is_shared():
