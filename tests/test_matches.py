@@ -134,8 +134,10 @@ def test_of_equal_values_the_first_counts():
 
 
 def test_many_equal_values_come_in_the_order_of_their_places():
-    places = [12 * y + x for y in range(0, 12, 2) for x in range(0, 12, 2)]
-    assert strongest_matches(torch.eye(144).reshape(12, 12, 12, 12), 99) == [(p, p) for p in places]
+    """Of two sizes, in turn, so that they must be sorted; places p and p + 2 do not touch."""
+    places = range(0, 200, 2)
+    values = sparse({(p, p): 1 + p // 2 % 2 for p in places}, (1, 200), (1, 200))
+    assert strongest_matches(values, 200) == [(p, p) for size in (1, 0) for p in places if p // 2 % 2 == size]
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -340,6 +342,13 @@ def test_the_rest_of_the_images_is_dimmed_and_boxes_are_not():
 def test_the_axes_are_as_large_as_the_images():
     _, axes = draw()
     assert {(axis.get_xlim(), axis.get_ylim()) for axis in axes.flat} == {((-0.5, 511.5), (383.5, -0.5))}
+
+
+def test_there_is_room_for_lines_between_wide_images():
+    figure, axes = draw(np.zeros((30, 120)), np.zeros((30, 120)))
+    pixels(figure, dpi=30)
+    one, two = (axis.get_position() for axis in axes[0])
+    assert two.x0 - one.x1 > 0.15 * one.width
 
 
 @pytest.mark.parametrize("size", [(60, 30), (30, 60)])
