@@ -180,6 +180,10 @@ def shows(page, mode, k, side, place, number_of_box=1):
         assert number("adds", said) == pytest.approx(values.sum(), rel=0.006)
         assert number("score of", said) == pytest.approx(SCORES[k], abs=0.0006)
         assert number(rf"of the {other(side)}:", said) == pytest.approx(values.max(), rel=0.006)
+        assert ("equal share" in said) == (SCORES[k] > 0)  # there is none of what is not there
+        if SCORES[k] > 0:
+            times = float(re.search(r"([\d.]+)\s\u00d7 an equal share", said)[1])
+            assert times == pytest.approx(values.max() / SCORES[k] * 15 * 8, abs=0.051)
     else:
         assert number("cosine", said) == pytest.approx(values.max(), abs=0.0006)
 
@@ -570,6 +574,16 @@ def test_what_is_not_there_is_not_offered(browser, tmp_path):
             else:
                 assert "no match" in said
                 assert boxes(page, "reference") == {}
+
+
+def test_parts_without_a_score_are_parts_of_no_score(browser, tmp_path):
+    path = tmp_path / "pair.html"
+    explore_pair(PHOTOS[0], PHOTOS[1], {"score": MATRICES["score"][0].reshape(3, 5, 4, 2)}).save(path)
+    with opened(browser, path) as page:
+        point(page, "query", 7)
+        said = page.inner_text("#live")
+        assert "no number" not in said
+        assert number("adds", said) == pytest.approx(MATRICES["score"][0][7].sum(), rel=0.006)
 
 
 @pytest.mark.parametrize("zero", [0.0, np.nan])

@@ -214,6 +214,8 @@ function bar(centre, limit) {
 // A name that is written from right to left does not turn what comes after it.
 const apart = (name) => `\u2068${name}\u2069`;
 
+const minus = (text) => text.replace("-", "\u2212");
+
 const signed = (value) => (value > 0 ? "+" : "") + short(value);
 
 // Three digits that count, without powers of ten.
@@ -221,7 +223,7 @@ function short(value) {
   if (value === null) return "no number";
   const size = Math.abs(value);
   const decimals = size > 0 ? Math.min(9, Math.max(0, 2 - Math.floor(Math.log10(size)))) : 0;
-  return value.toFixed(decimals).replace("-", "\u2212");
+  return minus(value.toFixed(decimals));
 }
 
 // What all pairs of places would have if they had the same.
@@ -229,7 +231,7 @@ function shares(value) {
   const [h, w] = mode().query;
   const [h2, w2] = mode().reference;
   const score = reference().score;
-  return score ? `, ${Math.abs((value * h * w * h2 * w2) / score).toFixed(1)}\u00a0\u00d7 an equal share` : "";
+  return score > 0 ? `, ${minus(((value * h * w * h2 * w2) / score).toFixed(1))}\u00a0\u00d7 an equal share` : "";
 }
 
 function tell(pair) {
@@ -258,9 +260,10 @@ function sentence(pair) {
   const rests = mode()[`${side}_rest`];
   const rest = rests ? rests[place] : 0;
   const score = reference().score;
-  const share = score ? ` (${((100 * (sum + rest)) / score).toFixed(1)}% of it)` : "";
+  const share = score > 0 ? ` (${minus(((100 * (sum + rest)) / score).toFixed(1))}% of it)` : "";
+  const total = score === null ? "" : ` to the score of ${short(score)}${share}`;
   const more = rest ? `: ${signed(sum)} with the places of the ${other(side)}, ${signed(rest)} with its baseline` : "";
-  return `${here}, adds ${signed(sum + rest)} to the score of ${short(score)}${share}${more}. Its best match is ${best}: ${signed(value)}${shares(value)}.`;
+  return `${here}, adds ${signed(sum + rest)}${total}${more}. Its best match is ${best}: ${signed(value)}${shares(value)}.`;
 }
 
 const lineSum = (pair) => mode()[pair.side === "query" ? "rows" : "columns"].sum[pair.place];
@@ -286,7 +289,7 @@ function tables() {
       const [name, number] = [document.createElement("th"), document.createElement("td")];
       name.scope = "row";
       name.textContent = part === "score" && similarity ? `${PARTS.score} (${similarity})` : PARTS[part];
-      number.textContent = value.toFixed(6).replace("-", "\u2212");
+      number.textContent = minus(value.toFixed(6));
       number.dataset.part = part;
       number.dataset.value = value;
       row.className = part === "sum" ? "total" : "";
@@ -324,7 +327,7 @@ function show() {
   document.title = `${apart(data.query.name)} and ${apart(shown.name)}`;
   const meaning = {cosine: "1 is the same direction, 0 is nothing in common", euclidean: "0 is the same, less is farther apart"};
   element("score").textContent =
-    shown.score === null ? "" : `Score: ${similarity} ${shown.score.toFixed(3).replace("-", "\u2212")}` + (meaning[data.similarity] ? ` (${meaning[data.similarity]})` : "");
+    shown.score === null ? "" : `Score: ${similarity} ${minus(shown.score.toFixed(3))}` + (meaning[data.similarity] ? ` (${meaning[data.similarity]})` : "");
   element("control").setAttribute("aria-pressed", String(state.shown === data.control));
   for (const input of document.querySelectorAll("#references input")) input.checked = Number(input.value) === state.shown;
   for (const input of document.querySelectorAll("#modes input")) input.checked = input.value === state.mode;
@@ -357,7 +360,7 @@ function build() {
 
   const strip = document.querySelector("#references .strip");
   data.references.forEach(({name, picture, score}, k) => {
-    const amount = score === null ? "" : ` ${score.toFixed(3).replace("-", "\u2212")}`;
+    const amount = score === null ? "" : ` ${minus(score.toFixed(3))}`;
     const label = choice("shown", k, [`${apart(name)}${amount}${k === data.control ? " (control)" : ""}`]);
     const image = document.createElement("img");
     image.src = picture;
