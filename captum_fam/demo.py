@@ -159,7 +159,7 @@ def demo_page() -> PairExplorer:
         SimilarityDecomposition(encoder, encoder.features),
         control=_tensors(encoder, [control]),
         photos=[collage(query, COLUMNS), *views.values(), control],
-        titles=["a collage", *(f"another view of the {part}" for part in views), f"control: {name}"],
+        titles=["a collage", *(f"another view of the {part}" for part in views), name],
     )
 
 

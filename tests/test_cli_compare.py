@@ -10,8 +10,8 @@ from PIL import Image
 from test_cli import BAD_ENCODERS, is_png, photos, run  # noqa: F401
 
 from captum_fam import FeatureActivationMap, SimilarityScore
-from captum_fam.cli import _compare
 from captum_fam.bundled import bundled_encoder
+from captum_fam.cli import _compare
 from captum_fam.comparison import DEFAULT
 from captum_fam.images import read_image, to_tensor
 

@@ -46,7 +46,7 @@ def explore(
     check_output(output, ".html", paths)
     if control is None:
         offered = photographs()
-        images, names = [*images, *offered.values()], [*names, *(f"control: {name}" for name in offered)]
+        images, names = [*images, *offered.values()], [*names, *offered]
 
     with loaded(images, encoder, layer=layer, **loading) as ready:
         z, s = widen(ready.embeddings[:1]), widen(ready.embeddings[1:])

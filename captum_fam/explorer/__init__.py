@@ -148,9 +148,8 @@ def explore_pair(
     if len(given) != 1 or not isinstance(given[0], (Tensor, np.ndarray, Mapping)):
         return explore_groups(query, reference, given, **shown)
     images = [*_listed(query), *_listed(reference), *([] if control is None else _listed(control))]
-    found = of_matrices(given[0], len(images) - 1)
-    drawn = pictures("photos", list(images if photos is None else _listed(photos)), len(images), mean, std)
-    return _explorer(drawn, titles, found, None, control is not None)
+    drawn = _drawn(images, photos, mean, std)
+    return _explorer(drawn, titles, of_matrices(given[0], drawn), None, control is not None)
 
 
 def explore_groups(
@@ -177,12 +176,22 @@ def explore_groups(
     if titles is not None:
         check_titles(titles, 1 + len(groups))
     each = [image for part in given for image in part]
-    first, *others = pictures("photos", list(each if photos is None else _listed(photos)), len(each), mean, std)
+    first, *others = _drawn(each, photos, mean, std)
     found, similarity = of_methods(given[0], torch.cat(given[1:]), groups, methods, control is not None)
     for one, score in zip(found, scores or []):
         one.score = score
     drawn = [first, *(_side_by_side([others[n] for n in group]) for group in groups)]
     return _explorer(drawn, titles, found, similarity, control is not None)
+
+
+def _drawn(
+    images: list[Any], photos: Pictures | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> list[Image.Image]:
+    """What is shown of images: themselves, or a photo of each."""
+    shown = images if photos is None else _listed(photos)
+    if len(shown) != len(images):
+        raise ValueError(f"Expected `photos` to be {len(images)} pictures, one for each image, but got {len(shown)}.")
+    return pictures("photos", shown, len(shown), mean, std)
 
 
 def _side_by_side(images: list[Image.Image]) -> Image.Image:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from captum_fam._checks import describe
 from captum_fam.engine.layers import last_map
 from captum_fam.engine.question import Question
-from captum_fam.matches import as_matrices
+from captum_fam.matches import as_matrices, check_squares
 from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
@@ -52,19 +53,25 @@ class Found:
     maps: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
 
-def of_matrices(given: Any, references: int) -> list[Found]:
-    """What a user has computed: matrices (K, h, w, h', w'), or several kinds of them by name."""
-    found = [Found() for _ in range(references)]
-    for name, values in (given if isinstance(given, Mapping) else {"matches": given}).items():
-        matrices = as_matrices(f"method[{name!r}]" if isinstance(given, Mapping) else "method", values)
-        if len(matrices) != references:
+def of_matrices(given: Any, shown: list[Image.Image]) -> list[Found]:
+    """
+    What a user has computed of a query and K references that look so: matrices (K, h, w, h', w'), or several kinds of
+    them by name.
+    """
+    found = [Found() for _ in shown[1:]]
+    by_name = given if isinstance(given, Mapping) else {"matches": given}
+    for name, values in by_name.items():
+        argument = f"method[{name!r}]" if isinstance(given, Mapping) else "method"
+        matrices = as_matrices(argument, values)
+        if len(matrices) != len(found):
             raise ValueError(
-                f"Expected one matrix for each of {references} references, the control with them, but got"
+                f"Expected one matrix for each of {len(found)} references, the control with them, but got"
                 f" {len(matrices)}."
             )
+        check_squares(argument, values, [shown[:1], shown[1:]])
         for one, matrix in zip(found, matrices):
             one.modes[str(name)] = Mode(matrix)
-    if not found[0].modes:
+    if not by_name:
         raise ValueError("Expected `method` to hold matrices, but it is empty.")
     return found
 
