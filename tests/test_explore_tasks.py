@@ -594,7 +594,7 @@ def test_nothing_is_computed_before_a_page_is_asked_for_nor_for_wrong_words(expl
     for titles in (["one"], "four", ["q", "1", "2", "3", "4"]):
         with pytest.raises(ValueError, match="Expected `titles` to be a list of 4"):
             found.explore(titles=titles)
-    with pytest.raises(ValueError, match="Expected `photos` to be one image or"):
+    with pytest.raises(ValueError, match="Expected `photos` to be"):
         found.explore(photos=[Image.new("RGB", (9, 9))] * 2)
     with pytest.raises(AssertionError, match="computed"):
         found.explore()

@@ -273,6 +273,9 @@ def test_a_finger_does_the_same(browser, file):
             shows(page, "score", 0, side, place)
             point(page, side, place, tap=True)  # again: lets go
             overview(page)
+        # A finger that scrolls the page points at nothing.
+        page.dispatch_event("#query", "pointermove", {"pointerType": "touch", "clientX": 50, "clientY": 50})
+        overview(page)
         point(page, "query", 3, tap=True)
         point(page, "reference", 6, tap=True)
         shows(page, "score", 0, "reference", 6, number_of_box=2)
@@ -485,7 +488,7 @@ def test_a_notebooks_styles_and_the_pages_do_not_meet(browser, file, tmp_path):
     path.write_text(
         "<!doctype html><title>notebook</title>"
         "<style>* { color: red !important; font-size: 40px !important } .stage, table { display: none }</style>"
-        f"<main><h1>out</h1><div class=box>out</div>{explore(HOSTILE)._repr_html_()}</main>"
+        f"<main><h1>out</h1><div class=box>out</div>{explore([HOSTILE[2], HOSTILE[1], *HOSTILE[:3]])._repr_html_()}</main>"
     )
     with opened(browser, file) as page:
         font = "getComputedStyle(document.querySelector('#live')).fontSize"
@@ -498,6 +501,8 @@ def test_a_notebooks_styles_and_the_pages_do_not_meet(browser, file, tmp_path):
         )
         assert page.evaluate(outside, "main") == ["none", "static"]
         assert page.evaluate(outside, "div.box") == ["none", "static"]
+        for side, name in zip(SIDES, (HOSTILE[2], HOSTILE[1])):
+            assert frame.evaluate(f"document.querySelector('#{side}-name').textContent") == name
         frame.hover("#query", position={"x": 5, "y": 5})
         shows(frame, "score", 0, "query", 0)
         frame.hover("#reference", position={"x": 5, "y": 5})
