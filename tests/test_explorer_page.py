@@ -484,11 +484,11 @@ def test_names_are_text_whatever_they_hold(browser, tmp_path):
 
 
 def test_a_notebooks_styles_and_the_pages_do_not_meet(browser, file, tmp_path):
-    path = tmp_path / "notebook.html"
+    path, titles = tmp_path / "notebook.html", [HOSTILE[2], HOSTILE[1], *TITLES[2:]]
     path.write_text(
         "<!doctype html><title>notebook</title>"
         "<style>* { color: red !important; font-size: 40px !important } .stage, table { display: none }</style>"
-        f"<main><h1>out</h1><div class=box>out</div>{explore([HOSTILE[2], HOSTILE[1], *HOSTILE[:3]])._repr_html_()}</main>"
+        f"<main><h1>out</h1><div class=box>out</div>{explore(titles)._repr_html_()}</main>"
     )
     with opened(browser, file) as page:
         font = "getComputedStyle(document.querySelector('#live')).fontSize"
@@ -501,7 +501,7 @@ def test_a_notebooks_styles_and_the_pages_do_not_meet(browser, file, tmp_path):
         )
         assert page.evaluate(outside, "main") == ["none", "static"]
         assert page.evaluate(outside, "div.box") == ["none", "static"]
-        for side, name in zip(SIDES, (HOSTILE[2], HOSTILE[1])):
+        for side, name in zip(SIDES, titles):
             assert frame.evaluate(f"document.querySelector('#{side}-name').textContent") == name
         frame.hover("#query", position={"x": 5, "y": 5})
         shows(frame, "score", 0, "query", 0)
