@@ -43,6 +43,12 @@ class PairExplorer:
     """
     A page made by :func:`~captum_fam.explore_pair`. A notebook shows it; :meth:`save` writes it as one file, which
     needs no server, no network and no other file.
+
+    Examples::
+
+        >>> page = explore_pair(torch.rand(3, 32, 32), torch.rand(3, 32, 32), torch.rand(1, 16, 16))
+        >>> page.html.startswith("<!doctype html>")
+        True
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:

@@ -69,8 +69,7 @@ class Explanation:
         B = len(self.maps)
         if not isinstance(query, int) or isinstance(query, bool) or query not in range(B):
             raise ValueError(f"Expected `query` to be the number of one of {B} queries, from 0, but got {query!r}.")
-        # A clone is an ordinary tensor, also of one that was made in inference mode.
-        return self._origin, tuple(x[query : query + 1].clone() for x in self._origin.queries)
+        return self._origin, tuple(x[query : query + 1] for x in self._origin.queries)
 
     def _counted(self) -> Tensor:
         """Which references (B, K) are among "the rest"."""
