@@ -171,7 +171,8 @@ def test_whole_maps_are_those_of_the_methods():
         for one, mine, other in zip(data["references"], here, there):
             near(one["maps"][name]["query"]["values"], mine.flatten().double(), 1e-4, 1e-7)
             near(one["maps"][name]["reference"]["values"], other.flatten().double(), 1e-4, 1e-7)
-            assert one["maps"][name]["limit"] == pytest.approx(max(mine.abs().max(), other.abs().max()).item())
+        largest = max(there[:2].abs().max(), here[:2].abs().max()).item()  # of the references, not of the control
+        assert data["limits"][name] == pytest.approx(largest)
     rest = decomposition.attribute_all(QUERY, reference=SHELF, contrast="rest")[0]
     for one, mine in zip(data["references"], rest):
         near(one["maps"]["rest"]["query"]["values"], mine.flatten().double(), 1e-4, 1e-7)
@@ -251,7 +252,7 @@ def test_a_large_matrix_is_stored_as_factors_where_these_are_close_and_smaller(r
     assert ("rank" in mode) == factored
     off = np.abs(matrix_of(mode) - values.reshape(400, 400).numpy())
     assert off.max() == pytest.approx(mode["error"], rel=1e-3)
-    assert off.max() <= 0.01 * values.abs().max()
+    assert off.max() <= 0.02 * values.abs().max()
     assert len(json.dumps(mode)) < (2 if factored else 3) * 400 * 400
     assert mode["rows"]["best"] == values.reshape(400, 400).argmax(1).tolist()
 

@@ -109,7 +109,7 @@ def test_a_python_block_runs(block, monkeypatch, tmp_path):
 
 
 def test_the_pages_have_the_blocks_that_are_tested():
-    assert len(BLOCKS) == 15
+    assert len(BLOCKS) == 16
 
 
 def test_the_summary_in_the_pages_is_that_of_the_study():

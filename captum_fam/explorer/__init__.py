@@ -221,23 +221,27 @@ def _explorer(
         many = len(found) - control > 1
         titles = ["query", *(f"reference {k + 1}" if many else "reference" for k in range(len(found) - control))]
         titles += ["control"] * control
-    scales = {
-        name: _scale(name, [one.modes[name].values for one in found[: len(found) - control]]) for name in found[0].modes
-    }
+    judged = found[: len(found) - control]  # scales are theirs, and the control is seen on them
+    scales = {name: _scale(name, [one.modes[name].values for one in judged]) for name in found[0].modes}
+    maps = [name for name in _MAPS if name in found[0].maps]
     return PairExplorer(
         {
             "similarity": similarity,
             "query": _pictured(titles[0], shown[0]),
             "names": list(scales),  # of modes in their order; JavaScript puts numbers first
             "modes": scales,
-            "maps": [name for name in _MAPS if name in found[0].maps],
+            "maps": maps,
+            "limits": {name: _limit([one.maps[name] for one in judged]) for name in maps},
             "control": len(found) - 1 if control else None,
             "references": [
                 {
                     **_pictured(title, image),
                     "score": None if one.score is None or not isfinite(one.score) else float(f"{one.score:.6g}"),
                     "modes": {name: _mode(name, mode, one.score) for name, mode in one.modes.items()},
-                    "maps": {name: _map(*sides) for name, sides in one.maps.items()},
+                    "maps": {
+                        name: {"query": grid(here), "reference": None if there is None else grid(there)}
+                        for name, (here, there) in one.maps.items()
+                    },
                 }
                 for title, image, one in zip(titles[1:], shown[1:], found)
             ],
@@ -263,11 +267,11 @@ def _scale(name: str, matrices: list[Tensor]) -> dict[str, float]:
     return {"centre": centre, "limit": limit or 1.0}
 
 
-def _map(here: Tensor, there: Tensor | None) -> dict[str, Any]:
-    """A map of both images, on one scale of colours."""
-    values = torch.cat([side.flatten() for side in (here, there) if side is not None])
-    largest = values[values.isfinite()].abs().amax().item() if values.isfinite().any() else 0.0
-    return {"limit": largest or 1.0, "query": grid(here), "reference": None if there is None else grid(there)}
+def _limit(maps: list[tuple[Tensor, Tensor | None]]) -> float:
+    """The largest value of a map, of all references but the control: all are on one scale of colours."""
+    values = torch.cat([side.flatten() for sides in maps for side in sides if side is not None])
+    values = values[values.isfinite()]
+    return values.abs().amax().item() or 1.0 if len(values) else 1.0
 
 
 def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:

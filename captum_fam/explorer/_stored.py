@@ -17,8 +17,8 @@ from captum_fam.matches import strongest_matches
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"  # base64's
 SIDE = 512  # pixels of a square picture's side; no other picture has more pixels
 WHOLE = 1 << 16  # a matrix of more entries is stored as two factors, where these are smaller
-RANKS = (32, 64, 128, 256, 512)
-CLOSE = 0.01  # of the largest entry: how far an entry of the product may be from the matrix
+RANKS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+CLOSE = 0.02  # of the largest entry: how far an entry of the product may be from the matrix
 SHORT = 1_000_000  # numbers of an array that gets one digit each, instead of two
 SHOWN = 5  # matches that are numbered before anybody points at a place
 

@@ -177,8 +177,9 @@ function draw() {
   pairs.forEach((pair, i) => {
     const here = current && pair.side === current.side && pair.place === current.place;
     box(pair.side, pair.place, i + 1, here);
-    if (pair.match !== null) box(other(pair.side), pair.match, i + 1, false);
+    if (pair.match !== null) box(other(pair.side), pair.match, i + 1, here);
   });
+  element("free").disabled = !kept.length;
   if (current) drawLine(current);
   else drawMap();
   tell(current);
@@ -196,10 +197,10 @@ function drawMap() {
   const maps = reference().maps[state.map];
   for (const side of SIDES) {
     const map = maps && maps[side];
-    if (map) paint(side, map.values, map.shape, 0, maps.limit);
+    if (map) paint(side, map.values, map.shape, 0, data.limits[state.map]);
     else paint(side, null, [1, 1]);
   }
-  bar(0, maps ? maps.limit : null);
+  bar(0, maps ? data.limits[state.map] : null);
 }
 
 function bar(centre, limit) {
@@ -241,7 +242,8 @@ function tell(pair) {
 function overview() {
   const count = mode().strongest.length;
   const [text] = MAPS[state.map] || [state.map];
-  const map = state.map === "none" ? "" : `The colours show the map \u201c${text}\u201d. `;
+  const shown = state.map in reference().maps;
+  const map = shown ? `The colours show the map \u201c${text}\u201d. ` : "";
   if (!count) return `${map}No two places are the best match of each other.`;
   const words = {score: "adds most to the score", alike: "looks most alike"}[state.mode] || "matches best";
   return `${map}Of all pairs of places, ${count === 1 ? "the numbered one" : "each numbered one"} ${words} for both of its places. Point at a place to see all of its matches.`;
@@ -253,7 +255,7 @@ function sentence(pair) {
   if (match === null) return `${here} has no match.`;
   const best = `${named(other(side), match)} of the ${other(side)}`;
   if (state.mode === "alike") {
-    return `${here}, looks most like ${best}: cosine ${short(value)}, where the average of all pairs is ${short(data.modes.alike.centre)}.`;
+    return `${here}, looks most like ${best}: cosine ${short(value)}, where the average of all pairs is ${short(mode().sums.average)}.`;
   }
   const sum = pair.sum ?? lineSum(pair);
   if (state.mode !== "score") return `${here}, matches best ${best}: ${short(value)}. All of its matches add up to ${short(sum)}.`;
@@ -289,7 +291,7 @@ function tables() {
       const [name, number] = [document.createElement("th"), document.createElement("td")];
       name.scope = "row";
       name.textContent = part === "score" && similarity ? `${PARTS.score} (${similarity})` : PARTS[part];
-      number.textContent = minus(value.toFixed(6));
+      number.textContent = minus(value.toFixed(6)).replace(/^\u2212(0\.0+)$/, "$1");
       number.dataset.part = part;
       number.dataset.value = value;
       row.className = part === "sum" ? "total" : "";
@@ -299,9 +301,11 @@ function tables() {
   );
   element("sums-title").textContent = state.mode === "score" ? "What adds up to the score" : "In numbers";
   const {error, largest, rank} = mode();
+  const pairs = [...mode().query, ...mode().reference].reduce((product, size) => product * size);
+  const equal = state.mode === "score" ? `An equal share is what each of the ${pairs.toLocaleString("en")} pairs would have if all had the same. ` : "";
   const how = rank ? `as two factors of rank ${rank}` : "in few digits";
   element("stored").textContent = largest
-    ? `To keep the file small, the matrix is stored ${how}: colours are off by at most ${short(error)}, ${((100 * error) / largest).toPrecision(2)}% of the largest entry. Numbers in words were taken before.`
+    ? `${equal}To keep the file small, the matrix is stored ${how}: colours are off by at most ${short(error)}, ${((100 * error) / largest).toPrecision(2)}% of the largest entry. Numbers in words were taken before.`
     : "All entries of the matrix are zero.";
 }
 
@@ -323,12 +327,15 @@ function show() {
     stage.setAttribute("aria-label", `${side} ${name}, ${h} rows and ${w} columns of places`);
     element(`${side}-name`).textContent = name;
   }
-  element("title").textContent = `Why is \u201c${apart(data.query.name)}\u201d similar to \u201c${apart(shown.name)}\u201d?`;
+  element("pair").classList.toggle("stacked", Math.max(shown.width / shown.height, data.query.width / data.query.height) > 2);
+  const names = [data.query.name, shown.name].map((name) => `\u201c${apart(name)}\u201d`);
+  const isControl = state.shown === data.control;
+  element("title").textContent = isControl ? `Control: ${names.join(" and ")}` : `Why is ${names.join(" similar to ")}?`;
   document.title = `${apart(data.query.name)} and ${apart(shown.name)}`;
   const meaning = {cosine: "1 is the same direction, 0 is nothing in common", euclidean: "0 is the same, less is farther apart"};
   element("score").textContent =
     shown.score === null ? "" : `Score: ${similarity} ${minus(shown.score.toFixed(3))}` + (meaning[data.similarity] ? ` (${meaning[data.similarity]})` : "");
-  element("control").setAttribute("aria-pressed", String(state.shown === data.control));
+  element("control").setAttribute("aria-pressed", String(isControl));
   for (const input of document.querySelectorAll("#references input")) input.checked = Number(input.value) === state.shown;
   for (const input of document.querySelectorAll("#modes input")) input.checked = input.value === state.mode;
   tables();
@@ -397,6 +404,11 @@ function keep(point) {
   draw();
 }
 
+function letAllGo() {
+  state.pins = [];
+  pointAt(null);
+}
+
 function pointAt(point) {
   state.at = point;
   draw();
@@ -456,11 +468,11 @@ function listen() {
     draw();
   });
   element("control").addEventListener("click", toggleControl);
+  element("free").addEventListener("click", letAllGo);
   document.addEventListener("keydown", (event) => {
     if (isCommand(event)) return;
     if (event.key === "Escape") {
-      state.pins = [];
-      pointAt(null);
+      letAllGo();
     } else if (event.key === "c" && data.control !== null) {
       toggleControl();
     } else if (event.key === "m") {
