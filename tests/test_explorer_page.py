@@ -333,7 +333,7 @@ def sums(page):
     found = {}
     for cell in page.locator("#sums [data-part]").all():
         value = float(cell.get_attribute("data-value"))
-        assert cell.inner_text() == f"{value:.6f}".replace("-", "\u2212")
+        assert cell.inner_text() == f"{round(value, 6) + 0.0:.6f}".replace("-", "\u2212")
         found[cell.get_attribute("data-part")] = value
     return found
 
