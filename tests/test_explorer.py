@@ -24,8 +24,10 @@ from captum_fam import (
     SimilarityScore,
     explore_pair,
 )
-from captum_fam.demo import photographs
+from captum_fam.bundled import bundled_encoder
+from captum_fam.demo import another_view, photographs
 from captum_fam.explorer._stored import digits, matrix
+from captum_fam.images import to_tensor
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
@@ -386,3 +388,16 @@ def test_the_command_says_in_one_line_what_is_wrong(run, photos, monkeypatch, ar
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_page_of_37_by_37_places_of_photographs_has_less_than_four_megabytes():
+    encoder, images = bundled_encoder(), photographs()
+    cat, view = (to_tensor(p, 296, encoder.mean, encoder.std) for p in (images["cat"], another_view(images["cat"])))
+    decomposition = SimilarityDecomposition(encoder, encoder.features)
+    page = explore_pair(cat[None], view[None], decomposition, mean=encoder.mean, std=encoder.std)
+    (one,) = seen(page)["references"]
+    assert one["modes"]["score"]["query"] == one["modes"]["alike"]["reference"] == [37, 37]
+    assert len(page.html.encode()) < 4e6
+    for mode in one["modes"].values():
+        assert mode["rank"] < 300
+        assert mode["error"] <= 0.02 * mode["largest"]
