@@ -158,7 +158,10 @@ def test_with_a_path_the_parts_of_a_network_with_biases_add_up_and_without_it_th
         for side, lines in (("query", "rows"), ("reference", "columns")):
             total = np.add(mode[lines]["sum"], mode[f"{side}_rest"])
             near(total, made[side]["values"], 1e-3, 1e-6)
-        assert abs(plain["modes"]["score"]["sums"]["remainder"]) > 0.01
+        mode = plain["modes"]["score"]
+        assert abs(mode["sums"]["remainder"]) > 0.01
+        for side, lines in (("query", "rows"), ("reference", "columns")):
+            near(mode[lines]["sum"], plain["maps"]["made"][side]["values"], 1e-3, 1e-6)
 
 
 def test_whole_maps_are_those_of_the_methods():
@@ -269,6 +272,24 @@ def test_what_is_not_finite_is_no_match_and_no_number():
     assert mode["strongest"] == [[0, 3]]
     assert mode["rows"]["value"] == [3, None, None, None]
     assert mode["sums"]["pairs"] == 3
+    assert mode["unknown"] == 15
+
+
+def test_an_image_compared_with_itself_has_nothing_of_its_own_and_its_rounding_is_white():
+    data = seen(
+        explore_pair(QUERY, QUERY, SimilarityDecomposition(POOLED, POOLED.layer), photos=[np.zeros((4, 4))] * 2)
+    )
+    assert data["references"][0]["score"] == pytest.approx(1)
+    assert data["limits"]["own"] == pytest.approx(1e-3)
+    assert np.abs(data["references"][0]["maps"]["own"]["query"]["values"]).max() < 1e-6
+
+
+def test_a_matrix_that_is_nearly_all_zero_is_seen():
+    values = torch.zeros(40, 40, 1, 2)
+    values[3, 5, 0, 1] = 0.02
+    assert seen(explore_pair(torch.rand(3, 8, 8), torch.rand(3, 8, 8), values))["modes"]["matches"][
+        "limit"
+    ] == pytest.approx(0.02)
 
 
 def test_a_page_is_one_text_that_is_the_same_each_time_and_a_notebook_has_it_in_a_frame(tmp_path):
@@ -322,6 +343,12 @@ def test_names_are_text_and_never_end_the_data():
         ({"photos": [np.zeros((4, 4))]}, ValueError, "`photos` to be 3"),
         ({"method": torch.rand(3, 4, 4)}, ValueError, "one matrix for each of 2 references"),
         ({"method": {}}, ValueError, "empty"),
+        ({"method": torch.rand(2, 4, 4), "query": SHELF}, ValueError, "`query` to be one picture"),
+        (
+            {"method": [CorrespondenceMap(HEAD, HEAD.layer), SimilarityDecomposition(POOLED, POOLED.layer)]},
+            ValueError,
+            "methods of one encoder",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(change, error, message):

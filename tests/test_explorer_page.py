@@ -180,9 +180,9 @@ def shows(page, mode, k, side, place, number_of_box=1):
         assert number("adds", said) == pytest.approx(values.sum(), rel=0.006)
         assert number("score of", said) == pytest.approx(SCORES[k], abs=0.0006)
         assert number(rf"of the {other(side)}:", said) == pytest.approx(values.max(), rel=0.006)
-        assert ("equal share" in said) == (SCORES[k] > 0)  # there is none of what is not there
+        assert ("the average pair" in said) == (SCORES[k] > 0)  # there is none of what is not there
         if SCORES[k] > 0:
-            times = float(re.search(r"([\d.]+)\s\u00d7 an equal share", said)[1])
+            times = float(re.search(r"([\d.]+)\s\u00d7 the average pair", said)[1])
             assert times == pytest.approx(values.max() / SCORES[k] * 15 * 8, abs=0.051)
     else:
         assert number("cosine", said) == pytest.approx(values.max(), abs=0.0006)

@@ -153,7 +153,10 @@ def explore_pair(
     shown: dict[str, Any] = {"control": control, "photos": photos, "titles": titles, "mean": mean, "std": std}
     if len(given) != 1 or not isinstance(given[0], (Tensor, np.ndarray, Mapping)):
         return explore_groups(query, reference, given, **shown)
-    images = [*_listed(query), *_listed(reference), *([] if control is None else _listed(control))]
+    first = _listed(query)
+    if len(first) != 1:
+        raise ValueError(f"Expected `query` to be one picture, but got {len(first)}; explore them one by one.")
+    images = [*first, *_listed(reference), *([] if control is None else _listed(control))]
     drawn = _drawn(images, photos, mean, std)
     return _explorer(drawn, titles, of_matrices(given[0], drawn), None, control is not None)
 
@@ -231,7 +234,7 @@ def _explorer(
             "names": list(scales),  # of modes in their order; JavaScript puts numbers first
             "modes": scales,
             "maps": maps,
-            "limits": {name: _limit([one.maps[name] for one in judged]) for name in maps},
+            "limits": {name: _limit(name, judged) for name in maps},
             "control": len(found) - 1 if control else None,
             "references": [
                 {
@@ -263,15 +266,21 @@ def _scale(name: str, matrices: list[Tensor]) -> dict[str, float]:
     values = np.concatenate([m.flatten().numpy() for m in matrices])
     values = values[np.isfinite(values)]
     centre = float(values.mean()) if name == ALIKE and len(values) else 0.0  # all places look alike a little
-    limit = float(np.quantile(np.abs(values - centre), _FULL)) if len(values) else 0.0
+    away = np.abs(values - centre)  # of a matrix that is nearly all zero, the quantile is zero
+    limit = float(np.quantile(away, _FULL) or away.max()) if len(values) else 0.0
     return {"centre": centre, "limit": limit or 1.0}
 
 
-def _limit(maps: list[tuple[Tensor, Tensor | None]]) -> float:
-    """The largest value of a map, of all references but the control: all are on one scale of colours."""
-    values = torch.cat([side.flatten() for sides in maps for side in sides if side is not None])
+def _limit(name: str, found: list[Found]) -> float:
+    """
+    The largest value of a map: all references are on one scale of colours. A difference of scores that is less than a
+    thousandth of them is nearly white: of an image with itself, it is rounding.
+    """
+    values = torch.cat([side.flatten() for one in found for side in one.maps[name] if side is not None])
     values = values[values.isfinite()]
-    return values.abs().amax().item() or 1.0 if len(values) else 1.0
+    largest = values.abs().amax().item() if len(values) else 0.0
+    least = max((abs(one.score) for one in found if one.score is not None and isfinite(one.score)), default=0.0)
+    return max(largest, 1e-3 * least if name in (OWN, REST) else 0.0) or 1.0
 
 
 def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:
@@ -280,14 +289,12 @@ def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:
     sums = {"pairs": known.sum().item()}
     if name == ALIKE:
         sums = {"average": known.mean().item(), "largest": known.max().item()} if len(known) else {}
-    for side, rest in (("query_rest", mode.query_rest), ("reference_rest", mode.reference_rest)):
-        if rest is not None:
-            sums[side] = rest.sum().item()
+    rests = {"query_rest": mode.query_rest, "reference_rest": mode.reference_rest}
+    sums |= {side: rest.sum().item() for side, rest in rests.items() if rest is not None}
     sums |= mode.rest
     if name == SCORE and score is not None:
         together = sum(sums.values())
         sums |= {"sum": together, "score": score, "remainder": score - together}
-    rests = {"query_rest": mode.query_rest, "reference_rest": mode.reference_rest}
     return {
         **matrix(mode.values),
         **{side: None if rest is None else numbers(rest) for side, rest in rests.items()},

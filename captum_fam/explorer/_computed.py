@@ -92,7 +92,10 @@ def of_methods(
         similarity: Any = match.similarity
         scores = channel_contributions(z, p, similarity).sum(1)
         found = [Found(score.item()) for score in scores]
-        _decompose(decomposition, query, images, groups, (z, s, p), found)
+        with warnings.catch_warnings():
+            # These call the query a reference; the maps below say the same of the right side.
+            warnings.filterwarnings("ignore", "Embeddings are zero or not finite")
+            _decompose(decomposition, query, images, groups, (z, s, p), found)
         _compare(correspondence, query, images, groups, found)
         K = len(groups) - control
         for name, method, contrast in ((OWN, match, "self"), (COMMON, fam, None)):
@@ -132,6 +135,8 @@ def _all_of(
         layer = first.layer if first.layer is not None else _last(first, query)
     if isinstance(layer, list):
         raise ValueError("Expected a method with one layer, but got a list of layers; explore them one by one.")
+    if any(m._encoder() != first._encoder() for m in methods):
+        raise ValueError("Expected methods of one encoder, but got several encoders; explore them one by one.")
     args: Any = (first._encoder(), layer, first.device_ids)
     options: Any = {"output_selector": first._selector(), "reshape_transform": first.reshape_transform}
     similarity: Any = (given[SimilarityDecomposition] or given[FeatureActivationMap] or methods)[0]._similarity()
@@ -184,13 +189,12 @@ def _decompose(
     def shares(parts: Tensor, *shape: int) -> Tensor:
         return (times[:, None] * parts.cpu().double().flatten(1)).reshape(len(s), *shape)
 
-    planes = map(_planes, method.attribute_pair(images, query))
-    there, here = (shares(maps, *maps.shape[1:]) for maps in planes)
+    there, here = (_planes(maps).shape[1:] for maps in method.attribute_pair(images, query))  # the grids
     integrated = method.n_steps is not None
     made: Any = method.attribute_matrix(images, query, return_baselines=integrated)
     matrices, *rests = made if integrated else [made]
-    values = shares(matrices.mT, *here.shape[1:], *there.shape[1:])
-    shapes: Any = there.shape[1:], here.shape[1:], ()
+    values = shares(matrices.mT, *here, *there)
+    shapes: Any = there, here, ()
     rests = [shares(part, *shape) for part, shape in zip(rests, shapes)]
     for one, group, mean in zip(found, groups, p):
         mode = Mode(_side_by_side(values, group))
@@ -201,8 +205,11 @@ def _decompose(
         if similarity == "euclidean":
             mode.rest["lengths"] = -(z.square().sum() + mean.square().sum()).item()
         one.modes[SCORE] = mode
-        # The map's mean is the score; on the page its sum is, as that of the matrix.
-        one.maps[MADE] = here[group].sum(0) / here[0].numel(), _side_by_side(there, group) / there[0].numel()
+        # Rows and columns add up to it, also where they do not add up to the score.
+        one.maps[MADE] = (
+            mode.values.sum((2, 3)) + (0 if mode.query_rest is None else mode.query_rest),
+            mode.values.sum((0, 1)) + (0 if mode.reference_rest is None else mode.reference_rest),
+        )
 
 
 def _compare(

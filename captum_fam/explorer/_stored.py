@@ -68,6 +68,7 @@ def matrix(values: Tensor) -> dict[str, Any]:
         "reference": [h2, w2],
         **stored,
         "largest": _short(largest),
+        "unknown": int((~finite).sum()),
         "error": _short(error),
         "rows": _bests(entries),
         "columns": _bests(entries.T),

@@ -15,15 +15,15 @@ const similarity = data.similarity === "euclidean" ? "minus squared distance" : 
 // The words of the modes and maps that the package makes; those of others have their names alone.
 const MODES = {
   __proto__: null, // else it has a "constructor"
-  score: ["explains the score", "Each pair of places is a part of the score; all of them add up to it."],
+  score: ["explains the score", "What each pair of places adds to the score; the table below adds them up."],
   alike: ["looks alike", "Cosine of what the network sees at two places. The score is not made of it."],
 };
 const MAPS = {
-  own: ["particular to this match", "What the two images share beyond what each has with itself (\"self\")."],
+  own: ["particular to this match", "Red places make this match; blue ones are less alike than the whole images (\"self\")."],
   rest: ["this reference rather than the others", "What speaks for it (red) and for the others (blue)."],
   common: ["in common (FAM)", "What contributes to the similarity, also what all images have."],
-  made: ["what the score is made of", "The part of each place; all parts add up to the score."],
-  alike: ["looks like the other image", "The best match of each place, less what looks like the other references."],
+  made: ["what the score is made of", "What each place adds to the score, with all places of the other image."],
+  alike: ["looks like the other image", "How well each place is matched, less what looks like other images, if there are any."],
   none: ["none", ""],
 };
 const PARTS = {
@@ -148,11 +148,11 @@ function paint(side, values, [h, w], centre, limit) {
   context.putImageData(image, 0, 0);
 }
 
-function box(side, place, number, here) {
+function box(side, place, number, kinds) {
   const [h, w] = mode()[side];
   const [row, column] = [Math.floor(place / w), place % w];
   const drawn = document.createElement("div");
-  drawn.className = "box" + (here ? " here" : "") + (column === 0 ? " left" : "") + (row === 0 ? " top" : "");
+  drawn.className = "box" + kinds + (column === 0 ? " left" : "") + (row === 0 ? " top" : "");
   drawn.dataset.number = number;
   drawn.dataset.place = place;
   drawn.style.left = `${(100 * column) / w}%`;
@@ -165,19 +165,22 @@ function box(side, place, number, here) {
   element(side).append(drawn);
 }
 
+const isSame = (one, two) => one.side === two.side && one.place === two.place;
+
 function draw() {
-  const kept = state.pins.map(pairOf);
+  // On a coarser grid, two points may be one place.
+  const kept = state.pins.map(pairOf).filter((pair, i, all) => all.findIndex((one) => isSame(one, pair)) === i);
   const pointed = state.at && pairOf(state.at);
-  const again = pointed && kept.findIndex((pair) => pair.side === pointed.side && pair.place === pointed.place);
+  const again = pointed && kept.findIndex((pair) => isSame(pair, pointed));
   const pairs = pointed || kept.length ? [...kept] : strongest();
   if (pointed && again < 0) pairs.push(pointed);
   const current = pointed || kept[kept.length - 1] || null;
 
   document.querySelectorAll(".box").forEach((old) => old.remove());
   pairs.forEach((pair, i) => {
-    const here = current && pair.side === current.side && pair.place === current.place;
-    box(pair.side, pair.place, i + 1, here);
-    if (pair.match !== null) box(other(pair.side), pair.match, i + 1, here);
+    const kinds = (current && isSame(pair, current) ? " here" : "") + (i < kept.length ? " kept" : "");
+    box(pair.side, pair.place, i + 1, kinds);
+    if (pair.match !== null) box(other(pair.side), pair.match, i + 1, kinds);
   });
   element("free").disabled = !kept.length;
   if (current) drawLine(current);
@@ -223,16 +226,15 @@ const signed = (value) => (value > 0 ? "+" : "") + short(value);
 function short(value) {
   if (value === null) return "no number";
   const size = Math.abs(value);
-  const decimals = size > 0 ? Math.min(9, Math.max(0, 2 - Math.floor(Math.log10(size)))) : 0;
+  const decimals = size > 0 ? Math.min(15, Math.max(0, 2 - Math.floor(Math.log10(size)))) : 0;
   return minus(value.toFixed(decimals));
 }
 
-// What all pairs of places would have if they had the same.
 function shares(value) {
   const [h, w] = mode().query;
   const [h2, w2] = mode().reference;
-  const score = reference().score;
-  return score > 0 ? `, ${minus(((value * h * w * h2 * w2) / score).toFixed(1))}\u00a0\u00d7 an equal share` : "";
+  const average = mode().sums.pairs / (h * w * h2 * w2);
+  return average > 0 ? `, ${minus((value / average).toFixed(1))}\u00a0\u00d7 the average pair` : "";
 }
 
 function tell(pair) {
@@ -244,9 +246,9 @@ function overview() {
   const [text] = MAPS[state.map] || [state.map];
   const shown = state.map in reference().maps;
   const map = shown ? `The colours show the map \u201c${text}\u201d. ` : "";
-  if (!count) return `${map}No two places are the best match of each other.`;
-  const words = {score: "adds most to the score", alike: "looks most alike"}[state.mode] || "matches best";
-  return `${map}Of all pairs of places, ${count === 1 ? "the numbered one" : "each numbered one"} ${words} for both of its places. Point at a place to see all of its matches.`;
+  if (!count) return `${map}No two places are the best match of each other, with a value above zero.`;
+  const pairs = count === 1 ? "The numbered pair is the strongest match" : `The ${count} numbered pairs are the strongest matches`;
+  return `${map}${pairs}: each place is the best match of the other. Point at a place to see all of its matches.`;
 }
 
 function sentence(pair) {
@@ -257,7 +259,7 @@ function sentence(pair) {
   if (state.mode === "alike") {
     return `${here}, looks most like ${best}: cosine ${short(value)}, where the average of all pairs is ${short(mode().sums.average)}.`;
   }
-  const sum = pair.sum ?? lineSum(pair);
+  const {sum} = pair;
   if (state.mode !== "score") return `${here}, matches best ${best}: ${short(value)}. All of its matches add up to ${short(sum)}.`;
   const rests = mode()[`${side}_rest`];
   const rest = rests ? rests[place] : 0;
@@ -267,8 +269,6 @@ function sentence(pair) {
   const more = rest ? `: ${signed(sum)} with the places of the ${other(side)}, ${signed(rest)} with its baseline` : "";
   return `${here}, adds ${signed(sum + rest)}${total}${more}. Its best match is ${best}: ${signed(value)}${shares(value)}.`;
 }
-
-const lineSum = (pair) => mode()[pair.side === "query" ? "rows" : "columns"].sum[pair.place];
 
 function list(pairs) {
   element("matches").replaceChildren(
@@ -300,13 +300,24 @@ function tables() {
     }),
   );
   element("sums-title").textContent = state.mode === "score" ? "What adds up to the score" : "In numbers";
-  const {error, largest, rank} = mode();
-  const pairs = [...mode().query, ...mode().reference].reduce((product, size) => product * size);
-  const equal = state.mode === "score" ? `An equal share is what each of the ${pairs.toLocaleString("en")} pairs would have if all had the same. ` : "";
+  const {error, largest, rank, unknown} = mode();
+  const left = unknown ? `${unknown} entries of the matrix are no numbers and are left out. ` : "";
   const how = rank ? `as two factors of rank ${rank}` : "in few digits";
   element("stored").textContent = largest
-    ? `${equal}To keep the file small, the matrix is stored ${how}: colours are off by at most ${short(error)}, ${((100 * error) / largest).toPrecision(2)}% of the largest entry. Numbers in words were taken before.`
-    : "All entries of the matrix are zero.";
+    ? `${left}To keep the file small, the matrix is stored ${how}: colours are off by at most ${short(error)}, ${((100 * error) / largest).toPrecision(2)}% of the largest entry. Numbers in words were taken before.`
+    : `${left}All ${unknown ? "others" : "entries of the matrix"} are zero.`;
+}
+
+const MEANINGS = {cosine: "1 is the same direction, 0 is nothing in common", euclidean: "0 is the same, less is farther apart"};
+
+function headline({score}, isControl) {
+  if (!similarity) return "";
+  if (score === null) return "Score: no number, as an embedding is not finite.";
+  const meaning = MEANINGS[data.similarity] ? ` (${MEANINGS[data.similarity]})` : "";
+  const sums = state.mode === "score" ? ` Pairs of places add ${short(mode().sums.pairs)}.` : "";
+  const control = data.control === null || isControl ? null : data.references[data.control].score;
+  const compared = control === null ? "" : ` The control has ${short(control)}${control >= score ? ", no less" : ""}.`;
+  return `Score: ${similarity} ${short(score)}${meaning}.${sums}${compared}`;
 }
 
 /* What is shown */
@@ -332,9 +343,7 @@ function show() {
   const isControl = state.shown === data.control;
   element("title").textContent = isControl ? `Control: ${names.join(" and ")}` : `Why is ${names.join(" similar to ")}?`;
   document.title = `${apart(data.query.name)} and ${apart(shown.name)}`;
-  const meaning = {cosine: "1 is the same direction, 0 is nothing in common", euclidean: "0 is the same, less is farther apart"};
-  element("score").textContent =
-    shown.score === null ? "" : `Score: ${similarity} ${minus(shown.score.toFixed(3))}` + (meaning[data.similarity] ? ` (${meaning[data.similarity]})` : "");
+  element("score").textContent = headline(shown, isControl);
   element("control").setAttribute("aria-pressed", String(isControl));
   for (const input of document.querySelectorAll("#references input")) input.checked = Number(input.value) === state.shown;
   for (const input of document.querySelectorAll("#modes input")) input.checked = input.value === state.mode;
@@ -367,7 +376,7 @@ function build() {
 
   const strip = document.querySelector("#references .strip");
   data.references.forEach(({name, picture, score}, k) => {
-    const amount = score === null ? "" : ` ${minus(score.toFixed(3))}`;
+    const amount = score === null ? "" : ` ${short(score)}`;
     const label = choice("shown", k, [`${apart(name)}${amount}${k === data.control ? " (control)" : ""}`]);
     const image = document.createElement("img");
     image.src = picture;
@@ -376,6 +385,7 @@ function build() {
     strip.append(label);
   });
   element("references").hidden = data.references.length < 2;
+  element("switch").hidden = data.names.length < 2;
   element("control").hidden = element("why").hidden = data.control === null;
 }
 
@@ -398,9 +408,9 @@ function changeMode(name) {
 
 function keep(point) {
   const {side, place} = pairOf(point);
-  const old = state.pins.findIndex((pin) => pin.side === side && placeOf(pin) === place);
-  if (old < 0) state.pins.push(pointOf(side, place));
-  else state.pins.splice(old, 1);
+  const others = state.pins.filter((pin) => pin.side !== side || placeOf(pin) !== place);
+  const isNew = others.length === state.pins.length;
+  state.pins = isNew ? [...others, pointOf(side, place)] : others;
   draw();
 }
 
