@@ -57,6 +57,7 @@ def small_clip():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_python_block_runs(block, monkeypatch, tmp_path):
     mpl.use("agg")
+    monkeypatch.chdir(tmp_path)
     for library in re.findall(r"^(?:from|import) (easyfsl|faiss)", block, re.M):
         pytest.importorskip(library)
     encoder = seeded(Backbone).float()
@@ -99,7 +100,6 @@ def test_a_python_block_runs(block, monkeypatch, tmp_path):
         monkeypatch.setattr(
             torchvision.models, "resnet50", lambda weights: torchvision.models.ResNet(Bottleneck, [1] * 4)
         )
-        monkeypatch.chdir(tmp_path)
         for name in ("query", "match", "other"):
             Image.effect_noise((300, 250), 50).save(f"{name}.jpg")
     exec(block, names)
