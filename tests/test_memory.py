@@ -10,7 +10,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from captum_fam import FeatureActivationMap
+from captum_fam import FeatureActivationMap, SimilarityDecomposition
+from captum_fam.engine import recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.ways import Way
 
@@ -263,3 +264,21 @@ def test_a_transformer_before_the_layer_gives_the_embedding_that_it_gives_elsewh
     fam.attribute(x, additional_forward_args=(mask,), reference_embedding=random(1, 4))
     handle.remove()
     close(seen[0], fam.embed(x, (mask,)))
+
+
+def test_forward_products_go_through_what_lies_behind_the_layer_a_few_places_at_a_time(monkeypatch):
+    encoder = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8, 40))
+    encoder, x = encoder.double(), random(1, 3, 8, 8)  # 36 places, fewer than dimensions
+    batches, products = [], recording._vector_jacobian_products
+
+    def counted(output, by, rows):
+        batches.append(len(rows))
+        return products(output, by, rows)
+
+    decomposition = SimilarityDecomposition(encoder, encoder[0])
+    expected = decomposition.attribute_matrix(x, x.flip(3))
+    monkeypatch.setattr(recording, "_vector_jacobian_products", counted)
+    monkeypatch.setattr(recording, "_AT_ONCE", 3 * 2 * 36)
+    close(decomposition.attribute_matrix(x, x.flip(3)), expected)
+    assert max(batches) == 3
+    assert batches.count(3) == 2 * 12

@@ -29,6 +29,7 @@ _NO_GRAPH = (
 )
 # Values of a layer's gradients that are computed in one batch: more are no faster, but need more memory.
 _AT_ONCE = 2**20
+_ELSEWHERE = 16  # times as many products by place on a GPU, which waits for small batches
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ class Recording:
         """For each of R rows of u (B, R, D), the gradients of u.z, one (B, C, *spatial) for each of the activations."""
         self._check_graph()
         flat = self._flat()
-        at_once = max(1, _AT_ONCE // max(1, *(a.numel() for a in flat)))
-        for rows in u.split(at_once, 1):
+        for rows in u.split(self._rows_at_once(flat), 1):
             # One row for all: its terms do not cancel by chance.
             shares = torch.linspace(1, 2, rows.shape[1], dtype=u.dtype, device=u.device)
             mixed = (shares[:, None] * rows).sum(1)
@@ -166,12 +166,17 @@ class Recording:
                 )
                 gradients = self._laid_out([None if g is None else self._over_points(g) for g in given])
                 sums = [(A * g).sum(1).reshape(len(A), -1) for A, g in zip(self.moved, gradients)]
-            found = [_derivative(y, u) for y in sums]
+            at_once = self._rows_at_once(flat) * (1 if u.device.type == "cpu" else _ELSEWHERE)
+            found = [_derivative(y, u, at_once) for y in sums]
         except RuntimeError:
             return None
         self._used_by(found)
         self._asked = torch.linspace(1, 2, u.shape[1], dtype=u.dtype, device=u.device).expand(u.shape)
         return found
+
+    def _rows_at_once(self, flat: list[Tensor]) -> int:
+        """How many products may be one batch: what lies behind the layer has about its size, for each of them."""
+        return max(1, _AT_ONCE // max(1, *(a.numel() for a in flat)))
 
     def _check_graph(self) -> None:
         if not self.has_graph:
@@ -305,10 +310,10 @@ def _vector_jacobian_products(output: Tensor, by: list[Tensor], rows: Tensor) ->
     return [None if of_one[0] is None else torch.stack(of_one) for of_one in zip(*found)]
 
 
-def _derivative(y: Tensor, u: Tensor) -> Tensor:
+def _derivative(y: Tensor, u: Tensor, at_once: int) -> Tensor:
     """dy/du (B, D, N) for y (B, N), each row of which depends on its own row of u (B, D) alone."""
     rows = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None].expand(-1, len(y), -1)
-    parts = [_vector_jacobian_products(y, [u], r)[0] for r in rows.split(max(1, _AT_ONCE // max(1, u.numel())))]
+    parts = [_vector_jacobian_products(y, [u], r)[0] for r in rows.split(at_once)]
     if not parts or any(p is None for p in parts):
         raise RuntimeError("y does not depend on u")
     return torch.cat([p for p in parts if p is not None]).permute(1, 2, 0)
