@@ -203,6 +203,18 @@ class OfBytes(PooledEncoder):
         return super().forward(x.double() / 255 - 0.4)
 
 
+class PatchEncoder(nn.Module):
+    """Places are 8 x 8 pixels; all signs, and the places add up to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 6, 8, stride=8, bias=False)
+        self.head = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean((2, 3)))
+
+
 def pooled():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

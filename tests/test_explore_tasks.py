@@ -11,9 +11,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from encoders import HeadEncoder, PooledEncoder, random, seeded
+from encoders import HeadEncoder, PatchEncoder, PooledEncoder, random, seeded
 from PIL import Image
-from torch import nn
 
 from captum_fam import (
     CorrespondenceMap,
@@ -34,18 +33,6 @@ QUERIES, SUPPORT, CONTROL = random(2, 3, 24, 40), random(6, 3, 32, 16, seed=2), 
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 pytestmark = pytest.mark.filterwarnings("ignore:`photos` has values from")  # inputs are drawn as they are
 each_similarity = pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
-
-
-class PatchEncoder(nn.Module):
-    """Places are 8 x 8 pixels; all signs, and the places add up to the embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv2d(3, 6, STEP, stride=STEP, bias=False)
-        self.head = nn.Linear(6, 4, bias=False)
-
-    def forward(self, x):
-        return self.head(self.layer(x).mean((2, 3)))
 
 
 ENCODER = seeded(PatchEncoder)

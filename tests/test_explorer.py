@@ -350,6 +350,16 @@ def test_names_are_text_and_never_end_the_data():
             ValueError,
             "methods of one encoder",
         ),
+        (
+            {
+                "method": [
+                    SimilarityDecomposition(POOLED, POOLED.layer, similarity="dot"),
+                    FeatureActivationMap(POOLED, POOLED.layer, similarity="euclidean"),
+                ]
+            },
+            ValueError,
+            "methods of one similarity",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(change, error, message):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from browser import chromium, needs_axe, no_wider_than_the_window, opened, pixels, violations
-from encoders import HeadEncoder, random, seeded
-from torch import nn
+from encoders import HeadEncoder, PatchEncoder, random, seeded
 
 from captum_fam import FeatureActivationMap, SimilarityDecomposition
 from captum_fam.demo import photographs
@@ -26,18 +25,6 @@ HOSTILE = [
     "two\nlines\t\x00and \U0001f431\u200d\u2764 \u0645\u0631\u062d\u0628\u0627 \u202egpj.exe",
     "long" * 75 + "\udcff.jpg",
 ]
-
-
-class PatchEncoder(nn.Module):
-    """Places are 8 x 8 pixels; all signs, and the places add up to the embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv2d(3, 6, STEP, stride=STEP, bias=False)
-        self.head = nn.Linear(6, 4, bias=False)
-
-    def forward(self, x):
-        return self.head(self.layer(x).mean((2, 3)))
 
 
 ENCODER = seeded(PatchEncoder)

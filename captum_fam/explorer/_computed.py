@@ -115,7 +115,7 @@ def _all_of(
     methods: list[Method], query: Tensor
 ) -> tuple[SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap, SimilarityDecomposition]:
     """
-    The two methods that give matrices, FAM, and the decomposition of the first order, or the user's own, for maps.
+    The two methods that give matrices, FAM, and the decomposition of the first order, for maps.
     """
     types = SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap
     given: dict[type, list[Any]] = {type_: [m for m in methods if isinstance(m, type_)] for type_ in types}
@@ -139,7 +139,10 @@ def _all_of(
         raise ValueError("Expected methods of one encoder, but got several encoders; explore them one by one.")
     args: Any = (first._encoder(), layer, first.device_ids)
     options: Any = {"output_selector": first._selector(), "reshape_transform": first.reshape_transform}
-    similarity: Any = (given[SimilarityDecomposition] or given[FeatureActivationMap] or methods)[0]._similarity()
+    scored = [*given[SimilarityDecomposition], *given[FeatureActivationMap]] or methods
+    similarity: Any = scored[0]._similarity()
+    if any(m._similarity() != similarity for m in scored):
+        raise ValueError("Expected methods of one similarity, but got several; explore them one by one.")
     if similarity not in ("cosine", "dot", "euclidean"):
         raise ValueError(
             f'The explorer needs a similarity that is a sum over pairs of places, "cosine", "dot" or "euclidean", but'
