@@ -24,30 +24,14 @@ from captum_fam._checks import (
 from captum_fam._distances import canonical
 from captum_fam.adapters import resize
 from captum_fam.engine.untouched import attributes_restored, buffers_restored
+from captum_fam.methods.by_name import OF_SIMILARITIES
 from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.correspondence_map import CorrespondenceMap
-from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
-from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
-from captum_fam.methods.relax import Relax
-from captum_fam.methods.relevance_cam import RelevanceCam
-from captum_fam.methods.score_cam import ScoreCam
-from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import SimilarityScore
 
 Method: TypeAlias = str | type[Attribution] | Attribution | Callable[[Tensor, Any], Any]
 
-_OURS = (
-    ClassActivationMap,
-    CorrespondenceMap,
-    FeatureActivationMap,
-    IntegratedDecomposition,
-    LabelFreeActivationMap,
-    Relax,
-    RelevanceCam,
-    ScoreCam,
-    SimilarityDecomposition,
-)
+_OURS = (ClassActivationMap, *OF_SIMILARITIES.values())
 DEFAULT = (
     "FeatureActivationMap",
     "SimilarityDecomposition",

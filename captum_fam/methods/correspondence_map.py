@@ -143,7 +143,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         references = self._given(inputs, reference, reference_embedding)
         own = reference_index("target", target, len(references[0]), len(inputs[0]))[:, None]
         call = Call(len(inputs[0]), additional_forward_args, internal_batch_size, attribute_to_layer_input)
-        return self._attribute(inputs, references, own, contrast, relu_attributions, call)
+        return self.match(inputs, references, own, contrast, relu_attributions, call)
 
     def attribute_all(
         self,
@@ -191,7 +191,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
             )
         own = torch.arange(len(references[0]))[None]
         call = Call(len(inputs[0]), additional_forward_args, internal_batch_size)
-        return self._attribute(inputs, references, own, contrast, relu_attributions, call)
+        return self.match(inputs, references, own, contrast, relu_attributions, call)
 
     @eagerly
     def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
@@ -275,9 +275,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         return tensors
 
     @eagerly
-    def _attribute(
-        self, inputs: Tensors, references: Tensors, own: Tensor, contrast: Any, relu: bool, call: Call
-    ) -> Maps:
+    def match(self, inputs: Tensors, references: Tensors, own: Tensor, contrast: Any, relu: bool, call: Call) -> Maps:
         """Maps (B, P, *spatial) for the references of the numbers own (B, P), or (1, P) for all inputs."""
         B, K, P = len(inputs[0]), len(references[0]), own.shape[1]
         index, others, name = own.expand(B, P), None, "contrast"

@@ -14,10 +14,12 @@ from tqdm.auto import tqdm
 from captum_fam._captum import TargetType
 from captum_fam._checks import check_positive, describe, format_inputs, warn_once
 from captum_fam.adapters import resize
-from captum_fam.engine.question import usable
-from captum_fam.engine.report import of_unusable
+from captum_fam.engine.chunks import Tensors, cut, slices
+from captum_fam.engine.question import Question, usable
+from captum_fam.engine.report import SIDES, Report, of_unusable
+from captum_fam.methods.layer_explanation import Ask, Explained
 from captum_fam.methods.similarity_attribution import Inputs, Selector, SimilarityAttribution
-from captum_fam.similarity import Similarity, nonzero
+from captum_fam.similarity import Similarity, nonzero, widen
 
 
 class Relax(SimilarityAttribution, PerturbationAttribution):
@@ -136,12 +138,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
             TypeError, ValueError: an argument is not as described above; the message names it.
         """
         tensors = format_inputs("inputs", inputs)
-        x = tensors[0]
-        if len(tensors) != 1 or x.ndim < 3:
-            raise ValueError(
-                "Relax masks one input (B, C, *spatial), but got inputs of shapes"
-                f" {[tuple(t.shape) for t in tensors]}; bind other inputs in the encoder."
-            )
+        _check_image(tensors)
         question = self._question(
             tensors,
             additional_forward_args,
@@ -150,42 +147,84 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
             reference_embedding=reference_embedding,
             contrast=contrast,
         )
-        B, size = len(x), x.shape[2:]
-        if not B:
-            return x.new_empty(0, 1, *size)
         warned: list[str] = []
+        maps, _ = self._importance(tensors[0], question, additional_forward_args, warned)
+        warn_once(warned)
+        return maps
+
+    def explain(
+        self,
+        inputs: Tensors,
+        ask: Ask,
+        *,
+        internal_batch_size: int | None = None,
+        signed: bool = False,
+        sides: tuple[str, str] = SIDES,
+    ) -> Explained:
+        """
+        As LayerExplanation.explain: maps (B, P, *spatial) for P references each, from one set of masked inputs.
+        ``internal_batch_size`` bounds the masked inputs in one forward pass, too.
+        """
+        _check_image(inputs)
+        parts = [self.embed(cut(inputs, rows)) for rows in slices(len(inputs[0]), internal_batch_size)]
+        z = torch.cat(parts) if len(parts) > 1 else parts[0]
+        question, report = ask(z, slice(0, len(z))), Report()
+        maps, zero = self._importance(inputs[0], question, None, report.warnings, internal_batch_size, sides[1])
+        valid = usable(z)[:, None] & ~zero.to(z.device)
+        return Explained(z, [maps], [maps.to(widen(maps).dtype)], valid, [], [1], report, [])
+
+    def _importance(
+        self,
+        x: Tensor,
+        question: Question,
+        additional_forward_args: object | None,
+        warned: list[str],
+        most: int | None = None,
+        side: str = SIDES[1],
+    ) -> tuple[Tensor, Tensor]:
+        """Maps (B, P, *spatial), and which pairs (B, P) have a reference that is zero or not finite: they are zero."""
+        B, P, size = len(x), question.own.shape[1], x.shape[2:]
         bad = ~usable(question.s)
-        zero = bad[question.own[:, 0].to(bad.device)].to(x.device)
+        zero = bad[question.own.to(bad.device)].to(x.device).expand(B, P)
+        if not B:
+            return x.new_empty(0, P, *size), zero
         if zero.any():
-            warned.append(of_unusable({"references": set(bad.nonzero().flatten().tolist())}))
+            warned.append(of_unusable({side: set(bad.nonzero().flatten().tolist())}))
             question = replace(question, s=torch.where(bad[:, None], 0, question.s))
         generator = torch.Generator().manual_seed(self.seed)
         cells = torch.rand(self.n_samples, *[self.grid] * len(size), generator=generator) < self.keep
         shifts = torch.rand(self.n_samples, len(size), generator=generator)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        scored, shown, total = (x.new_zeros(B, *shape, dtype=dtype) for shape in (size, size, ()))
+        dtype, ones = torch.promote_types(x.dtype, torch.float32), [1] * len(size)
+        scored, shown, total = (x.new_zeros(B, *shape, dtype=dtype) for shape in ((P, *size), (1, *size), (P,)))
+        at_once = min(self.perturbations_per_eval, most or self.perturbations_per_eval)
         with (
             torch.no_grad(),
             tqdm(
                 total=self.n_samples * B, desc="Relax", unit="pass", leave=None, disable=not self.show_progress
             ) as progress,
         ):
-            for index in torch.arange(self.n_samples * B).split(self.perturbations_per_eval):
+            for index in torch.arange(self.n_samples * B).split(at_once):
                 mask, rows = index // B, (index % B).to(x.device)
-                masks = masks_of(cells[mask], shifts[mask], size).to(shown)
-                changed = (x[rows] * masks[:, None]).to(x.dtype)
-                z = self._embed_changed(changed, rows, B, additional_forward_args, warned)
-                scores = self._scores(z, rows, question, warned)
-                scores = scores.to(masks)[:, 0]
+                masks = masks_of(cells[mask], shifts[mask], size).to(shown)[:, None]
+                z = self._embed_changed((x[rows] * masks).to(x.dtype), rows, B, additional_forward_args, warned)
+                scores = self._scores(z, rows, question, warned).to(masks)
                 total.index_add_(0, rows, scores)
-                scored.index_add_(0, rows, masks * scores.reshape(-1, *[1] * len(size)))
+                for row, M, f in zip(rows.tolist(), masks, scores):  # not (N, P, *size), which may be large
+                    scored[row] += f.reshape(P, *ones) * M
                 shown.index_add_(0, rows, masks)
                 progress.update(len(index))
-        warn_once(warned)
-        mean = (total / self.n_samples).reshape(-1, *[1] * len(size))
-        shown[zero] = 0
-        importance = torch.where(shown > 0, scored / nonzero(shown) - mean, torch.zeros_like(shown))
-        return importance[:, None].to(x.dtype if x.is_floating_point() else dtype)
+        mean = (total / self.n_samples).reshape(B, P, *ones)
+        importance = torch.where(shown > 0, scored / nonzero(shown) - mean, torch.zeros_like(scored))
+        importance[zero] = 0
+        return importance.to(x.dtype if x.is_floating_point() else dtype), zero
+
+
+def _check_image(tensors: Tensors) -> None:
+    if len(tensors) != 1 or tensors[0].ndim < 3:
+        raise ValueError(
+            "Relax masks one input (B, C, *spatial), but got inputs of shapes"
+            f" {[tuple(t.shape) for t in tensors]}; bind other inputs in the encoder."
+        )
 
 
 def masks_of(cells: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:

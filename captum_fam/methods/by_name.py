@@ -1,0 +1,152 @@
+"""The methods that explain similarities, by class or name, and what each of them finds of any references."""
+
+import inspect
+from typing import Any
+
+import captum.attr
+import torch
+from torch import Tensor, nn
+
+from captum_fam._checks import check_internal_batch_size, describe, did_you_mean
+from captum_fam.engine.chunks import Tensors, cut, slices
+from captum_fam.engine.correspondence import Call
+from captum_fam.engine.question import Question, usable
+from captum_fam.engine.report import SIDES, Report
+from captum_fam.methods.class_activation_map import ClassActivationMap
+from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
+from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
+from captum_fam.methods.layer_explanation import Ask, Explained
+from captum_fam.methods.relax import Relax
+from captum_fam.methods.relevance_cam import RelevanceCam
+from captum_fam.methods.score_cam import ScoreCam
+from captum_fam.methods.similarity_attribution import SimilarityAttribution
+from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
+from captum_fam.similarity import Similarity, check_similarity
+
+OF_SIMILARITIES: dict[str, type[SimilarityAttribution]] = {
+    kind.__name__: kind
+    for kind in (
+        CorrespondenceMap,
+        FeatureActivationMap,
+        IntegratedDecomposition,
+        LabelFreeActivationMap,
+        Relax,
+        RelevanceCam,
+        ScoreCam,
+        SimilarityDecomposition,
+    )
+}
+
+
+def method_named(method: Any, function: str) -> type[SimilarityAttribution]:
+    """
+    The class of a method that explains similarities, by itself or its name, for the function that was called.
+
+    Raises:
+        ValueError: it is no such method; the message says which are.
+    """
+    if isinstance(method, str) and method in OF_SIMILARITIES:
+        return OF_SIMILARITIES[method]
+    if isinstance(method, type) and issubclass(method, SimilarityAttribution) and method is not ClassActivationMap:
+        return method
+    name = method.__name__ if isinstance(method, type) else method if isinstance(method, str) else describe(method)
+    known = f"Expected `method` of {function} to be one of {', '.join(OF_SIMILARITIES)}, but got {name}."
+    if isinstance(method, SimilarityAttribution):
+        raise ValueError(f"{known} Pass the class, {type(method).__name__}, and its options to {function}.")
+    if name == ClassActivationMap.__name__:
+        raise ValueError(f"{known} It explains classifiers; SimilarityDecomposition is the same for similarities.")
+    if hasattr(captum.attr, name):
+        raise ValueError(
+            f"{known} It is Captum's: compare_attributions, or {name}(SimilarityScore(encoder, embeddings), ...), runs"
+            " it on a similarity."
+        )
+    raise ValueError(known + did_you_mean(name, OF_SIMILARITIES))
+
+
+def make_method(
+    method: Any,
+    function: str,
+    forward_func: Any,
+    layer: nn.Module | None,
+    similarity: Similarity | None = None,
+    **options: Any,
+) -> SimilarityAttribution:
+    """
+    A method for an encoder, with further options of its own. ``layer`` is left out where the method takes none, and may
+    be None where it finds one.
+
+    Raises:
+        TypeError: it has no such option; the message names the function that was called.
+        ValueError: it is no method of similarities, or an argument is not as its class describes.
+    """
+    kind = method_named(method, function)
+    parameters = inspect.signature(kind).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # of a class of the user's own
+    own = [name for name in parameters if name not in ("forward_func", "layer", "similarity")]
+    for name in options:
+        if name not in own and not takes_any:
+            raise TypeError(
+                f"{function} got an option {name!r} that {kind.__name__} does not have; it has {', '.join(own)}."
+                f"{did_you_mean(name, own)}"
+            )
+    where = (layer,) if "layer" in parameters or takes_any else ()
+    if "similarity" in parameters or takes_any:
+        return kind(forward_func, *where, similarity=similarity, **options)
+    made = kind(forward_func, *where, **options)
+    if similarity is not None:  # for the scores, of which such a map is not made
+        check_similarity(similarity)
+        made.similarity = similarity
+    return made
+
+
+def explain_references(
+    method: Any,
+    inputs: Tensors,
+    ask: Ask,
+    images: Tensors | None = None,
+    *,
+    internal_batch_size: int | None = None,
+    signed: bool = False,
+    sides: tuple[str, str] = SIDES,
+) -> Explained:
+    """
+    What a method finds of inputs and their references, as LayerExplanation.explain does; ``images`` are the references
+    themselves, for a method that compares places.
+
+    Raises:
+        ValueError: it compares places, and there are no images; or it has no map of one layer.
+    """
+    check_internal_batch_size(internal_batch_size)
+    if isinstance(method, CorrespondenceMap):
+        found = _matched(method, inputs, ask, images, internal_batch_size)
+    else:
+        found = method.explain(inputs, ask, internal_batch_size=internal_batch_size, signed=signed, sides=sides)
+    if len(found.sizes) > 1 or len(found.maps) > 1:
+        raise ValueError("Expected `layer` to be one module that returns one tensor; explain several one by one.")
+    return found
+
+
+def _matched(
+    method: CorrespondenceMap, inputs: Tensors, ask: Ask, images: Tensors | None, internal_batch_size: int | None
+) -> Explained:
+    if images is None:
+        raise ValueError(
+            "CorrespondenceMap compares places, and embeddings have none: it needs the references' images; pass them,"
+            " or another method."
+        )
+    B = len(inputs[0])
+    parts = [method.embed(cut(inputs, rows)) for rows in slices(B, internal_batch_size)]
+    z = torch.cat(parts) if len(parts) > 1 else parts[0]
+    question: Question = ask(z, slice(0, B))
+    less: Any = question.less
+    if isinstance(less, float) or (isinstance(less, str) and less == "self"):
+        raise ValueError(
+            "CorrespondenceMap shows which places look alike, not what a score is made of, so it has no"
+            f" {'threshold' if isinstance(less, float) else 'contrast=' + repr(less)}; SimilarityDecomposition has."
+        )
+    contrast = less[:, 0] if isinstance(less, Tensor) else less
+    maps: Any = method.match(inputs, images, question.own, contrast, False, Call(B, None, internal_batch_size))
+    valid = usable(z)[:, None] & usable(question.s.to(z))[question.own.to(z.device)]
+    return Explained(z, [maps], [maps], valid, [], [1], Report(), [])
