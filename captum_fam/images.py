@@ -79,7 +79,13 @@ def to_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
     return levels
 
 
-def to_tensor(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def to_tensor(
+    image: Image.Image,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Tensor:
     """
     The whole image at size by size pixels, normalised: float32 (3, size, size).
 
@@ -90,7 +96,7 @@ def to_tensor(image: Image.Image, size: int, mean: Sequence[float], std: Sequenc
         >>> to_tensor(photographs()["cat"], 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).shape
         torch.Size([3, 224, 224])
     """
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
+    pixels = np.asarray(image.resize((size, size), resample), np.float32) / 255
     normalised = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(normalised).permute(2, 0, 1)
 
