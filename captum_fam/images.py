@@ -1,8 +1,10 @@
 """Image files: read, as tensors, and written."""
 
+import importlib
 import os
 import warnings
 from collections.abc import Sequence
+from glob import glob
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +12,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from captum_fam._files import irregular, reading
+from captum_fam._files import FOLDER, irregular, reading
 
 if TYPE_CHECKING:  # workers read images, and need not import it
     from matplotlib.figure import Figure
+
+
+# Kinds of files that are taken for pictures, by how they begin, and what helps; HEIC and AVIF say it at byte 8.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_HEIC_HELP = "HEIC, which Pillow opens with pillow-heif: pip install pillow-heif"
+_AVIF_HELP = "AVIF, which Pillow opens from version 11.3 on: pip install --upgrade pillow"
+_KINDS = {
+    b"%PDF": "PDF: save its page as PNG or JPEG",
+    b"\xff\x0a": "JPEG XL: convert it to PNG or JPEG",
+    b"\0\0\0\x0cJXL ": "JPEG XL: convert it to PNG or JPEG",
+    b"version https://git-lfs": "a pointer of Git LFS: git lfs pull fetches the picture",
+    b"<": "text, such as SVG or a web page: save the picture itself, as PNG or JPEG",
+}
+
+# The kinds of files that a figure is written as.
+FIGURES = (".png", ".pdf", ".svg")
 
 
 class UnknownRangeError(ValueError):
@@ -33,17 +51,70 @@ def read_image(path: Path) -> Image.Image:
     try:
         other = irregular(path)
         if not other:
-            with reading(path), Image.open(path) as image:
+            with reading(path), _opened(path) as image:
                 return as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
-        raise ValueError(f"there is no image {path}: check the path") from error
+        raise ValueError(f"there is no image {path}: {_missing(path)}") from error
     except UnknownRangeError as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from error
     except Exception as error:  # broken files make Pillow raise many kinds
-        raise ValueError(
-            f"cannot read {path} as an image: pass a file that Pillow opens, such as PNG or JPEG"
-        ) from error
-    raise ValueError(f"cannot read {path} as an image: it is {other}, pass a file such as PNG or JPEG")
+        raise ValueError(f"cannot read {path} as an image: {_unreadable(path, error)}") from error
+    files = f"pass its files, such as {path / '*.jpg'}" if other == FOLDER else "pass a file such as PNG or JPEG"
+    raise ValueError(f"cannot read {path} as an image: it is {other}, {files}")
+
+
+def _opened(path: Path) -> Image.Image:
+    """Opened by Pillow, or by its plugin for HEIC where that is installed."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        if _beginning(path)[8:12] not in _HEIC or not _reads_heic():
+            raise
+    return Image.open(path)
+
+
+def _reads_heic() -> bool:
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(32)
+
+
+def _missing(path: Path) -> str:
+    if not any(c in path.name for c in "*?["):
+        return "check the path"
+    found = len(glob(str(path)))
+    return (
+        f"{found} files match it, but nobody has put their names in its place; leave out its quotes, or name the files"
+        if found
+        else "no file matches it, either; check the path"
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why, and what helps."""
+    if isinstance(error, UnidentifiedImageError):
+        begins = _beginning(path)
+        if not begins:
+            return "it is empty"
+        if begins[4:8] == b"ftyp":
+            kind = begins[8:12]
+            if kind in _HEIC and not _reads_heic():
+                return f"it is {_HEIC_HELP}"
+            if kind in (b"avif", b"avis"):
+                return f"it is {_AVIF_HELP}"
+        for start, kind_and_help in _KINDS.items():
+            if begins.lstrip().startswith(start):
+                return f"it is {kind_and_help}"
+    elif isinstance(error, (OSError, Image.DecompressionBombError)):
+        return f"{' '.join(str(getattr(error, 'strerror', None) or error).split())}; pass a whole file that can be read"
+    return "pass a file that Pillow opens, such as PNG or JPEG"
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -101,13 +172,14 @@ def to_tensor(
     return torch.from_numpy(normalised).permute(2, 0, 1)
 
 
-def check_output(output: Path, suffix: str, inputs: Sequence[Path] = ()) -> None:
+def check_output(output: Path, suffixes: str | Sequence[str], inputs: Sequence[Path] = ()) -> None:
     """
     Raises:
-        ValueError: a file of that kind, such as ".png", cannot be written there, or it is one of the inputs.
+        ValueError: a file of one of these kinds, such as ".png", cannot be written there, or it is one of the inputs.
     """
-    if output.suffix.lower() != suffix:
-        raise ValueError(f"cannot write {output}: name a file that ends in {suffix} with -o")
+    suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
+    if output.suffix.lower() not in suffixes:
+        raise ValueError(f"cannot write {output}: name a file that ends in {' or '.join(suffixes)} with -o")
     if any(output.resolve() == path.resolve() for path in inputs):
         raise ValueError(f"cannot write {output}: it is one of the images; name another file with -o")
     try:
@@ -125,12 +197,12 @@ def _partial(output: Path) -> Path:
     return output.with_name(f".{output.name}.{os.getpid()}")
 
 
-def write_png(figure: "Figure", output: Path) -> None:
-    """Writes the whole file or none."""
+def write_figure(figure: "Figure", output: Path) -> None:
+    """Writes the whole file, of the kind that its name says, or none."""
     content = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a file's name, that the font lacks
-        figure.savefig(content, format="png", dpi=110)
+        figure.savefig(content, format=output.suffix[1:].lower(), dpi=110)
     write_whole(content.getvalue(), output)
 
 

@@ -14,7 +14,7 @@ from captum_fam.cli._compare import compare
 from captum_fam.cli._explain import explain
 from captum_fam.cli._explore import explore
 from captum_fam.encoders import one_line
-from captum_fam.images import check_output, write_png
+from captum_fam.images import check_output, write_figure
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,7 +36,7 @@ def demo(output: Path) -> None:
     check_output(output, ".png")
     check_output(page, ".html")
     figure, table = demo_figure()
-    write_png(figure, output)
+    write_figure(figure, output)
     demo_page().save(page)
     click.echo("\n".join(table))
     click.echo()

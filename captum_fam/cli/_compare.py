@@ -9,7 +9,7 @@ import click
 
 from captum_fam.cli._common import encoder_options, loaded, say, short
 from captum_fam.comparison import DEFAULT, compare_attributions
-from captum_fam.images import check_output, read_image, write_png
+from captum_fam.images import FIGURES, check_output, read_image, write_figure
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.score import SimilarityScore
 from captum_fam.visualization import visualize_comparison
@@ -18,7 +18,9 @@ from captum_fam.visualization import visualize_comparison
 @click.command()
 @click.argument("query", type=Path)
 @click.argument("reference", type=Path)
-@click.option("-o", "--output", type=Path, help="PNG to write.  [default: QUERY_compare.png beside the query]")
+@click.option(
+    "-o", "--output", type=Path, help="PNG, PDF or SVG to write.  [default: QUERY_compare.png beside the query]"
+)
 @click.option(
     "--method",
     "methods",
@@ -43,7 +45,7 @@ def compare(
     """
     images = [read_image(path) for path in (query, reference)]
     output = output or query.with_name(f"{query.stem}_compare.png")
-    check_output(output, ".png", (query, reference))
+    check_output(output, FIGURES, (query, reference))
     with loaded(images, encoder, layer=layer, **loading) as ready:
         score = SimilarityScore(ready.model, ready.embeddings, similarity)
         value = score(ready.tensors[:1])[0, 1].item()
@@ -60,7 +62,7 @@ def compare(
         own = IntegratedDecomposition(score).layer_of(ready.tensors) if integrated in maps else ""
     titles = [f"query: {short(query)}\n{similarity} {value:.3f}", f"reference: {short(reference)}"]
     figure, _ = visualize_comparison(images, maps, titles=titles, use_pyplot=False)
-    write_png(figure, output)
+    write_figure(figure, output)
     found = "" if layer else ", the last with a map"
     say(f"encoder {encoder}, layer {ready.layer_name} ({type(ready.layer).__name__}){found}")
     if own:

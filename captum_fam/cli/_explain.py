@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_fam._files import utf8
 from captum_fam.cli._common import encoder_options, loaded, number, say, short
 from captum_fam.encoders._ready import planes
-from captum_fam.images import check_output, read_image, write_png
+from captum_fam.images import check_output, read_image, write_figure
 from captum_fam.methods.correspondence_map import CorrespondenceMap, less_the_others
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
@@ -88,7 +88,7 @@ def explain(
         for i, score in enumerate(scores)
     ]
     named = [f"{i + 1}: {short(path)}" for i, path in enumerate(references)]
-    write_png(explanation_figure(images[0], images[1:], rows, reference_rows, captions, named), output)
+    write_figure(explanation_figure(images[0], images[1:], rows, reference_rows, captions, named), output)
     if as_json:
         report = {
             "figure": utf8(output),
