@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from encoders import HeadEncoder, Modified, TokenEncoder, random, seeded
+from PIL import Image
 from test_cli import photos, run  # noqa: F401
 from torch import nn
 
@@ -92,8 +93,13 @@ def save(build, folder, processor=True):
     return model
 
 
-def tensors(paths, size, mean, std):
-    return torch.stack([to_tensor(read_image(path), size, mean, std) for path in paths])
+def tensors(paths, size, mean, std, resample=Image.Resampling.BILINEAR):
+    return torch.stack([to_tensor(read_image(path), size, mean, std, resample) for path in paths])
+
+
+def as_timm(paths, size, settings):
+    resample = Image.Resampling[settings["interpolation"].upper()]
+    return tensors(paths, size, settings["mean"], settings["std"], resample)
 
 
 def own_embeddings(model, images):
@@ -157,7 +163,7 @@ def test_a_model_of_timm_loads_its_state_dict_with_and_without_a_classifier(
     settings = timm.data.resolve_model_data_config(bare)
     size = settings["input_size"][1]
     with torch.no_grad():
-        z, s = bare(tensors(two, size, settings["mean"], settings["std"]))
+        z, s = bare(as_timm(two, size, settings))
     for model in (whole, bare):
         torch.save(model.state_dict(), tmp_path / "state.pt")
         report = explained(f"timm:{name}", "--weights", tmp_path / "state.pt")
@@ -175,7 +181,7 @@ def test_a_transformer_of_timm_takes_another_size(explained, two, tmp_path):
     settings = timm.data.resolve_model_data_config(model)
     model.set_input_size(img_size=(96, 96))
     with torch.no_grad():
-        z, s = model(tensors(two, 96, settings["mean"], settings["std"]))
+        z, s = model(as_timm(two, 96, settings))
     assert report["references"][0]["score"] == pytest.approx(torch.cosine_similarity(z, s, 0).item(), abs=1e-5)
 
 

@@ -11,26 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_fam.encoders import load_encoder, one_line
+from captum_fam.encoders import LoadedEncoder, load_encoder, one_line
 from captum_fam.engine.untouched import embed
 from captum_fam.images import to_tensor
 
 
-@dataclass(frozen=True)
-class ReadyEncoder:
+@dataclass(frozen=True, kw_only=True)
+class ReadyEncoder(LoadedEncoder):
     """An encoder on its device, and images as it sees them."""
 
-    name: str
-    model: torch.nn.Module
-    size: int
-    mean: Sequence[float]
-    std: Sequence[float]
     device: str
     dtype: torch.dtype
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """(3, size, size), on the CPU"""
-        return to_tensor(image, self.size, self.mean, self.std)
+        """Of an RGB image, (3, size, size), on the CPU"""
+        return to_tensor(image, self.size, self.mean, self.std, self.resample)
 
     def batch(self, tensors: Sequence[Tensor]) -> Tensor:
         """(N, 3, size, size), as the encoder takes them"""
@@ -59,7 +54,16 @@ def ready_encoder(
     loaded = load_encoder(encoder, weights, size)
     model = _to_device(loaded.model, device)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return ReadyEncoder(encoder, model, size or loaded.size, mean or loaded.mean, std or loaded.std, device, dtype)
+    return ReadyEncoder(
+        model,
+        loaded.size,
+        mean or loaded.mean,
+        std or loaded.std,
+        loaded.resample,
+        loaded.name,
+        device=device,
+        dtype=dtype,
+    )
 
 
 @contextmanager
