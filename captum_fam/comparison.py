@@ -31,7 +31,7 @@ from captum_fam.score import SimilarityScore
 
 Method: TypeAlias = str | type[Attribution] | Attribution | Callable[[Tensor, Any], Any]
 
-_OURS = (ClassActivationMap, *OF_SIMILARITIES.values())
+_OURS: tuple[type[Attribution], ...] = (ClassActivationMap, *OF_SIMILARITIES.values())
 DEFAULT = (
     "FeatureActivationMap",
     "SimilarityDecomposition",

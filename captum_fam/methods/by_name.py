@@ -1,6 +1,7 @@
 """The methods that explain similarities, by class or name, and what each of them finds of any references."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import captum.attr
@@ -120,7 +121,18 @@ def explain_references(
     """
     check_internal_batch_size(internal_batch_size)
     if isinstance(method, CorrespondenceMap):
-        found = _matched(method, inputs, ask, images, internal_batch_size)
+
+        def match(question: Question) -> Any:
+            if images is None:
+                raise ValueError(
+                    "CorrespondenceMap compares places, and embeddings have none: it needs the references' images; pass"
+                    " them, or another method."
+                )
+            less = question.less[:, 0] if isinstance(question.less, Tensor) else question.less
+            call = Call(len(inputs[0]), None, internal_batch_size)
+            return method.match(inputs, images, question.own, less, False, call)
+
+        found = matched(method, inputs, ask, match, internal_batch_size)
     else:
         found = method.explain(inputs, ask, internal_batch_size=internal_batch_size, signed=signed, sides=sides)
     if len(found.sizes) > 1 or len(found.maps) > 1:
@@ -128,25 +140,23 @@ def explain_references(
     return found
 
 
-def _matched(
-    method: CorrespondenceMap, inputs: Tensors, ask: Ask, images: Tensors | None, internal_batch_size: int | None
+def matched(
+    method: CorrespondenceMap,
+    inputs: Tensors,
+    ask: Ask,
+    match: Callable[[Question], Any],
+    internal_batch_size: int | None = None,
 ) -> Explained:
-    if images is None:
-        raise ValueError(
-            "CorrespondenceMap compares places, and embeddings have none: it needs the references' images; pass them,"
-            " or another method."
-        )
+    """The same for maps (B, P, *spatial) of best matches, which ``match`` makes of the question."""
     B = len(inputs[0])
     parts = [method.embed(cut(inputs, rows)) for rows in slices(B, internal_batch_size)]
     z = torch.cat(parts) if len(parts) > 1 else parts[0]
-    question: Question = ask(z, slice(0, B))
-    less: Any = question.less
-    if isinstance(less, float) or (isinstance(less, str) and less == "self"):
+    question = ask(z, slice(0, B))
+    if isinstance(question.less, float) or (isinstance(question.less, str) and question.less == "self"):
         raise ValueError(
-            "CorrespondenceMap shows which places look alike, not what a score is made of, so it has no"
-            f" {'threshold' if isinstance(less, float) else 'contrast=' + repr(less)}; SimilarityDecomposition has."
+            "CorrespondenceMap shows which places look alike, not what a score is made of: it has no threshold, and no"
+            ' contrast="self"; SimilarityDecomposition has.'
         )
-    contrast = less[:, 0] if isinstance(less, Tensor) else less
-    maps: Any = method.match(inputs, images, question.own, contrast, False, Call(B, None, internal_batch_size))
+    maps = match(question)
     valid = usable(z)[:, None] & usable(question.s.to(z))[question.own.to(z.device)]
     return Explained(z, [maps], [maps], valid, [], [1], Report(), [])

@@ -7,20 +7,32 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from captum_fam._checks import check_internal_batch_size, describe
+from captum_fam._checks import check_internal_batch_size, describe, warn
 from captum_fam.engine.chunks import Tensors
-from captum_fam.engine.question import Question
+from captum_fam.engine.question import Question, less_of
+from captum_fam.methods.by_name import explain_references, matched
+from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.dimension_attribution import DimensionAttribution
+from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.layer_explanation import Explained
+from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.similarity import widen
+
+# How small a margin, or the mean of a map, is rounding, as a share of the largest similarity.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What an explanation was made of: the method, the queries, and what else a page of its task shows."""
+    """
+    What an explanation was made of: the method, the queries, the embeddings of the references, (K, D) or (B, K, D),
+    and what else a page of its task shows.
+    """
 
-    method: DimensionAttribution
+    method: SimilarityAttribution
     queries: Tensors
+    references: Tensor
+    internal_batch_size: int | None
     others: Any
 
 
@@ -38,7 +50,7 @@ class Explanation:
                     (B, K, \*spatial); their differences are the contrast maps.
         explainable (Tensor): Which pairs have embeddings that are finite and not zero, (B, K).
         route (str): ``"aligned"`` or ``"jacobian"``, as in
-                    :meth:`~captum_fam.FeatureActivationMap.route`.
+                    :meth:`~captum_fam.FeatureActivationMap.route`; of a method without, ``""``.
     """
 
     similarities: Tensor
@@ -53,23 +65,27 @@ class Explanation:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_origin"}
 
-    def _remember(self, method: DimensionAttribution, queries: Tensors, others: Any) -> None:
-        object.__setattr__(self, "_origin", Origin(method, tuple(x.detach() for x in queries), others))
+    def _remember(self, origin: Origin) -> None:
+        object.__setattr__(self, "_origin", origin)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(maps={tuple(self.maps.shape)}, route={self.route!r})"
 
-    def _explored(self, query: int) -> tuple[Origin, Tensors]:
-        """What this was made of, and the image (1, C, H, W) of a query."""
+    def _made_of(self, what: str) -> Origin:
+        """What this was made of, for what needs it."""
         if self._origin is None:
             raise ValueError(
-                "A copy of an explanation, or one from a file, has no images to show; explore the one that the call"
-                " returned."
+                f"A copy of an explanation, or one from a file, has no images and no encoder, which {what} needs; take"
+                " the one that the call returned."
             )
-        B = len(self.maps)
+        return self._origin
+
+    def _explored(self, query: int, what: str = "explore") -> tuple[Origin, Tensors]:
+        """What this was made of, and the image (1, C, H, W) of a query."""
+        origin, B = self._made_of(what), len(self.maps)
         if not isinstance(query, int) or isinstance(query, bool) or query not in range(B):
             raise ValueError(f"Expected `query` to be the number of one of {B} queries, from 0, but got {query!r}.")
-        return self._origin, tuple(x[query : query + 1] for x in self._origin.queries)
+        return origin, tuple(x[query : query + 1] for x in origin.queries)
 
     def _counted(self) -> Tensor:
         """Which references (B, K) are among "the rest"."""
@@ -96,54 +112,109 @@ class Explanation:
         found = self._difference(self.signed_maps, own, other)
         valid = valid & found.flatten(1).isfinite().all(1)
         shown = torch.where(valid.reshape(-1, *[1] * (found.ndim - 1)), found, torch.zeros_like(found))
+        self._compare_signs(shown, own, other)
         return shown[:, None].to(self.maps.dtype)
 
-
-def method_of(method: type[DimensionAttribution], function: str, *args: Any, **options: Any) -> DimensionAttribution:
-    """The method that a task explains with."""
-    if not isinstance(method, type) or not issubclass(method, DimensionAttribution):
-        raise ValueError(
-            f"Expected `method` of {function} to be FeatureActivationMap or SimilarityDecomposition, but got"
-            f" {method.__name__ if isinstance(method, type) else describe(method)}."
+    def _compare_signs(self, maps: Tensor, own: Tensor, other: Tensor | Literal["rest"]) -> None:
+        """Says where a map (B, *spatial) and the margin that it is to explain have opposite signs."""
+        if not len(maps) or (self._origin is not None and isinstance(self._origin.method, CorrespondenceMap)):
+            return
+        margins, constants = (self._difference(v, own, other) for v in (self.similarities, self.constants))
+        means = maps.flatten(1).mean(1).to(margins)
+        finite = torch.where(self.similarities.isfinite(), self.similarities, 0)
+        least = _ROUNDING * finite.abs().amax(1)
+        opposite = (margins * means < 0) & (margins.abs() > least) & (means.abs() > least)
+        if not opposite.any():
+            return
+        first = int(opposite.nonzero()[0])
+        if constants[first] != 0:
+            reason = f"the rest, {constants[first].item():.3g}, belongs to the references alone"
+        elif self._origin is not None and isinstance(self._origin.method, FeatureActivationMap):
+            reason = "FAM's places do not add up to it; those of SimilarityDecomposition do, pass it as `method`"
+        else:
+            reason = "its places do not add up to the margin"
+        warn(
+            f"The mean of a contrast map and the margin that it explains have opposite signs (queries"
+            f" {opposite.nonzero().flatten().tolist()}; the first: {means[first].item():.3g} and"
+            f" {margins[first].item():.3g}): {reason}."
         )
-    made = method(*args, **options)
-    if isinstance(made.layer, list):
-        raise ValueError("Expected `layer` to be one module that returns one tensor; explain several one by one.")
-    return made
+
+    def _beyond(self, own: Tensor, contrast: str | None, threshold: float | None) -> Tensor:
+        """What the references ``own`` (B,) have beyond a share of the query's own, maps (B, 1, *spatial)."""
+        origin = self._made_of("what the query has with itself" if threshold is None else "a threshold")
+        return beyond(origin, own[:, None], contrast, threshold)
+
+
+def beyond(origin: Origin, own: Tensor, contrast: str | None, threshold: float | None) -> Tensor:
+    """Maps (B, P, *spatial) of the references with these numbers (B, P), less the query's own or a threshold."""
+    s, B = origin.references, len(origin.queries[0])
+    less = less_of(contrast, threshold, origin.method._similarity(), s.shape[-2], B)
+    if s.ndim == 3:  # of each query its own
+        own = own + s.shape[1] * torch.arange(B, device=own.device)[:, None]
+    question = Question(s.flatten(0, -2), own.to(s.device), less)
+    found = explain_references(
+        origin.method,
+        origin.queries,
+        lambda z, rows: question.of(rows),
+        internal_batch_size=origin.internal_batch_size,
+    )
+    return found.maps[0]
+
+
+def contrasted(found: Explanation, other: Any, contrast: Any, threshold: float | None) -> Tensor:
+    """Each reference's contrast (B, K, *spatial): with another of these numbers (B,), "rest", "self" or a threshold."""
+    (B, K), device = found.similarities.shape, found.maps.device
+    if threshold is not None or (isinstance(contrast, str) and contrast == "self"):
+        own = torch.arange(K, device=device).expand(B, K)
+        return beyond(found._made_of("a contrast"), own, contrast, threshold)
+    each = [found._contrast(torch.full((B,), k, device=device), other) for k in range(K)]
+    return torch.cat(each, 1)
+
+
+def check_beyond(other: object, threshold: object) -> bool:
+    """Whether a contrast is with the query itself, or with a threshold, and not with other references."""
+    if threshold is not None and other not in (None, "rest"):
+        raise ValueError(f"Expected `other` or `threshold`, but got {describe(other)} and {describe(threshold)}.")
+    return threshold is not None or (isinstance(other, str) and other == "self")
 
 
 def explained(
-    method: DimensionAttribution,
+    method: Any,
     queries: Tensors,
     references: Callable[[Tensor, slice], Tensor],
     internal_batch_size: int | None,
-) -> tuple[dict[str, Any], Explained]:
+    match: Callable[[], Tensor],
+) -> tuple[dict[str, Any], Explained, Tensor]:
     """
-    The attributes of an Explanation, and what they are made of. ``references`` gives those (K, D), or (B, K, D), of
-    the queries with embeddings (B, D) in these rows.
+    The attributes of an Explanation, what they are made of, and the references. ``references`` gives those (K, D), or
+    (B, K, D), of the queries with embeddings (B, D) in these rows; ``match`` gives best matches (B, K, *spatial), for a
+    method that compares places.
     """
     check_internal_batch_size(internal_batch_size)
-    scores: dict[int, tuple[Tensor, Tensor]] = {}
+    asked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def ask(z: Tensor, rows: slice) -> Question:
         with torch.no_grad():
             s = references(z, rows)
             own = torch.arange(s.shape[:-1].numel(), device=s.device).reshape(-1, s.shape[-2])
             question = Question(s.flatten(0, -2), own)
-            constants = method.constant(widen(question.s.to(z)))[own].expand(len(z), -1)
-            scores[rows.start] = question.scores(widen(z), method) + constants, constants
+            wide = widen(question.s.to(z))
+            constant = method.constant(wide) if isinstance(method, DimensionAttribution) else wide.new_zeros(len(wide))
+            constants = constant[own].expand(len(z), -1)
+            asked[rows.start] = question.scores(widen(z), method) + constants, constants, s
         return question
 
-    found = method.explain(queries, ask, internal_batch_size=internal_batch_size, signed=True)
-    if len(found.maps) > 1:
-        raise ValueError("Expected `layer` to be one module that returns one tensor; explain several one by one.")
-    similarities, constants = map(torch.cat, zip(*scores.values()))
+    if isinstance(method, CorrespondenceMap):
+        found = matched(method, queries, ask, lambda _: match(), internal_batch_size)
+    else:
+        found = explain_references(method, queries, ask, internal_batch_size=internal_batch_size, signed=True)
+    similarities, constants, s = zip(*asked.values())
     attributes = {
-        "similarities": similarities,
-        "constants": constants,
+        "similarities": torch.cat(similarities),
+        "constants": torch.cat(constants),
         "maps": found.maps[0],
         "signed_maps": found.signed[0],
         "explainable": found.valid,
-        "route": method.routes(found.aligned, found.sizes),
+        "route": method.routes(found.aligned, found.sizes) if isinstance(method, DimensionAttribution) else "",
     }
-    return attributes, found
+    return attributes, found, s[0] if s[0].ndim == 2 else torch.cat(s)

@@ -1,7 +1,8 @@
 """Few-shot episodes: why this class, and why not that one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,14 +12,14 @@ from captum_fam._checks import check_internal_batch_size, check_labels, format_i
 from captum_fam.engine.chunks import cut, slices
 from captum_fam.engine.untouched import eagerly
 from captum_fam.explorer import PairExplorer, check_titles, explore_groups
-from captum_fam.methods.dimension_attribution import DimensionAttribution
+from captum_fam.methods.by_name import make_method, method_named
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.methods.similarity_attribution import Inputs
+from captum_fam.methods.similarity_attribution import Inputs, SimilarityAttribution
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import prototypes
 from captum_fam.similarity import Similarity, widen
 from captum_fam.tasks._easyfsl import Decision, decision_of, is_classifier
-from captum_fam.tasks._explanation import Explanation, explained, method_of
+from captum_fam.tasks._explanation import Explanation, Origin, check_beyond, contrasted, explained
 from captum_fam.visualization import Pictures
 
 Labels = int | Sequence[int] | Tensor | None
@@ -79,7 +80,13 @@ class EpisodeExplanation(Explanation):
         rows = torch.arange(len(self.maps), device=self.maps.device)
         return self.maps[rows, self._index(label)][:, None]
 
-    def contrast(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
+    def contrast(
+        self,
+        label: Labels = None,
+        other: Labels | Literal["rest", "self"] | str = None,
+        *,
+        threshold: float | None = None,
+    ) -> Tensor:
         r"""
         Why one class rather than another: the map of the contributions to the difference of
         their similarities, signed (see ``contrast`` in
@@ -88,15 +95,23 @@ class EpisodeExplanation(Explanation):
         Args:
             label: As in :meth:`map`.
             other (int, sequence of int, Tensor or str, optional): The class to contrast with, in the
-                        same forms, or ``"rest"`` for the mean over all the others.
+                        same forms; ``"rest"`` for the mean over all the others; or ``"self"``, what the query has in
+                        common with the class beyond what it has with itself, which needs one more pass.
                         Default: None, the class with the highest score but for ``label``
+            threshold (float, optional): Instead of ``other``: why the similarity lies above or below it. One more pass.
+                        Default: None
 
         Returns:
             *Tensor*: maps (B, 1, \*spatial).
 
         Raises:
-            ValueError: there is no such class, or no other one.
+            ValueError: there is no such class, or no other one; or the similarity, or the method, has no ``"self"``
+                        and no threshold.
+
+        Warns where a map and the margin that it explains have opposite signs.
         """
+        if check_beyond(other, threshold):
+            return self._beyond(self._index(label), None if threshold is not None else "self", threshold)
         return self._contrast(*self._pair(label, other))
 
     def margin(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
@@ -186,8 +201,7 @@ class EpisodeExplanation(Explanation):
         method, (decision, support, labels) = origin.method, origin.others
         if support is None:
             raise ValueError("A page shows the support images: pass them and their labels to explain_episode.")
-        labels = torch.as_tensor(labels).tolist()
-        groups = [[n for n, label in enumerate(labels) if label == own] for own in self.classes.tolist()]
+        groups = _groups(self.classes, labels)
         _check_means(decision, method.embed(image), method.embed(support), groups)
         if decision.decomposed not in (None, method._similarity()):
             raise ValueError(
@@ -244,13 +258,15 @@ class EpisodeExplanation(Explanation):
 @eagerly
 def explain_episode(
     forward_func: Callable[..., Any],
-    layer: nn.Module,
+    layer: nn.Module | None,
     query_images: Inputs,
     support_images: Inputs | None = None,
     support_labels: Tensor | Sequence[int] | None = None,
     *,
     similarity: Similarity | None = None,
-    method: type[DimensionAttribution] = FeatureActivationMap,
+    method: type[SimilarityAttribution] | str = FeatureActivationMap,
+    contrast: int | Literal["rest", "self"] | str | None = None,
+    threshold: float | None = None,
     internal_batch_size: int | None = None,
     **options: Any,
 ) -> EpisodeExplanation:
@@ -284,7 +300,8 @@ def explain_episode(
         forward_func (Callable or torch.nn.Module): An encoder, from images to embeddings (B, D), or
                     a ``FewShotClassifier`` of easyfsl.
         layer (torch.nn.Module): As in :class:`~captum_fam.FeatureActivationMap`; of a
-                    classifier, a module of its ``backbone``.
+                    classifier, a module of its ``backbone``. None for IntegratedDecomposition, which
+                    finds one, and Relax, which needs none.
         query_images (Tensor or tuple[Tensor, ...]): B images to explain.
         support_images (Tensor or tuple[Tensor, ...], optional): N labelled images.
                     Default: None, those that a classifier has been fitted to with its
@@ -295,11 +312,18 @@ def explain_episode(
         similarity (str or Callable, optional): Of an encoder, as in
                     :func:`~captum_fam.channel_contributions`; ``"euclidean"`` for a ProtoNet.
                     Default: None, ``"cosine"``
-        method (type): :class:`~captum_fam.FeatureActivationMap` or
-                    :class:`~captum_fam.SimilarityDecomposition`, whose contrast adds up to the margin
-                    (of squared distances, with the difference of the ``constants``).
+        method (type or str): A method of this package that explains similarities, or its name. The contrast of
+                    :class:`~captum_fam.SimilarityDecomposition` adds up to the margin (of squared distances, with the
+                    difference of the ``constants``). :class:`~captum_fam.CorrespondenceMap` shows what
+                    looks like some place of the support images of a class.
                     Default: FeatureActivationMap
-        internal_batch_size (int, optional): At most so many queries go through the encoder at a time.
+        contrast (int or str, optional): What ``maps`` are: why each class rather than the class of this label, or
+                    than ``"rest"``, the mean of all the others; or, with ``"self"``, what the query has in common
+                    with it beyond what it has with itself, which needs one more pass.
+                    Default: None, what the query has in common with each class
+        threshold (float, optional): ``maps`` explain why each similarity lies above or below it. One more pass.
+                    Default: None
+        internal_batch_size (int, optional): At most so many images go through the encoder at a time.
                     Default: None, all at once
         **options (Any): Further options of the method.
 
@@ -325,41 +349,72 @@ def explain_episode(
     check_internal_batch_size(internal_batch_size)
     if (support_images is None) != (support_labels is None):
         raise ValueError("Expected `support_images` and `support_labels` together, but got one of them.")
+    make: Any = partial(make_method, method, "explain_episode")
     if is_classifier(forward_func):
         if similarity is not None:
             raise ValueError(f"Expected no `similarity`, because {type(forward_func).__name__} has its own.")
         decision = decision_of(forward_func, support_images, support_labels)
-        is_decomposition = isinstance(method, type) and issubclass(method, SimilarityDecomposition)
-        decomposed = decision.decomposed is not None and is_decomposition
-        similarity = decision.decomposed if decomposed else decision.similarity
-        explainer = method_of(method, "explain_episode", decision.encoder, layer, similarity=similarity, **options)
+        decomposed = issubclass(method_named(method, "explain_episode"), SimilarityDecomposition)
+        similarity = decision.decomposed or decision.similarity if decomposed else decision.similarity
+        explainer = make(decision.encoder, layer, similarity=similarity, **options)
     else:
-        explainer = method_of(method, "explain_episode", forward_func, layer, similarity=similarity, **options)
-        decision = _of_prototypes(explainer, support_images, support_labels)
+        explainer = make(forward_func, layer, similarity=similarity, **options)
+        decision = _of_prototypes(explainer, support_images, support_labels, internal_batch_size)
 
     queries = format_inputs("query_images", query_images)
     references = decision.references
     if decision.of_all_queries and internal_batch_size is not None:
-        parts = [explainer.embed(cut(queries, rows)) for rows in slices(len(queries[0]), internal_batch_size)]
-        s = references(torch.cat(parts))
-        references = lambda z: s  # noqa: E731
-    found, explanation = explained(explainer, queries, lambda z, rows: references(z), internal_batch_size)
+        z = torch.cat([explainer.embed(cut(queries, rows)) for rows in slices(len(queries[0]), internal_batch_size)])
+        rectified = references(z)
+        references = lambda z: rectified  # noqa: E731
+
+    def match() -> Tensor:
+        if support_images is None:
+            raise ValueError(
+                "CorrespondenceMap compares places: pass the support images and their labels to explain_episode."
+            )
+        support = format_inputs("support_images", support_images)
+        maps = explainer.attribute_all(queries, reference=support, internal_batch_size=internal_batch_size)
+        groups = _groups(decision.classes, support_labels)
+        return torch.stack([maps[:, group].amax(1) for group in groups], 1)
+
+    found, explanation, s = explained(explainer, queries, lambda z, rows: references(z), internal_batch_size, match)
     with torch.no_grad():
         z = explanation.embedding
         scores = decision.scores(z) if decision.scores is not None else found["similarities"].to(z.dtype)
     warn_once(explanation.report.texts())
     result = EpisodeExplanation(**found, classes=decision.classes, scores=scores)
-    result._remember(explainer, queries, (decision, support_images, support_labels))
+    origin = Origin(
+        explainer,
+        tuple(x.detach() for x in queries),
+        s,
+        internal_batch_size,
+        (decision, support_images, support_labels),
+    )
+    result._remember(origin)
+    if contrast is not None or threshold is not None:
+        other = None if threshold is not None or contrast == "self" else result._pair(None, contrast)[1]
+        result = replace(result, maps=contrasted(result, other, contrast, threshold))
+        result._remember(origin)
     return result
 
 
-def _of_prototypes(method: DimensionAttribution, images: Inputs | None, labels: Any) -> Decision:
+def _groups(classes: Tensor, labels: Any) -> list[list[int]]:
+    """The numbers of the support images of each class."""
+    labels = torch.as_tensor(labels).tolist()
+    return [[n for n, label in enumerate(labels) if label == own] for own in classes.tolist()]
+
+
+def _of_prototypes(
+    method: SimilarityAttribution, images: Inputs | None, labels: Any, internal_batch_size: int | None
+) -> Decision:
     if images is None:
         raise ValueError(
             "Expected `support_images` and `support_labels`, to make the prototypes of; a fitted"
             " classifier of easyfsl goes without."
         )
-    embeddings = method.embed(format_inputs("support_images", images))
+    support = format_inputs("support_images", images)
+    embeddings = torch.cat([method.embed(cut(support, rows)) for rows in slices(len(support[0]), internal_batch_size)])
     labels = check_labels("support_labels", labels, len(embeddings), "`support_images`", embeddings.device)
     s = prototypes(embeddings, labels)
     return Decision(method.forward_func, "", labels.unique(sorted=True), lambda z: s)

@@ -11,10 +11,11 @@ from captum_fam._checks import check_positive, describe, format_inputs, warn_onc
 from captum_fam.engine.question import Question
 from captum_fam.engine.untouched import eagerly
 from captum_fam.explorer import PairExplorer, explore_groups
+from captum_fam.methods.by_name import make_method
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.similarity import Similarity, widen
-from captum_fam.tasks._explanation import Explanation, explained, method_of
+from captum_fam.tasks._explanation import Explanation, Origin, explained
 from captum_fam.tasks._faiss import search_index, searched, similarity_of, warnings_of_lengths, warnings_of_scores
 from captum_fam.visualization import Pictures
 
@@ -232,7 +233,7 @@ def explain_retrieval(
     """
     check_positive("k", k)
     similarity = similarity_of(index, similarity)
-    explainer = method_of(method, "explain_retrieval", forward_func, layer, similarity=similarity, **options)
+    explainer: Any = make_method(method, "explain_retrieval", forward_func, layer, similarity=similarity, **options)
     (query,) = format_inputs("query", query)
     if query.ndim != 4:
         raise ValueError(
@@ -245,7 +246,7 @@ def explain_retrieval(
         hits[rows.start] = search_index(index, searched(z, similarity), k, similarity)
         return hits[rows.start][2]
 
-    found, explanation = explained(explainer, (query,), search, internal_batch_size)
+    found, explanation, references = explained(explainer, (query,), search, internal_batch_size, lambda: query)
     scores, indices, s = map(torch.cat, zip(*hits.values()))
     z, there = widen(explanation.embedding), indices >= 0
     similarity_scores = -scores if similarity == "euclidean" else scores
@@ -270,7 +271,7 @@ def explain_retrieval(
     warn_once(warned)
     to = query.device
     result = RetrievalExplanation(**found, indices=indices.to(to), scores=scores.to(to), hit_maps=hit_maps)
-    result._remember(explainer, (query,), gallery)
+    result._remember(Origin(explainer, (query.detach(),), references, internal_batch_size, gallery))
     return result
 
 
