@@ -18,7 +18,9 @@ from captum_fam.score import SimilarityScore, prototypes
 from captum_fam.similarity import channel_contributions, contribution_weights
 from captum_fam.tasks.contrastive import NearestReferences, nearest_references
 from captum_fam.tasks.few_shot import EpisodeExplanation, explain_episode
-from captum_fam.tasks.retrieval import RetrievalExplanation, explain_retrieval
+from captum_fam.tasks.hits import Hits, explain_hits
+from captum_fam.tasks.retrieval import explain_retrieval
+from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
 from captum_fam.tokens import channels_last, patch_tokens
 from captum_fam.visualization import visualize_comparison, visualize_pair
 
@@ -29,6 +31,7 @@ __all__ = [
     "CorrespondenceMap",
     "EpisodeExplanation",
     "FeatureActivationMap",
+    "Hits",
     "IntegratedDecomposition",
     "LabelFreeActivationMap",
     "NearestReferences",
@@ -44,6 +47,7 @@ __all__ = [
     "compare_attributions",
     "contribution_weights",
     "explain_episode",
+    "explain_hits",
     "explain_retrieval",
     "explanation_func",
     "explore_pair",

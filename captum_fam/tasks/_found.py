@@ -1,0 +1,202 @@
+"""What a search found, explained on both sides, and the images of its hits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from captum_fam._checks import describe, warn_once
+from captum_fam.engine.question import Question, less_of
+from captum_fam.methods.by_name import explain_references
+from captum_fam.methods.layer_explanation import Explained
+from captum_fam.similarity import unit, widen
+from captum_fam.tasks._explanation import Origin, contrasted, explained
+from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
+
+_SAME = 0.05  # how far an image's embedding may be from the one that was searched, in units of its length
+
+Contrast = int | Literal["rest", "self"] | str | None
+
+
+class Gallery(Protocol):
+    """Images by their ids: a tensor (N, C, H, W), a list, a dict, a data set."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hits of some queries with the vectors s (B, k, D) that they are compared by, and which are there (B, k)."""
+
+    ids: list[list[Any]]
+    scores: Tensor | None
+    there: Tensor
+    s: Tensor
+
+
+def explain_found(
+    method: Any,
+    query: Tensor,
+    search: Callable[[Tensor, slice], Found],
+    images: Callable[[int, list[int]], Tensor] | None,
+    check: Callable[[RetrievalExplanation, Tensor, Tensor], list[str]],
+    contrast: Contrast,
+    threshold: float | None,
+    internal_batch_size: int | None,
+) -> RetrievalExplanation:
+    """
+    Explains what ``search`` finds for the embeddings (B, D) of queries in some rows. ``images`` gives those of a
+    query's hits of these ranks; ``check`` says what is doubtful of a result, its embeddings (B, D) and the hits'.
+    """
+    parts: dict[int, Found] = {}
+
+    def ask(z: Tensor, rows: slice) -> Tensor:
+        part = parts[rows.start] = search(z, rows)
+        return torch.where(part.there[..., None].to(part.s.device), part.s, torch.ones_like(part.s))
+
+    def ranks() -> list[list[int]]:
+        return [row.nonzero().flatten().tolist() for part in parts.values() for row in part.there]
+
+    def match() -> Tensor:
+        if images is None:
+            raise ValueError(
+                "CorrespondenceMap compares places: pass the images of the hits, or a `gallery` that has them."
+            )
+        best = [
+            method.attribute_all(query[b : b + 1], reference=images(b, own).to(query))[0] if own else None
+            for b, own in enumerate(ranks())
+        ]
+        return _laid_out(best, ranks(), parts[0].there.shape[1], method.attribute(query, reference=query)[:, 0])
+
+    attributes, explanation, s = explained(method, (query,), ask, internal_batch_size, match)
+    z, warned = explanation.embedding, explanation.report.texts()
+    given = [part.scores for part in parts.values() if part.scores is not None]
+    there = torch.cat([part.there for part in parts.values()]).to(z.device)
+    shown = there.reshape(*there.shape, *[1] * (attributes["maps"].ndim - 2))
+    for name in ("maps", "signed_maps"):
+        attributes[name] = torch.where(shown, attributes[name], torch.zeros_like(attributes[name]))
+    attributes["similarities"] = torch.where(there, attributes["similarities"], -torch.inf)
+    attributes["constants"] = torch.where(there, attributes["constants"], 0)
+    attributes["explainable"] = attributes["explainable"] & there
+    result = RetrievalExplanation(
+        **attributes,
+        ids=[row for part in parts.values() for row in part.ids],
+        scores=torch.cat(given).to(query.device) if given else None,
+        hit_maps=None,
+    )
+    warned += check(result, widen(z), s)
+    origin = Origin(method, (query.detach(),), s, internal_batch_size, images)
+    result._remember(origin)
+    own = contrast if threshold is None and isinstance(contrast, str) and contrast == "self" else None
+    if contrast is not None or threshold is not None:
+        other = None if own or threshold is not None else result._other(contrast, "contrast")
+        maps = contrasted(result, other, contrast, threshold)
+        result = replace(result, maps=torch.where(shown, maps, torch.zeros_like(maps)))
+    if images is not None:
+        hit_maps, strange = [], []
+        for b, row in enumerate(ranks()):
+            side = _of_hits(method, query[b : b + 1], images, b, row, z[b : b + 1], own, threshold, internal_batch_size)
+            hit_maps.append(None if side is None else side.maps[0][:, 0])
+            if side is not None:
+                warned += side.report.texts()
+                far = _distances(side.embedding, s[b, row], method._similarity() == "cosine")
+                strange += [result.ids[b][k] for k, d in zip(row, far) if d > _SAME]
+        result = replace(result, hit_maps=_laid_out(hit_maps, ranks(), there.shape[1], attributes["maps"][:, 0]))
+        warned += _warnings_of_images(strange)
+    warn_once(warned)
+    result._remember(origin)
+    return result
+
+
+def _of_hits(
+    method: Any,
+    query: Tensor,
+    images: Callable[[int, list[int]], Tensor],
+    number: int,
+    ranks: list[int],
+    z: Tensor,
+    contrast: str | None,
+    threshold: float | None,
+    internal_batch_size: int | None,
+) -> Explained | None:
+    """What the hits of these ranks have of their maps for one query, (n, 1, *spatial), with its embedding z (1, D)."""
+    if not ranks:
+        return None
+    less = less_of(contrast, threshold, method._similarity(), 1, len(ranks))
+    question = Question(z, torch.zeros(1, 1, dtype=torch.long, device=z.device), less)
+    return explain_references(
+        method,
+        (images(number, ranks).to(query),),
+        lambda _, rows: question,
+        (query,),
+        internal_batch_size=internal_batch_size,
+        sides=("hits", "queries"),
+    )
+
+
+def _laid_out(rows: list[Tensor | None], ranks: list[list[int]], k: int, like: Tensor) -> Tensor:
+    """Maps (B, k, *spatial) of those (n, *spatial) at the ranks of each query; zero elsewhere."""
+    shape = next((row.shape[1:] for row in rows if row is not None), like.shape[1:])
+    maps = like.new_zeros(len(rows), k, *shape)
+    for b, (row, own) in enumerate(zip(rows, ranks)):
+        if row is not None:
+            maps[b, own] = row
+    return maps
+
+
+def _distances(embedded: Tensor, s: Tensor, of_units: bool) -> list[float]:
+    """How far embeddings (n, D) are from others, as a share of their lengths."""
+    one, two = (widen(x).cpu().float() for x in (embedded, s))
+    if of_units:
+        one, two = unit(one), unit(two)
+    return ((one - two).norm(dim=1) / two.norm(dim=1)).tolist()  # type: ignore[no-any-return]
+
+
+def images_by_id(
+    gallery: Any, images: Tensor | None, ids: list[list[Any]]
+) -> Callable[[int, list[int]], Tensor] | None:
+    """The images (n, C, *spatial) of a query's hits of these ranks, from a gallery or as they were given."""
+    if gallery is None:
+        return None if images is None else lambda query, ranks: images[query, ranks]
+    return lambda query, ranks: _images(gallery, [ids[query][rank] for rank in ranks])
+
+
+def _images(gallery: Any, ids: list[Any]) -> Tensor:
+    images = [_image(gallery, number) for number in ids]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(
+            f"Expected images of one shape in `gallery`, but got {sorted({tuple(i.shape) for i in images})};"
+            " resize them as for the encoder."
+        )
+    return torch.stack(images)
+
+
+def _image(gallery: Any, number: Any) -> Tensor:
+    try:
+        image = gallery[number]
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected `gallery` to give image {number} of the index as gallery[{number!r}], but that failed:"
+            f" {type(error).__name__}: {error}; pass all images, by their numbers in the index."
+        ) from error
+    image = image[0] if isinstance(image, (tuple, list)) else image
+    if not isinstance(image, Tensor) or image.ndim < 2:
+        raise TypeError(
+            f"Expected gallery[{number!r}] to be an image (C, H, W) or a tuple that begins with it, but got"
+            f" {describe(image)}; apply the encoder's transform."
+        )
+    return image
+
+
+def _warnings_of_images(strange: list[Any]) -> list[str]:
+    """Of images whose embeddings are not those that were searched."""
+    if not strange:
+        return []
+    numbers = list(dict.fromkeys(strange))
+    return [
+        f"The embeddings of the gallery's images {sorted(numbers, key=str)} are not those in the index: their maps"
+        " explain other scores. Give the images as they were embedded for the index, in the same order; a lossy index"
+        " differs by itself."
+    ]
