@@ -16,8 +16,8 @@ from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import SIDES
 from captum_fam.similarity import Similarity, exact, largest, widen
 
-# What is taken away from a score: that to another reference (B, 1), the mean of those to the rest, the share that the
-# input has with itself, a threshold, or nothing.
+# What is taken away from a score: that to another reference, by its number (B, 1), the mean of those to the rest, the
+# share that the input has with itself, a threshold, for all or for each input (B, 1) in floating point, or nothing.
 Less: TypeAlias = Tensor | Literal["rest", "self"] | float | None
 Once: TypeAlias = Callable[[object, Callable[[], Tensor]], Tensor]
 
@@ -58,6 +58,11 @@ class Question:
     own: Tensor
     less: Less = None
 
+    @property
+    def other(self) -> Tensor | None:
+        """The numbers (B, 1) of the references whose scores are taken away, if it is those."""
+        return self.less if isinstance(self.less, Tensor) and not self.less.is_floating_point() else None
+
     def of(self, rows: Tensor | slice) -> "Question":
         """The question about the inputs of these rows."""
         rows = rows.to(self.own.device) if isinstance(rows, Tensor) else rows
@@ -77,13 +82,18 @@ class Question:
         t = method.terms(z[:, None], self.s[self.own].to(z))
         if self.less is None:
             return t
+        if self.other is not None:
+            return formula.less_reference(t, method.terms(z[:, None], self.s[self.other].to(z)))
+        share: Tensor | float
         if isinstance(self.less, Tensor):
-            return formula.less_reference(t, method.terms(z[:, None], self.s[self.less].to(z)))
-        if self.less == "rest":
+            share = self.less.to(z)[..., None]
+        elif isinstance(self.less, float):
+            share = self.less
+        elif self.less == "rest":
             return formula.less_rest(t, once("total", lambda: self._total(z, method)), len(self.s))
-        own = once("own", lambda: self._own(z, method))
-        score = method.contributions(z[:, None], t).sum(2, keepdim=True)
-        return formula.less_own(t, own, self.less if isinstance(self.less, float) else score)
+        else:
+            share = method.contributions(z[:, None], t).sum(2, keepdim=True)
+        return formula.less_own(t, once("own", lambda: self._own(z, method)), share)
 
     def scores(self, z: Tensor, method: Terms, once: Once = lambda _, compute: compute()) -> Tensor:
         """What the terms contribute in all, (B, P)."""
@@ -103,8 +113,8 @@ class Question:
         score = method.contributions(wide, t).sum(2, keepdim=True)
         if (usable(z) & (score[:, 0, 0] == 0)).any():
             raise ValueError(
-                f"{'contrast=' + repr(self.less) if self.less == 'self' else '`threshold`'} needs a similarity by which"
-                " an embedding is similar to itself, but here that score is 0, as of a distance; pass"
+                f"{'contrast=' + repr(self.less) if isinstance(self.less, str) else '`threshold`'} needs a similarity"
+                " by which an embedding is similar to itself, but here that score is 0, as of a distance; pass"
                 ' similarity="cosine" or "dot", or contrast with another reference.'
             )
         return (t / torch.where(score == 0, torch.ones_like(score), score)).to(z.dtype)
@@ -131,7 +141,7 @@ class Pairs:
         self.z = widen(recording.embedding)
         self.t = question.terms(self.z, method, recording.once)
         self.c = method.contributions(self.z[:, None], self.t)
-        others = [question.less] if isinstance(question.less, Tensor) else []
+        others = [] if question.other is None else [question.other]
         self.valid = usable_inputs(recording)[:, None] & largest(self.c)[..., 0].isfinite()
         for index in (question.own, *others):
             self.valid = self.valid & usable(question.s[index].to(self.z))
@@ -165,8 +175,8 @@ def note_unusable(
     references = ~usable(question.s.to(z.dtype))
     if isinstance(question.less, Tensor) or question.less != "rest":
         compared = torch.zeros_like(references)
-        for index in (question.own, question.less):
-            if isinstance(index, Tensor):
+        for index in (question.own, question.other):
+            if index is not None:
                 compared[index] = True
         references &= compared
     recording.report.note_unusable(sides[0], ~usable_inputs(recording), first)
