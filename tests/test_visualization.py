@@ -600,7 +600,8 @@ def test_a_map_with_values_that_are_not_finite_has_the_range_of_the_others():
     "values",
     [
         torch.rand(1, 3, 4, 4),
-        torch.rand(2, 1, 1, 4, 4),
+        torch.rand(2, 2, 1, 4, 4),
+        torch.rand(1, 1, 1, 1, 4, 4),
         torch.rand(4),
         torch.tensor(1.0),
         torch.rand(0, 1, 4, 4),

@@ -1,0 +1,208 @@
+"""Figures of maps over the images that they explain."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from captum_fam._checks import describe
+from captum_fam.comparison import Comparison
+from captum_fam.visualization._captions import SIDES, Scores, Titles, as_titles, side_captions
+from captum_fam.visualization._forms import Numbers, Pictures, Values, as_maps, panels, pictures, real
+from captum_fam.visualization._panels import show
+from captum_fam.visualization._scales import (
+    CHARACTERS,
+    Scale,
+    check_scale,
+    colour_bar,
+    draw_maps,
+    draw_rows,
+    explanation_figure,
+    limit_of,
+    new_figure,
+    value_range,
+    width_of,
+)
+
+__all__ = [
+    "Pictures",
+    "Scale",
+    "Values",
+    "as_titles",
+    "check_scale",
+    "colour_bar",
+    "draw_maps",
+    "explanation_figure",
+    "limit_of",
+    "new_figure",
+    "pictures",
+    "real",
+    "show",
+    "side_captions",
+    "visualize_comparison",
+    "visualize_pair",
+]
+
+_LARGEST = {"all": "largest value", "row": "largest value of each row"}
+
+
+def visualize_pair(
+    query: Pictures,
+    reference: Pictures,
+    query_map: Values,
+    reference_map: Values,
+    *,
+    titles: Titles = None,
+    reference_titles: Titles = None,
+    scores: Scores = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    label: str = "attribution",
+    scale: Scale = "all",
+    use_pyplot: bool = True,
+) -> tuple[Figure, NDArray[Any]]:
+    r"""
+    Draws pairs of images side by side, each with its map over it: a row for each pair.
+
+    All maps of the figure are on one colour scale. Those without negative values run from
+    blue to red, their opacity with the root of the value; where there are negative values,
+    all are red for positive and blue for negative ones. Maps are interpolated linearly to the
+    size of their image; a map that is zero, constant, very coarse or not finite everywhere is
+    said to be so under it.
+
+    Args:
+        query, reference (Tensor, array, PIL.Image or a list of them): B images each; a single
+                    one is drawn in every row. One image is (C, H, W), (H, W, C) or (H, W), with
+                    1, 3 or 4 channels; a batch has one dimension more. Floats in [0, 1], or
+                    integers in [0, 255], of uint16 in [0, 65535]. PIL images of any mode; of mode I
+                    with 16 bits, of mode F with values in [0, 1].
+        query_map, reference_map (Tensor or array): Their maps, as ``attribute_pair`` returns
+                    them: (B, 1, h, w), (B, h, w) or (h, w), any size.
+        titles (list of str, optional): One for each pair.
+                    Default: None
+        mean, std (sequence of float, optional): Mean and standard deviation that the images
+                    were normalised with, of each channel; undone, but for uint8 and PIL images.
+                    Default: None
+        label (str): Of the colour scale.
+                    Default: ``"attribution"``
+        use_pyplot (bool): Makes the figure with pyplot, so that a notebook shows it. It is never
+                    shown from here.
+                    Default: True
+
+    Returns:
+        *tuple*: the Figure and its Axes, an array (B, 4).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> images, maps = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 7, 7)
+        >>> figure, axes = visualize_pair(images, images.flip(0), maps, maps.flip(0), use_pyplot=False)
+        >>> axes.shape
+        (2, 4)
+    """
+    check_scale(scale)
+    given = [as_maps("query_map", query_map), as_maps("reference_map", reference_map)]
+    rows = len(given[0])
+    if len(given[1]) != rows:
+        raise ValueError(f"Expected `reference_map` to be {rows} maps, as `query_map` is, but got {len(given[1])}.")
+    sides, maps = [], []
+    for name, images, one in zip(SIDES, (query, reference), given):
+        shown, (values,) = panels(name, images, [one], mean, std)
+        sides.append(shown)
+        maps.append(values)
+    captions = side_captions(titles, reference_titles, scores, rows)
+    figure = new_figure(4, rows, use_pyplot)
+    axes = figure.subplots(rows, 4, squeeze=False)
+    for side in (0, 1):
+        for axis, panel, caption in zip(axes[:, 2 * side], sides[side], captions[side]):
+            panel.draw(axis, caption)
+    words = [[f"map of the {name}" for name in SIDES]] * rows
+    draw_rows(figure, axes[:, 1::2].tolist(), list(zip(*sides)), list(zip(*maps)), words, label, scale)
+    return figure, axes
+
+
+def visualize_comparison(
+    images: Pictures,
+    attributions: Mapping[str, Values],
+    *,
+    titles: Titles = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    scale: Scale = "all",
+    use_pyplot: bool = True,
+) -> tuple[Figure, NDArray[Any]]:
+    r"""
+    Draws the maps of several methods for the same images: a row for each image, a column for
+    each method.
+
+    Methods have units of their own, so each one's values are divided by its largest absolute
+    value in the figure; on that one colour scale all maps are drawn, as in
+    :func:`visualize_pair`. The range of each map's own values is written under it. Methods
+    that failed in :func:`~captum_fam.compare_attributions` are named at the foot, with the
+    reason.
+
+    Args:
+        images (Tensor, array, PIL.Image or a list of them): B images, as in
+                    :func:`visualize_pair`.
+        attributions (dict): Maps by the names of their methods, as
+                    :func:`~captum_fam.compare_attributions` returns them: (B, 1, h, w),
+                    (B, h, w) or (h, w), any size.
+        titles (list of str, optional): One for each image.
+                    Default: None
+        mean, std, use_pyplot: As in :func:`visualize_pair`.
+
+    Returns:
+        *tuple*: the Figure and its Axes, an array (B, 1 + number of methods).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+
+    Examples::
+
+        >>> images, maps = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64)
+        >>> figure, axes = visualize_comparison(images, {"FAM": maps, "signed": maps - 0.5}, use_pyplot=False)
+        >>> axes.shape
+        (2, 3)
+    """
+    if not isinstance(attributions, Mapping) or not attributions:
+        raise TypeError(f"Expected `attributions` to be a dict of maps by name, but got {describe(attributions)}.")
+    check_scale(scale)
+    given = {name: as_maps(f"attributions[{name!r}]", values) for name, values in attributions.items()}
+    counts = {name: len(values) for name, values in given.items()}
+    rows = next(iter(counts.values()))
+    if set(counts.values()) != {rows}:
+        raise ValueError(f"Expected `attributions` to hold as many maps of each method, but got {counts}.")
+    shown, maps = panels("images", images, list(given.values()), mean, std)
+    titles = as_titles(titles, rows)
+    failures = attributions.failures if isinstance(attributions, Comparison) else {}
+    foot = [
+        line
+        for name, why in failures.items()
+        for line in textwrap.wrap(f"{name} has no map: {why}", int(CHARACTERS * width_of(1 + len(maps))))
+    ]
+    figure = new_figure(1 + len(maps), rows, use_pyplot, foot)
+    figure.supxlabel("\n".join(foot), fontsize="small", x=0.01, ha="left", parse_math=False)
+    axes = figure.subplots(rows, 1 + len(maps), squeeze=False)
+    for axis, panel, title in zip(axes[:, 0], shown, titles):
+        panel.draw(axis, title)
+    for axis, name in zip(axes[0, 1:], given):
+        axis.set_title(name, fontsize="medium", parse_math=False)
+    relative = []
+    for values in maps:
+        limits = [limit_of([v], "all") for v in values] if scale == "row" else [limit_of(values, scale)] * rows
+        relative += [v / limit for v, limit in zip(values, limits)]
+    draw_maps(
+        figure,
+        axes[:, 1:].T.flat,
+        shown * len(maps),
+        relative,
+        [value_range(v) for values in maps for v in values],
+        f"share of the {_LARGEST.get(str(scale), 'limit of its method')}",
+        scale=scale,
+        limit=1.0,
+    )
+    return figure, axes

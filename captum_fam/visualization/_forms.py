@@ -1,0 +1,248 @@
+"""What images and maps are, by their forms: never one thing for another without a word."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from captum_fam._checks import describe, warn
+from captum_fam.images import as_rgb, to_bytes
+from captum_fam.visualization._panels import Panel, Photo, Signal, Slices
+
+Picture: TypeAlias = Tensor | NDArray[Any] | Image.Image
+Pictures: TypeAlias = Picture | Sequence[Picture]
+Values: TypeAlias = Tensor | NDArray[Any]
+Numbers: TypeAlias = Sequence[float] | None
+
+ROUNDING = 0.01  # how far values may leave [0, 1] when a normalisation is undone
+WHITE = {"uint16": 65535}  # of dtypes, where it is not 255, or 1 for floats
+COLOURS = (3, 4)  # numbers of channels that are colours
+# By the number of their spatial dimensions.
+FORMS = {
+    1: "signals (C, T) or (T,)",
+    2: "images (C, H, W), (H, W, C) or (H, W) with 1, 3 or 4 channels",
+    3: "volumes (C, D, H, W) or (D, H, W)",
+}
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Maps of B images as they were given, and how many spatial dimensions they may have."""
+
+    name: str
+    values: NDArray[Any]
+    ranks: set[int]
+
+    def __len__(self) -> int:
+        return len(self.values) if self.values.ndim > 2 else 1
+
+    def of(self, rank: int) -> list[Tensor]:
+        """B maps of so many spatial dimensions, in float64 on the CPU."""
+        spatial = self.values.shape[-rank:]
+        values = np.array(self.values, np.float64, order="C")  # without negative strides
+        return list(torch.from_numpy(values).reshape(-1, *spatial))
+
+
+def as_maps(name: str, values: Values) -> Maps:
+    if not isinstance(values, (Tensor, np.ndarray)):
+        raise TypeError(f"Expected `{name}` to be a real tensor or array, but got {describe(values)}.")
+    one = values.ndim > 2 and values.shape[1] == 1
+    ranks = {2: {2}, 3: {1, 2} if one else {2}, 4: {2} if one else set(), 5: {3} if one else set()}.get(values.ndim)
+    given = real(name, values)
+    if not ranks or not given.size:
+        raise ValueError(
+            f"Expected `{name}` to be maps (B, 1, h, w), (B, h, w) or (h, w), but got shape {tuple(given.shape)}; those"
+            " of signals are (B, 1, t), of volumes (B, 1, d, h, w); sum attributions over their channels first."
+        )
+    return Maps(name, given, ranks)
+
+
+def panels(
+    name: str,
+    images: Pictures,
+    columns: Sequence[Maps],
+    mean: Numbers,
+    std: Numbers,
+) -> tuple[list[Panel], list[list[Tensor]]]:
+    """What is drawn of each of the images under its maps, and the maps, of one or of several methods."""
+    rows, rank = len(columns[0]), _rank(name, images, columns)
+    maps = [column.of(rank) for column in columns]
+    shown: list[Panel] = []
+    if rank == 2:
+        shown += [Photo(image) for image in pictures(name, images, rows, mean, std)]
+        return shown, maps
+    found = _one_by_one(name, images, rows, rank, mean, std)
+    arrays = [_channels_first(name, image, rank, max(m[0].shape[-1] for m in maps)) for image in found]
+    if rank == 1:
+        shown += [Signal(_undone(a.T, mean, std).T) for a in arrays] * (rows // len(arrays))
+        return shown, maps
+    volumes = [(_volume(name, a, mean, std), f"channel 0 of {len(a)}" * (len(a) not in (1, 3))) for a in arrays]
+    for row, (slices, note) in enumerate(volumes * (rows // len(volumes))):
+        shown.append(Slices.of(slices, note, [column[row] for column in maps]))
+    return shown, maps
+
+
+def pictures(name: str, images: Pictures, rows: int, mean: Numbers, std: Numbers) -> list[Image.Image]:
+    """One image for each row."""
+    found = [_picture(name, image, mean, std) for image in _one_by_one(name, images, rows, 2, mean, std)]
+    return found * (rows // len(found))
+
+
+def _rank(name: str, images: Pictures, columns: Sequence[Maps]) -> int:
+    """
+    The number of spatial dimensions of images and of all of their maps. Maps (B, 1, t) are those of signals, as every
+    method returns them, or of pictures, (B, h, w) with h = 1: then only of what can be no signal.
+    """
+    ranks = set.intersection(*(column.ranks for column in columns))
+    if not ranks:
+        shapes = {column.name: column.values.shape for column in columns}
+        raise ValueError(f"Expected maps of as many dimensions of each method, but got {shapes}.")
+    if ranks != {1, 2}:
+        return ranks.pop()
+    rows = len(columns[0])
+    if isinstance(images, (Tensor, np.ndarray)):
+        shape = images.shape
+        picture = len(shape) > 3 or (len(shape) == 3 and shape[0] not in (1, rows) and shape[2] in (1, *COLOURS))
+        return 2 if picture else 1
+    if not isinstance(images, Sequence) or not images:
+        return 2
+    return 1 if all(isinstance(image, (Tensor, np.ndarray)) and image.ndim < 3 for image in images) else 2
+
+
+def _one_by_one(name: str, images: Pictures, rows: int, rank: int, mean: Numbers, std: Numbers) -> list[Any]:
+    """Single images, one for each row or for all of them."""
+    found: list[Any]
+    if isinstance(images, Sequence) and not isinstance(images, str):
+        found = list(images)
+    elif not isinstance(images, (Tensor, np.ndarray)):
+        found = [images]
+    elif images.ndim == rank + 2:
+        found = list(images)
+    elif images.ndim == rank + 1 and rows > 1 and len(images) > 1:
+        found = _without_channels(name, images, rows, rank, mean, std)
+    else:
+        found = [images]
+    if len(found) not in (1, rows):
+        raise ValueError(f"Expected `{name}` to be one image or {rows}, one for each row, but got {len(found)}.")
+    return found
+
+
+def _without_channels(name: str, images: Any, rows: int, rank: int, mean: Numbers, std: Numbers) -> list[Any]:
+    """Several images of one channel, or a single one with its channels: the number of maps decides."""
+    shape = tuple(images.shape)
+    both = f"pass {name}[:, None] for images of one channel, {name}[None] for a single image in every row"
+    if rank != 2:
+        kind = FORMS[rank].split()[0]
+        batch = "(B, C, T)" if rank == 1 else "(B, C, D, H, W)"
+        raise ValueError(f"Expected `{name}` to be {rows} {kind} {batch}, as its maps are, but got {shape}; {both}.")
+    told = {np.size(np.asarray(v)) for v in (mean, std) if v is not None} & set(COLOURS)
+    if len(images) != rows or told & {shape[0], shape[2]}:
+        return [images]
+    if shape[2] in (1, *COLOURS):
+        raise ValueError(f"`{name}` of shape {shape} may be {rows} images or a single one: {both}.")
+    if rows in COLOURS:
+        warn(f"`{name}` of shape {shape} is drawn as {rows} images, one for each map; {both}.")
+    return list(images)
+
+
+def _channels_first(name: str, image: Any, rank: int, places: int) -> NDArray[Any]:
+    """A signal (C, T) or a volume (C, D, H, W)."""
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise TypeError(f"Expected `{name}` to be tensors or arrays, {FORMS[rank]}, but got {describe(image)}.")
+    values = real(name, image)
+    if values.ndim == rank:
+        values = values[None]
+    if values.ndim != rank + 1 or not values.size:
+        raise ValueError(
+            f"Expected `{name}` to be {FORMS[rank]}, as its maps have {rank} dimensions, but got one of shape"
+            f" {tuple(image.shape)}; maps of pictures are (B, 1, h, w)."
+        )
+    if values.shape[-1] < places <= max(values.shape):
+        raise ValueError(
+            f"Expected `{name}` to have its channels first, {FORMS[rank]}, but got one of shape {tuple(image.shape)},"
+            f" whose last dimension is shorter than that of its map, {places}."
+        )
+    return values
+
+
+def _undone(values: NDArray[Any], mean: Numbers, std: Numbers) -> NDArray[np.float64]:
+    """Values (..., C) before they were normalised; integers never were."""
+    scale, shift = (_each_channel(n, v, d, values.shape[-1]) for n, v, d in (("std", std, 1), ("mean", mean, 0)))
+    wide: NDArray[np.float64] = values.astype(np.float64)
+    return wide * scale + shift if values.dtype.kind == "f" else wide
+
+
+def _each_channel(name: str, values: Numbers, default: float, channels: int) -> NDArray[Any]:
+    numbers = np.atleast_1d(np.asarray(default if values is None else values, np.float32))
+    if numbers.shape not in ((1,), (channels,)):
+        raise ValueError(
+            f"Expected `mean` and `std` to have one number for each of {channels} channels, but got {name} {values!r}."
+        )
+    return numbers
+
+
+def _volume(name: str, values: NDArray[Any], mean: Numbers, std: Numbers) -> list[Image.Image]:
+    """The slices of a volume (C, D, H, W): in colours if it has three channels, else of its first."""
+    pixels = np.moveaxis(values, 0, -1)
+    levels = _levels(name, pixels, _undone(pixels, mean, std)[..., : 3 if len(values) == 3 else 1])
+    return [_image(s) for s in levels]
+
+
+def _picture(name: str, image: Picture, mean: Numbers, std: Numbers) -> Image.Image:
+    if isinstance(image, Image.Image):
+        try:
+            return as_rgb(image)
+        except ValueError as error:
+            raise ValueError(f"Cannot draw `{name}`: {error}.") from error
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise TypeError(f"Expected `{name}` to be a tensor, an array or a PIL image, but got {describe(image)}.")
+    pixels = real(name, image)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    channels = [axis for axis in (0, -1) if pixels.ndim == 3 and pixels.shape[axis] in (1, *COLOURS)]
+    if not channels or not pixels.size:
+        raise ValueError(f"Expected `{name}` to be {FORMS[2]}, but got one of shape {tuple(image.shape)}.")
+    # Where both ends could be the channels, tensors have them first, arrays last.
+    pixels = np.moveaxis(pixels, channels[0 if isinstance(image, Tensor) else -1], -1)
+    return _image(_levels(name, pixels, _undone(pixels, mean, std)))
+
+
+def _levels(name: str, given: NDArray[Any], pixels: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Bytes of pixels (..., C): what is out of the range of the dtype that was given is stretched."""
+    white = WHITE.get(given.dtype.name, 1 if given.dtype.kind in "fb" else 255)
+    finite = np.isfinite(pixels)
+    low, high = pixels.min(where=finite, initial=np.inf), pixels.max(where=finite, initial=-np.inf)
+    if low < -ROUNDING or high > white + ROUNDING or (white > 255 >= high > 0):  # 16 bits, or perhaps 8
+        cure = (
+            "the mean and std that it was normalised with"
+            if given.dtype.kind == "f"
+            else "uint8, or values from 0 to 1"
+        )
+        warn(
+            f"`{name}` has values from {low:.6g} to {high:.6g}, not from 0 to {white}; they are stretched to be seen."
+            f" Pass {cure}."
+        )
+        pixels = (pixels - low) / (high - low or 1)
+    else:
+        pixels = pixels / white
+    return to_bytes(np.where(finite, pixels, 0))
+
+
+def _image(levels: NDArray[np.uint8]) -> Image.Image:
+    """Of (H, W, C), without its opacity."""
+    return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels[..., :3]).convert("RGB")
+
+
+def real(name: str, values: Values) -> NDArray[Any]:
+    """Real numbers as an array."""
+    if isinstance(values, Tensor):
+        given = values.detach().cpu().as_subclass(Tensor)
+        values = (given.double() if given.is_floating_point() else given).numpy()
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"Expected `{name}` to be a real tensor or array, but got values of {values.dtype}.")
+    return values

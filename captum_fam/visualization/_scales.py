@@ -1,0 +1,169 @@
+"""Maps in their colours: what a colour stands for, and what a map lacks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from numbers import Real
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from captum_fam._checks import describe
+from captum_fam.images import as_rgb
+from captum_fam.visualization._panels import Colours, Panel, Photo, finite, show
+
+Scale: TypeAlias = Literal["all", "row"] | float
+
+CHARACTERS = 13  # of small text to an inch
+COARSE = 3  # a map with so few locations along a side is said to be coarse
+
+
+def check_scale(scale: object) -> None:
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if scale not in ("all", "row") if not number else not 1 <= scale <= 100:  # type: ignore[operator]
+        raise ValueError(
+            f'Expected `scale` to be "all", "row" or a percentile from 1 to 100, such as 99, but got {describe(scale)}.'
+        )
+
+
+def limit_of(maps: Iterable[Tensor], scale: Scale) -> float:
+    """The absolute value with the strongest colour: the largest, or a percentile of those that are not zero."""
+    each = [finite(m).abs().flatten() for m in maps]
+    values = torch.cat([m[m > 0] for m in each]).numpy() if each else np.empty(0)
+    if not len(values):
+        return 1.0
+    return float(values.max() if isinstance(scale, str) else np.percentile(values, scale))
+
+
+def beyond(values: Tensor, limit: float) -> int:
+    """How many values are drawn as if they were the limit."""
+    return int((finite(values).abs() > limit).sum())
+
+
+def is_signed(maps: Iterable[Tensor]) -> bool:
+    return any(bool((finite(m) < 0).any()) for m in maps)
+
+
+def draw_rows(
+    figure: Figure,
+    axes: Sequence[Sequence[Axes]],
+    panels: Sequence[Sequence[Panel]],
+    maps: Sequence[Sequence[Tensor]],
+    captions: Sequence[Sequence[str]],
+    label: str,
+    scale: Scale,
+) -> None:
+    """Draws rows of maps over their images on one colour scale, or on one for each row."""
+    signed = is_signed(chain(*maps))
+    if scale == "row":
+        for row in zip(axes, panels, maps, captions):
+            draw_maps(figure, *row, f"{label}\n(scale of this row)", signed=signed)
+    else:
+        a, p, m, c = (list(chain(*part)) for part in (axes, panels, maps, captions))
+        draw_maps(figure, a, p, m, c, label, scale=scale, signed=signed)
+
+
+def draw_maps(
+    figure: Figure,
+    axes: Iterable[Axes],
+    images: Sequence[Image.Image | Panel],
+    maps: Sequence[Tensor],
+    captions: Sequence[str],
+    label: str,
+    *,
+    scale: Scale = "all",
+    limit: float | None = None,
+    signed: bool | None = None,
+) -> None:
+    """Draws maps over images on one colour scale, with its bar, and says what a map lacks."""
+    axes = list(axes)
+    if limit is None:
+        limit = limit_of(maps, scale)
+    if signed is None:
+        signed = is_signed(maps)
+    colours = Colours(limit, signed)
+    clipped = 0
+    for axis, image, values, caption in zip(axes, images, maps, captions):
+        panel = Photo(image) if isinstance(image, Image.Image) else image
+        panel.draw(axis, "\n".join(filter(None, [caption, *_lacks(values, limit)])), values, colours)
+        clipped += beyond(values, limit)
+    if not isinstance(scale, str):
+        of = sum(m.numel() for m in maps)
+        label = f"{label}\n(up to percentile {scale:g};\n{clipped} of {of} values are beyond it)"
+    colour_bar(figure, axes, colours.bar, label, ("both" if signed else "max") if clipped else "neither")
+
+
+def colour_bar(
+    figure: Figure, axes: Sequence[Axes], scale: ScalarMappable, label: str, extend: str = "neither"
+) -> None:
+    bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=30, extend=extend)
+    bar.set_label(label, parse_math=False, fontsize="small")
+
+
+def _lacks(values: Tensor, limit: float) -> list[str]:
+    """What should be known of a map before it is read."""
+    known = values.isfinite()
+    said = []
+    if known.any() and not known.all():
+        said.append(f"{int((~known).sum())} of {values.numel()} values are not finite")
+    if not known.any():
+        said.append("no value is finite")
+    elif not finite(values).any():
+        said.append("the map is zero")
+    elif values.min() == values.max():
+        said.append("the map is constant")
+    if min(values.shape) <= COARSE:
+        said.append(f"the map has {' x '.join(map(str, values.shape))} locations")
+    if count := beyond(values, limit):
+        said.append(f"{count} of {values.numel()} beyond the scale")
+    return [f"({line})" for line in said]
+
+
+def value_range(values: Tensor) -> str:
+    known = values[values.isfinite()]
+    return f"{known.min():.3g} to {known.max():.3g}" if len(known) else ""
+
+
+def explanation_figure(
+    query: Image.Image,
+    references: Sequence[Image.Image],
+    maps: Mapping[str, Tensor],
+    reference_maps: Mapping[str, Tensor],
+    captions: Sequence[str],
+    reference_captions: Sequence[str],
+) -> Figure:
+    """
+    The query, its maps (K, h, w) for K references in rows by their labels, and below these the references with their
+    own.
+    """
+    query, references = as_rgb(query), [as_rgb(image) for image in references]
+    columns, rows = len(references) + 1, len(maps) + len(reference_maps)
+    figure = new_figure(columns, rows, use_pyplot=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    show(axes[0, 0], query, "query")
+    for axis in axes[1:, 0]:
+        axis.axis("off")
+    for row, (label, values) in enumerate(maps.items()):
+        draw_maps(figure, axes[row, 1:], [query] * len(references), list(values), captions, label)
+    for row, (label, values) in enumerate(reference_maps.items(), len(maps)):
+        draw_maps(figure, axes[row, 1:], references, list(values), reference_captions, label)
+    return figure
+
+
+def new_figure(columns: int, rows: int, use_pyplot: bool, foot: Sequence[str] = ()) -> Figure:
+    size = (width_of(columns), 2.9 * rows + 0.2 * len(foot))
+    if not use_pyplot:
+        return Figure(figsize=size, layout="constrained")
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=size, layout="constrained")
+
+
+def width_of(columns: int) -> float:
+    """In inches."""
+    return 2.6 * columns + 0.6
