@@ -55,7 +55,7 @@ def method_named(method: Any, function: str) -> type[SimilarityAttribution]:
     name = method.__name__ if isinstance(method, type) else method if isinstance(method, str) else describe(method)
     known = f"Expected `method` of {function} to be one of {', '.join(OF_SIMILARITIES)}, but got {name}."
     if isinstance(method, SimilarityAttribution):
-        raise ValueError(f"{known} Pass the class, {type(method).__name__}, and its options to {function}.")
+        raise ValueError(f"{known} That is an instance: pass its class, and its options to {function}.")
     if name == ClassActivationMap.__name__:
         raise ValueError(f"{known} It explains classifiers; SimilarityDecomposition is the same for similarities.")
     if hasattr(captum.attr, name):
@@ -120,6 +120,13 @@ def explain_references(
         ValueError: it compares places, and there are no images; or it has no map of one layer.
     """
     check_internal_batch_size(internal_batch_size)
+
+    def asked(z: Tensor, rows: slice) -> Question:
+        question = ask(z, rows)
+        if isinstance(question.less, float) or (isinstance(question.less, str) and question.less == "self"):
+            method.check_own_share(question.less, question.less if isinstance(question.less, float) else None)
+        return question
+
     if isinstance(method, CorrespondenceMap):
 
         def match(question: Question) -> Any:
@@ -132,9 +139,9 @@ def explain_references(
             call = Call(len(inputs[0]), None, internal_batch_size)
             return method.match(inputs, images, question.own, less, False, call)
 
-        found = matched(method, inputs, ask, match, internal_batch_size)
+        found = matched(method, inputs, asked, match, internal_batch_size)
     else:
-        found = method.explain(inputs, ask, internal_batch_size=internal_batch_size, signed=signed, sides=sides)
+        found = method.explain(inputs, asked, internal_batch_size=internal_batch_size, signed=signed, sides=sides)
     if len(found.sizes) > 1 or len(found.maps) > 1:
         raise ValueError("Expected `layer` to be one module that returns one tensor; explain several one by one.")
     return found
@@ -152,11 +159,6 @@ def matched(
     parts = [method.embed(cut(inputs, rows)) for rows in slices(B, internal_batch_size)]
     z = torch.cat(parts) if len(parts) > 1 else parts[0]
     question = ask(z, slice(0, B))
-    if isinstance(question.less, float) or (isinstance(question.less, str) and question.less == "self"):
-        raise ValueError(
-            "CorrespondenceMap shows which places look alike, not what a score is made of: it has no threshold, and no"
-            ' contrast="self"; SimilarityDecomposition has.'
-        )
     maps = match(question)
     valid = usable(z)[:, None] & usable(question.s.to(z))[question.own.to(z.device)]
     return Explained(z, [maps], [maps], valid, [], [1], Report(), [])

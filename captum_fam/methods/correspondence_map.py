@@ -76,6 +76,8 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         torch.Size([2, 1, 14, 14])
     """
 
+    _of_terms = False
+
     def __init__(
         self,
         forward_func: Callable[..., Any],
@@ -141,6 +143,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         inputs = format_inputs("inputs", inputs)
         check_internal_batch_size(internal_batch_size)
         references = self._given(inputs, reference, reference_embedding)
+        self._before_target(target, len(references[0]), inputs, additional_forward_args)
         own = reference_index("target", target, len(references[0]), len(inputs[0]))[:, None]
         call = Call(len(inputs[0]), additional_forward_args, internal_batch_size, attribute_to_layer_input)
         return self.match(inputs, references, own, contrast, relu_attributions, call)

@@ -24,6 +24,12 @@ Ask: TypeAlias = Callable[[Tensor, slice], Question]
 T = TypeVar("T")
 
 
+_OF_ONE_DIMENSION = (
+    "The embeddings have one dimension, so every cosine is 1 or -1, whatever the inputs. If the encoder returns a"
+    ' score, pass the part of it that embeds; for a classifier of one output take similarity="dot".'
+)
+
+
 class _RoutesDifferError(Exception):
     """A chunk of inputs is not aligned where those before it were."""
 
@@ -93,6 +99,8 @@ class LayerExplanation(OnLayer):
                         if (rows.start or number) and both != agreed:
                             raise _RoutesDifferError(both)
                         agreed, question = both, ask(recording.embedding, rows)
+                        if recording.embedding.shape[1] == 1 and self._similarity() == "cosine":
+                            report.warnings.append(_OF_ONE_DIMENSION)
                         P = question.own.shape[1]
                         if not number:
                             embeddings.put(rows, None, [recording.embedding])

@@ -55,6 +55,10 @@ class OnLayer(SimilarityAttribution):
         func = uncompiled(score.encoder) if score is not None else func
         return func.module if isinstance(func, nn.DataParallel) else func
 
+    def _run(self, inputs: Tensors, additional_forward_args: Any) -> None:
+        with self._record(inputs, additional_forward_args, Report()):
+            pass
+
     def _needs_graph(self) -> bool:
         """Whether the maps may need the gradient of the embedding with respect to the layer."""
         return False
@@ -95,5 +99,7 @@ def _check_layer(layer: object) -> None:
         check_hookable("layer", m)
     if not layers or not all(isinstance(m, nn.Module) for m in layers):
         hint = "; pass model.get_submodule(name)" if any(isinstance(m, str) for m in layers) else ""
+        if layer is None:
+            hint = "; pass the last one with a map, or take IntegratedDecomposition, which finds one"
         got = f"a list of {[type(m).__name__ for m in layers]}" if isinstance(layer, list) else describe(layer)
         raise TypeError(f"Expected `layer` to be a module or a list of modules, but got {got}{hint}.")

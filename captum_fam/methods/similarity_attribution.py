@@ -19,7 +19,7 @@ from captum_fam._checks import (
 from captum_fam._distances import canonical
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments, slices
 from captum_fam.engine.question import Once, Question, References, less_of
-from captum_fam.engine.untouched import embed
+from captum_fam.engine.untouched import embed, has_batch_statistics
 from captum_fam.score import SimilarityScore
 from captum_fam.similarity import Similarity, channel_contributions, check_similarity, widen
 
@@ -30,7 +30,7 @@ Selector: TypeAlias = Callable[[Any], Tensor] | None
 class SimilarityAttribution(Attribution):
     """A method that explains the similarity of the inputs' embeddings to references."""
 
-    _of_terms = True  # whether it explains any terms, such as those less a share of the input's own
+    _of_terms = True  # whether a share of the input's own can be taken away from what it explains
 
     def __init__(
         self,
@@ -142,10 +142,23 @@ class SimilarityAttribution(Attribution):
         K = len(references)
         if every and not K:
             raise ValueError("Expected at least one reference, but got none; pass embeddings (K, D) with K > 0.")
+        if not every:
+            self._before_target(target, K, inputs, additional_forward_args)
         own = torch.arange(K)[None] if every else self._own(target, references, B)[:, None]
         less = self._less(contrast, threshold, K, B)
         s = self._embedded(references, inputs, additional_forward_args, most)
         return Question(s, own.to(s.device), less.to(s.device) if isinstance(less, Tensor) else less)
+
+    def _before_target(self, target: Any, references: int, inputs: Tensors, additional_forward_args: Any) -> None:
+        """Where a target is missing, an error of the encoder, or of the layer, comes before that."""
+        B = len(inputs[0])
+        if target is None and B and references not in (1, B):
+            rows = slice(0, B if has_batch_statistics(self._encoder()) else 1)
+            self._run(cut(inputs, rows), cut_arguments(additional_forward_args, rows, B))
+
+    def _run(self, inputs: Tensors, additional_forward_args: Any) -> None:
+        """What the method runs for inputs, for the sake of its errors."""
+        self.embed(inputs, additional_forward_args)
 
     def _own(self, target: TargetType, references: References, inputs: int) -> Tensor:
         """The number of the reference that each input takes, (B,)."""
@@ -153,13 +166,17 @@ class SimilarityAttribution(Attribution):
 
     def _less(self, contrast: Any, threshold: Any, references: int, inputs: int) -> Any:
         """What is taken away from the scores, as in Question."""
+        self.check_own_share(contrast, threshold)
+        return less_of(contrast, threshold, self._similarity(), references, inputs)
+
+    def check_own_share(self, contrast: Any, threshold: Any) -> None:
+        """Refuses what takes away a share of the input's own, where that cannot be done."""
         if not self._of_terms and (threshold is not None or (isinstance(contrast, str) and contrast == "self")):
             raise ValueError(
-                f"{type(self).__name__} explains differences of scores, so it has no"
-                f" {'threshold' if contrast is None else 'contrast=' + repr(contrast)}; FeatureActivationMap and"
-                " SimilarityDecomposition have."
+                f"{type(self).__name__} has no {'contrast=' + repr(contrast) if threshold is None else 'threshold'}:"
+                " what an input has with itself cannot be taken away from its map. FeatureActivationMap and"
+                " SimilarityDecomposition have both."
             )
-        return less_of(contrast, threshold, self._similarity(), references, inputs)
 
     def _embed_changed(
         self,

@@ -50,6 +50,7 @@ def explain_found(
     Explains what ``search`` finds for the embeddings (B, D) of queries in some rows. ``images`` gives those of a
     query's hits of these ranks; ``check`` says what is doubtful of a result, its embeddings (B, D) and the hits'.
     """
+    method.check_own_share(contrast, threshold)
     parts: dict[int, Found] = {}
 
     def ask(z: Tensor, rows: slice) -> Tensor:

@@ -227,7 +227,7 @@ class EpisodeExplanation(Explanation):
             std=std,
         )
 
-    def _pair(self, label: Labels, other: Labels | Literal["rest"]) -> tuple[Tensor, Tensor | Literal["rest"]]:
+    def _pair(self, label: Labels, other: Labels | str) -> tuple[Tensor, Tensor | Literal["rest"]]:
         if len(self.classes) < 2:
             raise ValueError("A contrast needs at least two classes, but the episode has one.")
         own = self._index(label)
@@ -360,6 +360,7 @@ def explain_episode(
     else:
         explainer = make(forward_func, layer, similarity=similarity, **options)
         decision = _of_prototypes(explainer, support_images, support_labels, internal_batch_size)
+    explainer.check_own_share(contrast, threshold)
 
     queries = format_inputs("query_images", query_images)
     references = decision.references

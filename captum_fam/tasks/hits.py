@@ -189,7 +189,7 @@ def one_batch(query: Any) -> Tensor:
     (query,) = format_inputs("query", query)
     if query.ndim < 3:
         raise ValueError(f"Expected `query` to be inputs (B, C, *spatial), but got {describe(query)}.")
-    return query  # type: ignore[no-any-return]
+    return query
 
 
 def _as_hits(hits: Any, query: Tensor) -> Hits:

@@ -12,7 +12,14 @@ from captum_fam.methods.by_name import make_method
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.similarity import Similarity
-from captum_fam.tasks._faiss import search_index, searched, similarity_of, warnings_of_lengths, warnings_of_scores
+from captum_fam.tasks._faiss import (
+    search_index,
+    searched,
+    similarities_of,
+    similarity_of,
+    warnings_of_lengths,
+    warnings_of_scores,
+)
 from captum_fam.tasks._found import Contrast, Found, Gallery, explain_found, images_by_id
 from captum_fam.tasks.hits import one_batch
 from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
@@ -97,8 +104,9 @@ def explain_retrieval(
 
     def check(found: RetrievalExplanation, z: Tensor, s: Tensor) -> list[str]:
         there, s = found.indices.cpu() >= 0, torch.cat(stored)
-        scores = -found.scores.cpu() if similarity == "euclidean" else found.scores.cpu()
+        scores: Any = found.scores
         texts = warnings_of_lengths(s[there], z, similarity)
+        scores = similarities_of(scores.cpu(), index, similarity)
         return texts + warnings_of_scores(scores, found.similarities, there, searched(z, similarity), s)
 
     ids: list[list[Any]] = []

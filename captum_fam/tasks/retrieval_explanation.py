@@ -183,7 +183,8 @@ class RetrievalExplanation(Explanation):
         if titles is None:
             similar = self.similarities[query, there].tolist()
             titles = [f"{name}\nsimilarity {s:.3g}" for name, s in zip(self._names(query, there), similar)]
-        shown: Any = None if photos is None else list(photos)
+        given: Any = photos
+        shown = None if photos is None else list(given)
         maps = self.maps[query, there][:, None]
         options: Any = {"mean": mean, "std": std, "use_pyplot": use_pyplot}
         if self.hit_maps is None:
