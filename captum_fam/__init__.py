@@ -17,7 +17,8 @@ from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import SimilarityScore, prototypes
 from captum_fam.similarity import channel_contributions, contribution_weights
 from captum_fam.tasks.contrastive import NearestReferences, nearest_references
-from captum_fam.tasks.few_shot import EpisodeExplanation, explain_episode
+from captum_fam.tasks.episode_explanation import EpisodeExplanation
+from captum_fam.tasks.few_shot import explain_episode
 from captum_fam.tasks.hits import Hits, explain_hits
 from captum_fam.tasks.retrieval import explain_retrieval
 from captum_fam.tasks.retrieval_explanation import RetrievalExplanation

@@ -14,6 +14,10 @@ _INNER_PRODUCT, _L2 = 0, 1  # faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2
 _CLOSE = 1e-3  # how far lengths and scores may be from what they should be
 _ROUNDING = 1e-5  # the same for scores, in units of the squared lengths
 _LOSSY = 0.2  # how far the median length of normalised vectors may be from one, in an index that is lossy
+_OWN = (
+    "explain_hits(query, from_faiss(index.search(z, k), embeddings), encoder, layer), where z are the embeddings of the"
+    " queries and `embeddings` those of the gallery"
+)
 
 
 def searched(z: Tensor, similarity: str) -> Tensor:
@@ -23,6 +27,10 @@ def searched(z: Tensor, similarity: str) -> Tensor:
 
 def _is_lossy(index: Any) -> bool:
     """Whether an index keeps less of a vector than its numbers in single precision."""
+    if hasattr(index, "id_map"):
+        import faiss
+
+        return _is_lossy(faiss.downcast_index(index.index))
     try:
         size: int = getattr(index, "storage", index).sa_code_size()  # of HNSW, the storage has the vectors
     except (AttributeError, RuntimeError):
@@ -36,7 +44,7 @@ def similarity_of(index: Any, similarity: Similarity | None) -> str:
     if metric not in (_INNER_PRODUCT, _L2) or not hasattr(index, "reconstruct"):
         got = type(index).__name__ if metric is None else f"{type(index).__name__} with metric {metric}"
         raise ValueError(f"Expected `index` to be a faiss index of inner products or L2 distances, but got {got}.")
-    possible = ("dot", "cosine") if metric == _INNER_PRODUCT else ("euclidean",)
+    possible = ("dot", "cosine") if metric == _INNER_PRODUCT else ("euclidean", "cosine")
     similarity = possible[0] if similarity is None else canonical(similarity)
     if similarity not in possible:
         kind = "inner products" if metric == _INNER_PRODUCT else "L2 distances"
@@ -56,30 +64,55 @@ def search_index(index: Any, z: Tensor, k: int, similarity: str) -> tuple[Tensor
         )
     if not index.ntotal:
         raise ValueError("Expected `index` to hold vectors, but it is empty; call index.add(embeddings) first.")
-    scores, indices = map(torch.from_numpy, index.search(_array(z), k))
-    s = _vectors(index, indices)
+    found, numbers, vectors = _search(index, _array(z), k)
+    scores, indices = torch.from_numpy(found), torch.from_numpy(numbers)
+    s = torch.from_numpy(vectors)
+    s[indices < 0] = 1  # nothing was found
     off = (s.norm(dim=2) - 1).abs()[indices >= 0]
-    if similarity == "cosine" and len(off) and (off.median() > _LOSSY if _is_lossy(index) else off.max() > _CLOSE):
+    lossy = similarity == "cosine" and _is_lossy(index)
+    if similarity == "cosine" and len(off) and (off.median() > _LOSSY if lossy else off.max() > _CLOSE):
         raise ValueError(
             'similarity="cosine" needs an index of normalised vectors: call faiss.normalize_L2(vectors) before'
             " index.add(vectors), or leave out `similarity`."
+            + f" This index is lossy: where the vectors were normalised, {_OWN}."
+            * lossy
         )
     return scores, indices, s
 
 
-def _vectors(index: Any, indices: Tensor) -> Tensor:
-    """The stored vectors (B, k, D); ones for what was not found."""
-    s = torch.ones(*indices.shape, index.d)
-    for place in (indices >= 0).nonzero().tolist():
-        number = int(indices[tuple(place)])
-        try:
-            s[tuple(place)] = torch.from_numpy(np.asarray(index.reconstruct(number)))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{type(index).__name__} does not give back its vectors: for an IndexIDMap use IndexIDMap2, for an"
-                " inverted file call index.make_direct_map() first."
-            ) from error
-    return s
+def _search(index: Any, z: Any, k: int) -> tuple[Any, Any, Any]:
+    """Scores (B, k), numbers (B, k) and vectors (B, k, D) of the hits, as arrays; the index is left as it is."""
+    if hasattr(index, "id_map"):
+        import faiss
+
+        # An IndexIDMap has no vectors by its numbers; the index in it has them by place.
+        scores, places, vectors = _search(index.index, z, k)
+        numbers = faiss.rev_swig_ptr(index.id_map.data(), index.ntotal)  # a view
+        return scores, np.where(places < 0, -1, numbers[places]), vectors
+    try:
+        found: tuple[Any, Any, Any] = index.search_and_reconstruct(z, k)  # works without a direct map
+    except RuntimeError:
+        scores, numbers = index.search(z, k)
+        return scores, numbers, _vectors(index, numbers)
+    return found
+
+
+def _vectors(index: Any, numbers: Any) -> Any:
+    """The stored vectors (B, k, D), one by one."""
+    vectors = np.ones((*numbers.shape, index.d), np.float32)
+    try:
+        for place in zip(*np.nonzero(numbers >= 0)):
+            vectors[place] = index.reconstruct(int(numbers[place]))
+    except RuntimeError as error:
+        raise ValueError(f"{type(index).__name__} does not give back its vectors. With your own: {_OWN}.") from error
+    return vectors
+
+
+def similarities_of(scores: Tensor, index: Any, similarity: str) -> Tensor:
+    """What the scores of an index say of the similarities."""
+    if index.metric_type == _INNER_PRODUCT:
+        return scores
+    return 1 - scores / 2 if similarity == "cosine" else -scores  # |z - s|^2 = 2 - 2 cos for vectors of unit length
 
 
 def warnings_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: Tensor, s: Tensor) -> list[str]:
@@ -92,7 +125,7 @@ def warnings_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: T
     here, found = scores[off][0].item(), similar[off][0].item()
     return [
         f"The index gave a score of {here:.4g}, but the similarity to the vector that it holds is {found:.4g}: it is"
-        " lossy or transforms vectors. The maps explain the latter."
+        f" lossy or transforms vectors. The maps explain the latter. With your own vectors: {_OWN}."
     ]
 
 
@@ -103,10 +136,9 @@ def warnings_of_lengths(s: Tensor, z: Tensor, similarity: Similarity | None) -> 
         return []
     if ((lengths - 1).abs() <= _CLOSE).all():
         return []
-    advice = 'pass similarity="cosine"' if similarity == "dot" else "let the encoder end with F.normalize"
     return [
         f"The index holds vectors of unit length, but the embedding of a query has length {lengths.max():.3g}: its"
-        f" scores are not those of a search with normalised queries; for these, {advice}."
+        ' scores are not those of a search with normalised queries; for these, pass similarity="cosine".'
     ]
 
 

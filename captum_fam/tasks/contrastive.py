@@ -37,6 +37,10 @@ class NearestReferences(NamedTuple):
     agrees: Tensor
     reference_embedding: Tensor
 
+    def __repr__(self) -> str:
+        shapes = (f"{name}={tuple(value.shape)}" for name, value in zip(self._fields, self))
+        return f"{type(self).__name__}({', '.join(shapes)})"
+
 
 def nearest_references(
     embedding: Tensor, bank: Tensor, labels: Tensor | Sequence[int], k: int = 200, temperature: float = 0.1
@@ -84,7 +88,8 @@ def nearest_references(
     """
     for name, value in (("embedding", embedding), ("bank", bank)):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 2:
-            raise TypeError(f"Expected `{name}` to be a floating-point tensor (N, D), but got {describe(value)}.")
+            one = f"; a single embedding is {name}[None]" if isinstance(value, Tensor) and value.ndim == 1 else ""
+            raise TypeError(f"Expected `{name}` to be a floating-point tensor (N, D), but got {describe(value)}{one}.")
     if embedding.shape[1] != bank.shape[1]:
         raise ValueError(
             f"Expected `embedding` and `bank` from one encoder, but their dimensions are {embedding.shape[1]} and"

@@ -1,7 +1,7 @@
 """Few-shot episodes: why this class, and why not that one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,248 +11,15 @@ from torch import Tensor, nn
 from captum_fam._checks import check_internal_batch_size, check_labels, format_inputs, warn_once
 from captum_fam.engine.chunks import cut, slices
 from captum_fam.engine.untouched import eagerly
-from captum_fam.explorer import PairExplorer, check_titles, explore_groups
 from captum_fam.methods.by_name import make_method, method_named
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.similarity_attribution import Inputs, SimilarityAttribution
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import prototypes
-from captum_fam.similarity import Similarity, widen
+from captum_fam.similarity import Similarity
 from captum_fam.tasks._easyfsl import Decision, decision_of, is_classifier
-from captum_fam.tasks._explanation import Explanation, Origin, check_beyond, contrasted, explained
-from captum_fam.visualization import Pictures
-
-Labels = int | Sequence[int] | Tensor | None
-
-_SAME = 0.01  # how far a reference may be from a mean of embeddings, in units of its length
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class EpisodeExplanation(Explanation):
-    r"""
-    Why B queries were given their classes, of K; made by :func:`~captum_fam.explain_episode`.
-
-    Attributes:
-        classes (Tensor): The labels of the K classes, sorted.
-        predicted (Tensor): The label of the highest score of each query, (B,).
-        scores (Tensor): Scores (B, K), those of the few-shot library where it decides.
-        similarities (Tensor): What is explained: the sums of the contributions, (B, K). The scores
-                    themselves, but where the library goes on from them (softmax).
-        constants (Tensor): The part of them that no place of a query has, (B, K): minus the squared
-                    length of the prototype, for SimilarityDecomposition of squared distances, else zero.
-        maps (Tensor): The map of each query for each class, (B, K, \*spatial).
-        signed_maps (Tensor): Maps of the terms themselves, signed, in at least single precision;
-                    their differences are the contrast maps.
-        explainable (Tensor): Which pairs have embeddings that are finite and not zero, (B, K).
-        route (str): ``"aligned"`` or ``"jacobian"``.
-
-    Examples::
-
-        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        >>> support, queries = torch.rand(6, 3, 16, 16), torch.rand(2, 3, 16, 16)
-        >>> episode = explain_episode(encoder, encoder[1], queries, support, [0, 0, 1, 1, 2, 2])
-        >>> episode.predicted.shape, episode.margin(0, "rest").shape
-        (torch.Size([2]), torch.Size([2]))
-    """
-
-    classes: Tensor
-    scores: Tensor
-
-    @property
-    def predicted(self) -> Tensor:
-        return self.classes[self.scores.argmax(1)]
-
-    def map(self, label: Labels = None) -> Tensor:
-        r"""
-        What in each query is like a class.
-
-        Args:
-            label (int, sequence of int or Tensor, optional): Label of a class, for all queries or
-                        one for each.
-                        Default: None, the predicted class
-
-        Returns:
-            *Tensor*: maps (B, 1, \*spatial).
-
-        Raises:
-            ValueError: there is no such class.
-        """
-        rows = torch.arange(len(self.maps), device=self.maps.device)
-        return self.maps[rows, self._index(label)][:, None]
-
-    def contrast(
-        self,
-        label: Labels = None,
-        other: Labels | Literal["rest", "self"] | str = None,
-        *,
-        threshold: float | None = None,
-    ) -> Tensor:
-        r"""
-        Why one class rather than another: the map of the contributions to the difference of
-        their similarities, signed (see ``contrast`` in
-        :meth:`~captum_fam.FeatureActivationMap.attribute`).
-
-        Args:
-            label: As in :meth:`map`.
-            other (int, sequence of int, Tensor or str, optional): The class to contrast with, in the
-                        same forms; ``"rest"`` for the mean over all the others; or ``"self"``, what the query has in
-                        common with the class beyond what it has with itself, which needs one more pass.
-                        Default: None, the class with the highest score but for ``label``
-            threshold (float, optional): Instead of ``other``: why the similarity lies above or below it. One more pass.
-                        Default: None
-
-        Returns:
-            *Tensor*: maps (B, 1, \*spatial).
-
-        Raises:
-            ValueError: there is no such class, or no other one; or the similarity, or the method, has no ``"self"``
-                        and no threshold.
-
-        Warns where a map and the margin that it explains have opposite signs.
-        """
-        if check_beyond(other, threshold):
-            return self._beyond(self._index(label), None if threshold is not None else "self", threshold)
-        return self._contrast(*self._pair(label, other))
-
-    def margin(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
-        r"""
-        The difference of two similarities, which :meth:`contrast` explains.
-
-        Args:
-            label, other: As in :meth:`contrast`.
-
-        Returns:
-            *Tensor*: (B,).
-
-        Raises:
-            ValueError: As in :meth:`contrast`.
-        """
-        return self._difference(self.similarities, *self._pair(label, other))
-
-    def constant(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
-        r"""
-        The part of :meth:`margin` that belongs to the prototypes alone. With
-        :class:`~captum_fam.SimilarityDecomposition`, the mean of :meth:`contrast` and this add up to the
-        margin, where the places add up to the embedding.
-
-        Args:
-            label, other: As in :meth:`contrast`.
-
-        Returns:
-            *Tensor*: (B,); zero but for squared distances.
-
-        Raises:
-            ValueError: As in :meth:`contrast`.
-        """
-        return self._difference(self.constants, *self._pair(label, other))
-
-    def explore(
-        self,
-        query: int = 0,
-        *,
-        control: Pictures | None = None,
-        photos: Pictures | None = None,
-        titles: Sequence[str] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> PairExplorer:
-        r"""
-        A page of a query and the classes, the most similar first, on which one points at a place and sees what it
-        matches, as that of :func:`~captum_fam.explore_pair`. A class is shown as all of its support images, side by
-        side: its score is a sum over them, as the product with a mean is the mean of the products, and the page
-        prints the ``similarities``. So all shots are on the page, which grows by up to 0.2 MB with each, of 14 by 14
-        places.
-
-        Of an encoder and of SimpleShot, and of PrototypicalNetworks with ``method=SimilarityDecomposition``, which
-        explains the squared distance. Other classifiers decide by references that are no means of the
-        support embeddings.
-
-        Args:
-            query (int): Number of the query, from 0.
-                        Default: 0
-            control (Tensor, optional): One image (1, C, H, W) of the support's size that has nothing to do with
-                        the query.
-                        Default: None
-            photos (list of pictures, optional): What is shown of the query, each of the support images and the
-                        control, in this order.
-                        Default: None, the images themselves
-            titles (list of str, optional): Names of the query, of the ``classes`` in their order, and of the
-                        control.
-                        Default: None, as ``"class 3, predicted"``
-            mean, std (sequence of float, optional): As in :func:`~captum_fam.visualize_pair`.
-                        Default: None
-
-        Returns:
-            *PairExplorer*: the page, with ``save(path)``.
-
-        Raises:
-            TypeError, ValueError: an argument is not as described above, the support images were not passed, or
-                        the score is no sum over them; the message says what to do.
-
-        Examples::
-
-            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            >>> support, queries = torch.rand(6, 3, 16, 16), torch.rand(2, 3, 16, 16)
-            >>> episode = explain_episode(encoder, encoder[1], queries, support, [0, 0, 1, 1, 2, 2])
-            >>> episode.explore(query=1)  # doctest: +ELLIPSIS
-            PairExplorer(3 references, ... MB)
-        """
-        origin, image = self._explored(query)
-        method, (decision, support, labels) = origin.method, origin.others
-        if support is None:
-            raise ValueError("A page shows the support images: pass them and their labels to explain_episode.")
-        groups = _groups(self.classes, labels)
-        _check_means(decision, method.embed(image), method.embed(support), groups)
-        if decision.decomposed not in (None, method._similarity()):
-            raise ValueError(
-                "The scores of this classifier are distances, which are no sums over places; their squares are, and"
-                " order the classes alike. Pass method=SimilarityDecomposition to explain_episode."
-            )
-        count = 1 + len(groups) + (control is not None)
-        if titles is None:
-            names = [f"class {c}" + ", predicted" * (c == self.predicted[query].item()) for c in self.classes.tolist()]
-            titles = [f"query {query}", *names, *["control"] * (control is not None)]
-        check_titles(titles, count)
-        order = self.similarities[query].argsort(descending=True, stable=True).tolist()
-        return explore_groups(
-            image,
-            support,
-            [method],
-            [groups[k] for k in order],
-            self.similarities[query, order].tolist(),
-            control=control,
-            photos=photos,
-            titles=[titles[0], *(titles[1 + k] for k in order), *titles[1 + len(groups) :]],
-            mean=mean,
-            std=std,
-        )
-
-    def _pair(self, label: Labels, other: Labels | str) -> tuple[Tensor, Tensor | Literal["rest"]]:
-        if len(self.classes) < 2:
-            raise ValueError("A contrast needs at least two classes, but the episode has one.")
-        own = self._index(label)
-        if isinstance(other, str):
-            if other != "rest":
-                raise ValueError(f'Expected `other` to be a label or "rest", but got {other!r}.')
-            return own, "rest"
-        if other is None:
-            scores = self.scores.scatter(1, own[:, None], -torch.inf)
-            best = scores == scores.amax(1, keepdim=True)  # probabilities round to zero: the similarities then tell
-            similarities = self.similarities.scatter(1, own[:, None], -torch.inf)
-            return own, similarities.masked_fill(~best, -torch.inf).argmax(1)
-        return own, self._index(other)
-
-    def _index(self, label: Labels) -> Tensor:
-        if label is None:
-            return self.scores.argmax(1)
-        B, known, device = len(self.scores), self.classes.tolist(), self.classes.device
-        wanted = torch.tensor(label) if isinstance(label, int) and not isinstance(label, bool) else label
-        if not isinstance(wanted, Tensor) or wanted.ndim:
-            wanted = check_labels("label", wanted, B, "the queries", device)
-        unknown = sorted(set(wanted.reshape(-1).tolist()) - set(known))
-        if unknown:
-            raise ValueError(f"Expected labels among {known}, but got {unknown}.")
-        return (wanted.to(device).expand(B)[:, None] == self.classes).int().argmax(1)
+from captum_fam.tasks._explanation import Origin, contrasted, explained
+from captum_fam.tasks.episode_explanation import EpisodeExplanation, groups_of
 
 
 @eagerly
@@ -376,7 +143,7 @@ def explain_episode(
             )
         support = format_inputs("support_images", support_images)
         maps = explainer.attribute_all(queries, reference=support, internal_batch_size=internal_batch_size)
-        groups = _groups(decision.classes, support_labels)
+        groups = groups_of(decision.classes, support_labels)
         return torch.stack([maps[:, group].amax(1) for group in groups], 1)
 
     found, explanation, s = explained(explainer, queries, lambda z, rows: references(z), internal_batch_size, match)
@@ -400,12 +167,6 @@ def explain_episode(
     return result
 
 
-def _groups(classes: Tensor, labels: Any) -> list[list[int]]:
-    """The numbers of the support images of each class."""
-    labels = torch.as_tensor(labels).tolist()
-    return [[n for n, label in enumerate(labels) if label == own] for own in classes.tolist()]
-
-
 def _of_prototypes(
     method: SimilarityAttribution, images: Inputs | None, labels: Any, internal_batch_size: int | None
 ) -> Decision:
@@ -419,16 +180,3 @@ def _of_prototypes(
     labels = check_labels("support_labels", labels, len(embeddings), "`support_images`", embeddings.device)
     s = prototypes(embeddings, labels)
     return Decision(method.forward_func, "", labels.unique(sorted=True), lambda z: s)
-
-
-def _check_means(decision: Decision, z: Tensor, support: Tensor, groups: list[list[int]]) -> None:
-    """Whether the references of a decision are the means of the support embeddings, of which a page makes sums."""
-    means = torch.stack([widen(support[group]).mean(0) for group in groups])
-    with torch.no_grad():
-        s = widen(decision.references(z)).reshape(means.shape)
-    if ((s - means).norm(dim=1) > _SAME * means.norm(dim=1)).any():
-        raise ValueError(
-            "The references of this episode are not the means of its support images' embeddings, so the scores are no"
-            " sums over these: the classifier rectifies or weighs them (FEAT, BDCSPN, LaplacianShot, MatchingNetworks),"
-            " or the encoder has changed since. Pass the encoder itself to explain_episode, with its `similarity`."
-        )

@@ -186,10 +186,10 @@ def explain_hits(
 
 
 def one_batch(query: Any) -> Tensor:
-    (query,) = format_inputs("query", query)
-    if query.ndim < 3:
-        raise ValueError(f"Expected `query` to be inputs (B, C, *spatial), but got {describe(query)}.")
-    return query
+    (batch,) = format_inputs("query", query)
+    if batch.ndim < 3:
+        raise ValueError(f"Expected `query` to be inputs (B, C, *spatial), but got {describe(batch)}.")
+    return batch
 
 
 def _as_hits(hits: Any, query: Tensor) -> Hits:
@@ -226,7 +226,7 @@ def _embedded(
             embedded = method.embed(images(b, ranks[some]).to(query))
             s = embedded.new_ones(*there.shape, embedded.shape[1]) if s is None else s
             s[b, ranks[some]] = embedded
-    return method.embed(query)[:, None].expand(-1, there.shape[1], -1) if s is None else s  # type: ignore[no-any-return]
+    return method.embed(query)[:, None].expand(-1, there.shape[1], -1) if s is None else s
 
 
 def _warnings_of_order(found: RetrievalExplanation) -> list[str]:
