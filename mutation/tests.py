@@ -43,7 +43,11 @@ TESTS = {
     "metrics/_perturbed": "metrics metrics_peers",
     "metrics/_road": "metrics metrics_peers defaults",
     "metrics/_sanity": "metrics defaults",
+    "batch/_images": "batch_images",
     "batch/_job": "batch_files",
     "batch/_pairs": "batch_files",
-    "batch/_part": "batch_files",
+    "batch/_part": "batch_files batch_options",
+    "batch/_references": "batch_references",
+    "batch/_stored": "batch_stored",
+    "batch/_work": "batch_options batch_stored",
 }

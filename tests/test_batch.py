@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from test_errors import Counted
 
 from captum_fam import FeatureActivationMap, cli, demo
 from captum_fam.bundled import bundled_encoder
+from captum_fam.encoders._ready import ReadyEncoder
 from captum_fam.images import read_image, to_tensor
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 from captum_fam import batch  # noqa: E402  # after the skip
-from captum_fam.batch import _engines, _part  # noqa: E402
+from captum_fam.batch import _engines, _part, _work  # noqa: E402
+from captum_fam.batch._work import QUERY, Explaining, Work  # noqa: E402
 
 NAMES = ["astronaut.jpg", "cat.jpg", "coffee.jpg", "rocket.jpg", "sub/motorcycle.png"]
 PAIRS = [(query, reference) for query in NAMES for reference in NAMES]
@@ -140,7 +143,7 @@ def test_each_row_is_what_attribute_gives_for_its_pair(photos, tmp_path, expecte
     rows = read(tmp_path / "out")
     check(rows, PAIRS, expected)
     assert [row["id"] for row in rows] == list(range(25))
-    assert found == batch.BatchResult(25, 0, None, "features")
+    assert found == batch.BatchResult(25, 0, None, "features", {})
     assert [pq.read_metadata(p).num_rows for p in sorted((tmp_path / "out").glob("*.parquet"))] == [10, 10, 5]
 
 
@@ -197,10 +200,16 @@ def test_a_query_of_several_pairs_takes_one_pass(kind):
     expected = fam.attribute(queries[query_of], reference_of, reference_embedding=s)
     z = fam.embed(queries)
     encoder.calls = 0
-    scores, maps, places = _part._explain(fam, queries, s, query_of, reference_of)
+    ready = ReadyEncoder(encoder, 8, device="cpu", dtype=torch.float64)
+    explaining = Explaining(ready, "layer", fam, None, batch_size=32, running=nullcontext)
+    work = Work(explaining, ([f"q{q}" for q in query_of], reference_of.tolist()), dict(enumerate(s)))
+    (step,) = work.steps([QUERY], stored=True)
+    step.run({f"q{q}": x for q, x in enumerate(queries)})
     assert encoder.calls == 1
-    torch.testing.assert_close(maps.flatten(0, 1)[places], expected[:, 0])
-    torch.testing.assert_close(scores, torch.cosine_similarity(z[query_of], s[reference_of]))
+    for n, values in enumerate(expected[:, 0].numpy()):
+        found, scale = work.maps[QUERY][n]
+        np.testing.assert_allclose(found.astype(np.float64) * scale, values, rtol=0, atol=2**-10 * np.abs(values).max())
+        assert work.scores[n] == pytest.approx(torch.cosine_similarity(z[query_of[n]], s[reference_of[n]], 0).item())
 
 
 def test_what_cannot_be_read_costs_its_own_rows_only(photos, tmp_path, expected, run):
@@ -222,8 +231,9 @@ def test_what_cannot_be_read_costs_its_own_rows_only(photos, tmp_path, expected,
         assert bad[row["query"], row["reference"]] in row["error"]
         assert "\n" not in row["error"]
         assert row["score"] is row["map"] is row["shape"] is row["scale"] is None
-    assert (status, err) == (0, "")
-    assert f"explained 14 pairs, 14 failed: there is no image {photos}/nope.jpg" in out
+    assert (status, err) == (1, "")
+    kinds = "8 cannot be read, 4 no path, 2 no such file"
+    assert f"explained 14 pairs, 14 failed ({kinds}); the first: there is no image {photos}/nope.jpg" in out
 
 
 def test_if_no_pair_can_be_explained_the_command_fails_with_the_first_error(photos, tmp_path, run):
@@ -231,7 +241,7 @@ def test_if_no_pair_can_be_explained_the_command_fails_with_the_first_error(phot
     (tmp_path / "elsewhere").mkdir()
     status, out, err = run(pairs, "-o", tmp_path / "out", "--root", tmp_path / "elsewhere")
     assert (status, out) == (2, "")
-    assert "none of 3 pairs" in err
+    assert f"none of 3 pairs could be explained (3 no such file), see {tmp_path / 'out'}; the first: there" in err
     assert "elsewhere/astronaut.jpg" in err
     assert err.count("\n") == 1
 
@@ -332,7 +342,7 @@ def test_maps_that_do_not_fit_float16_come_with_a_scale(photos, factories, in_pr
 @given(st.floats(-(2.0**127), 2.0**127, width=32), st.floats(0, 1, width=32))
 def test_float16_keeps_eleven_bits_of_the_largest_value(largest, share):
     values = np.array([[largest, largest * share, 0]], np.float32)
-    half, scale = _part._half(values)
+    half, scale = _work.half(values)
     assert half.dtype == np.float16
     assert np.isfinite(half).all()
     assert np.log2(scale) % 1 == 0
@@ -351,7 +361,8 @@ def test_an_embedding_that_is_zero_or_not_finite_is_an_error_of_its_rows_and_no_
         *(pairs, "-o", factories / "out", "--root", photos, "--encoder", "batch_factories:plain", "--size", 64)
     )
     rows = read(factories / "out")
-    assert (status, err) == (0, "")
+    assert (status, err) == (1, "")
+    assert {row["failure"] for row in rows} == {None, "no similarity"}
     assert ["zero or not finite" in (row["error"] or "") for row in rows] == [False] * 6 + [True] * 3 + [False] * 2
     alone = write(factories / "alone.csv", [*PAIRS[:6], *PAIRS[6:8]])
     run(alone, "-o", factories / "alone", "--root", photos, "--encoder", "batch_factories:plain", "--size", 64)
@@ -374,7 +385,7 @@ def test_what_is_doubtful_is_said_once_and_what_an_encoder_prints_is_no_result(p
 
 BAD = {
     "no such file": (["{tmp}/nope.csv"], "there is no file"),
-    "a folder": (["{tmp}"], "there is no file"),
+    "a folder without images": (["{tmp}"], "a pair needs two images, but {tmp} has none"),
     "another suffix": (["{tmp}/pairs.txt"], ".parquet or .csv"),
     "no Parquet": (["{tmp}/text.parquet"], "text.parquet"),
     "an empty CSV": (["{tmp}/empty.csv"], "empty.csv"),
@@ -416,7 +427,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(run, photos, factories, argu
     names = {"tmp": factories, "pairs": pairs, "photos": photos}
     status, out, err = run("-o", factories / "out", "--root", photos, *(a.format(**names) for a in arguments))
     assert (status, out) == (2, "")
-    assert advice in err
+    assert advice.format(**names) in err
     assert err.count("\n") == 1
     assert not list(factories.glob("out/*.parquet"))
     assert not list(factories.glob("out/_tmp*"))
@@ -543,8 +554,8 @@ def undisturbed(job, tmp_path_factory):
 
 def finishes(process):
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "explained 39 pairs, 1 failed" in out
+    assert process.returncode == 1, err
+    assert "explained 39 pairs, 1 failed (1 no such file)" in out
 
 
 def contents(folder):
@@ -812,7 +823,7 @@ def by_ray(job, output, *arguments):
 def test_ray_writes_the_same_files(job, undisturbed, tmp_path):
     pytest.importorskip("ray", reason="needs the extra ray")
     status, out, err = by_ray(job, tmp_path / "out")
-    assert status == 0, err
+    assert status == 1, err
     assert "explained 39 pairs, 1 failed" in out
     assert contents(tmp_path / "out") == undisturbed[0]
     status, _, err = by_ray(job, tmp_path / "wrong", "--layer", "feature")

@@ -18,7 +18,7 @@ from test_cli_outside import damaged
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 from captum_fam import batch  # noqa: E402  # after the skip
-from captum_fam.batch import _engines, _job, _pairs, _part  # noqa: E402
+from captum_fam.batch import _engines, _job, _pairs, _part, _work  # noqa: E402
 
 posix = pytest.mark.skipif(os.name != "posix", reason="names and files of POSIX")
 SIX = [*PAIRS[:5], ("nope.jpg", NAMES[0])]
@@ -137,7 +137,7 @@ def test_a_part_that_is_not_as_the_job_wrote_it_is_named_and_nothing_is_done(aga
     assert {p.name for p in output.iterdir()} == before
     (shutil.rmtree if (output / PART).is_dir() else os.unlink)(output / PART)
     status, out, err = start()
-    assert (status, err) == (0, "")
+    assert (status, err) == (1, "")
     assert "explained 5 pairs, 1 failed" in out
     assert files(output) == files(jobs / "job")
 
@@ -151,7 +151,7 @@ def test_a_file_that_would_be_read_with_the_parts_is_named(again, name):
     assert str(output / name) in err
     assert "delete or move it" in err
     (output / name).rename(output / f"_{name}")  # no reader takes it
-    assert start()[0] == 0
+    assert start()[0] == 1
 
 
 def test_whatever_bit_is_flipped_the_part_is_refused(jobs, tmp_path):
@@ -196,7 +196,7 @@ def test_a_copy_of_the_pairs_that_is_damaged_is_named_and_can_be_deleted(again, 
     assert f"{output / '_pairs.arrow'} is not as this job wrote it: delete it" in err
     (shutil.rmtree if (output / "_pairs.arrow").is_dir() else os.unlink)(output / "_pairs.arrow")
     (output / PART).unlink()
-    assert start()[0] == 0
+    assert start()[0] == 1
     assert files(output) == files(jobs / "job")
 
 
@@ -240,7 +240,9 @@ def test_a_part_that_exists_is_not_made_again(jobs, tmp_path, monkeypatch):
     job = _job.seal(json.loads((output / "_batch.json").read_text())["job"])
     monkeypatch.setattr(_part, "ready_encoder", None)
     before = stamps(output)
-    explain = _part.PartExplainer(output, job, "bundled", None, "cosine", ".", 2, 1, size=None)
+    explain = _part.PartExplainer(
+        output, job, "bundled", None, "Relax", "cosine", None, None, "query", None, ".", 2, 1, size=None
+    )
     assert [explain(part) for part in range(3)] == [(2, [])] * 3
     assert stamps(output) == before
     (output / PART).write_bytes(b"")
@@ -259,7 +261,7 @@ def test_what_is_left_is_explained_at_the_layer_of_what_is_done(again, jobs, mon
 
     monkeypatch.setitem(_engines.ENGINES, "local", engine)
     for _ in range(2):
-        assert start()[0] == 0
+        assert start()[0] == 1
     assert asked == [([1], "features")]  # once: then nothing is left
 
 
@@ -279,7 +281,7 @@ def test_what_ray_calls_gives_the_same_parts_or_the_error_of_the_first_that_fail
     monkeypatch.setitem(_engines.ENGINES, "local", engine)
     for name in (PART, "part-000002.parquet"):
         (output / name).unlink()
-    assert start()[0] == 0
+    assert start()[0] == 1
     assert rows == [{"pairs": 2, "warned": "[]", "error": ""}] * 2
     assert files(output) == files(jobs / "job")
     (output / PART).write_bytes(b"")
@@ -351,7 +353,7 @@ def test_of_files_with_such_names_only_those_of_a_run_are_deleted(again):
     for name in [OWN, *USERS]:
         (output / name).write_text("mine")
     (output / f"_tmp-78-{'0a' * 16}").mkdir()
-    assert start()[0] == 0
+    assert start()[0] == 1
     assert {p.name for p in output.glob("_tmp*")} == {*USERS, f"_tmp-78-{'0a' * 16}"}
 
 
@@ -569,11 +571,13 @@ def test_parts_are_of_one_size_but_for_the_last(sizes, rows):
 
 @posix
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_pairs_and_weights_that_are_no_files_do_not_wait(tmp_path, run, kind):
+def test_pairs_and_weights_and_embeddings_that_are_no_files_do_not_wait(tmp_path, run, kind):
     file = tmp_path / "pairs.csv"
     {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](file)
     good = write(tmp_path / "good.csv", SIX)
-    for arguments in ([file], [good, "--weights", file]):
+    for arguments in ([file], [good, "--weights", file], [good, "--reference-embeddings", file]):
+        if kind == "folder" and arguments == [file]:  # of images
+            continue
         status, _, err = run(*arguments, "-o", tmp_path / "out")
         assert status == 2
         assert f"there is no file {file}: it is a {kind}" in err
@@ -622,8 +626,11 @@ def test_under_a_root_that_is_no_utf8_a_missing_image_costs_its_own_row(photos, 
     arguments = (write(tmp_path / "pairs.csv", SIX), "-o", tmp_path / "out", "--root", root)
     for _ in range(2):  # finished, it is recognised
         status, out, err = run(*arguments)
-        assert (status, err) == (0, "")
-        assert f"explained 5 pairs, 1 failed: there is no image {tmp_path}/\\udcff\\x1b[2J/nope.jpg" in out
+        assert (status, err) == (1, "")
+        assert (
+            f"explained 5 pairs, 1 failed (1 no such file); the first: there is no image {tmp_path}/\\udcff\\x1b[2J/nope.jpg"
+            in out
+        )
     assert [row["error"] is None for row in read(tmp_path / "out")] == [True] * 5 + [False]
     status, _, err = run(*arguments[:-1], photos)
     assert (status, err.count("\n")) == (2, 1)
@@ -636,8 +643,8 @@ def test_a_pipe_as_an_image_costs_its_own_rows(photos, tmp_path, run):
     os.mkfifo(tmp_path / "pipe.png")
     pairs = write(tmp_path / "pairs.csv", [*SIX[:2], (str(tmp_path / "pipe.png"), NAMES[0]), ("/dev/zero", NAMES[0])])
     status, out, _ = run(pairs, "-o", tmp_path / "out", "--root", photos)
-    assert status == 0
-    assert "explained 2 pairs, 2 failed" in out
+    assert status == 1
+    assert "explained 2 pairs, 2 failed (2 cannot be read)" in out
     assert ["it is a pipe" in (row["error"] or "") for row in read(tmp_path / "out")] == [False, False, True, False]
 
 
@@ -657,7 +664,7 @@ def test_a_warning_of_pillow_is_said_once_with_a_file(photos, tmp_path, run):
 )
 def test_values_are_scaled_where_half_precision_would_lose_them_and_nowhere_else(largest, scale):
     values = np.array([[largest, -largest / 4]], np.float32)
-    half, found = _part._half(values)
+    half, found = _work.half(values)
     assert half.dtype == np.float16
     assert found == scale
     np.testing.assert_array_equal(half.astype(np.float32) * np.float32(found), values)

@@ -1,22 +1,38 @@
 """Many pairs as a batch job: explained in parts, by worker processes or Ray, that can be stopped at any moment."""
 
+import csv
 import json
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from captum_fam._checks import check_positive
 from captum_fam._files import irregular
-from captum_fam.batch._engines import ENGINES
-from captum_fam.batch._job import digest, locked, prepare, seal
-from captum_fam.batch._part import layers_of, part_file
+from captum_fam.batch._engines import ENGINES, cpus
+from captum_fam.batch._images import all_pairs, images_of, nearest
+from captum_fam.batch._job import digest, digest_of, locked, prepare, seal
+from captum_fam.batch._pairs import write_pairs, write_tables
+from captum_fam.batch._part import EMBEDDINGS, PAIRS, PartExplainer, layers_of, part_file
+from captum_fam.batch._references import check_references, numbered
+from captum_fam.batch._stored import StoredPair, StoredPairs, read_maps
+from captum_fam.batch._work import SIDES
+from captum_fam.engine.question import less_of
+from captum_fam.images import write_whole
+from captum_fam.methods.by_name import OF_SIMILARITIES, method_named
+from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.on_layer import OnLayer
 
-__all__ = ["BatchResult", "explain_pairs"]
+__all__ = ["BatchResult", "StoredPair", "StoredPairs", "explain_pairs", "read_maps"]
+
+# Names that are none of a folder: who writes them expects one file.
+_FILES = (".csv", ".tsv", ".txt", ".parquet", ".json", ".npy", ".png", ".jpg", ".pdf", ".svg", ".html")
 
 
 @dataclass(frozen=True)
@@ -28,23 +44,32 @@ class BatchResult:
         explained: pairs that have a score and a map.
         failed: pairs that have an error instead.
         error: the first of them, or None.
-        layer: whose maps they are.
+        layer: whose maps they are; empty for a method that takes none.
+        failures: how many failed of each kind, the most frequent first: ``"no such file"``, ``"cannot be read"``,
+            ``"no path"``, ``"no embedding"`` and ``"no similarity"`` (an embedding is zero or not finite).
     """
 
     explained: int
     failed: int
     error: str | None
     layer: str
+    failures: dict[str, int]
 
 
 def explain_pairs(
-    pairs: Path,
+    pairs: Path | str | Sequence[Path | str],
     output: Path,
     *,
     encoder: str = "bundled",
     weights: Path | None = None,
     layer: str | None = None,
+    method: str | type = "FeatureActivationMap",
     similarity: str = "cosine",
+    contrast: Literal["self"] | None = None,
+    threshold: float | None = None,
+    sides: Literal["query", "reference", "both"] = "query",
+    neighbours: int | None = None,
+    reference_embeddings: Path | None = None,
     size: int | None = None,
     device: str = "cpu",
     mean: Sequence[float] | None = None,
@@ -54,52 +79,86 @@ def explain_pairs(
     batch_size: int = 32,
     workers: int | None = None,
     engine: Literal["local", "ray"] | str = "local",
+    errors: Path | None = None,
 ) -> BatchResult:
     r"""
-    Explains each pair of images in a file, as ``captum-fam batch`` does.
+    Explains pairs of images, as ``captum-fam batch`` does: those that a file lists, or those of a folder.
 
-    The output folder gets Parquet files with a row for each pair, in the order of the file:
+    The output folder gets Parquet files with a row for each pair, in the order of the list;
+    :func:`read_maps` gives them as arrays:
 
-    - ``id`` (the row's number where the file has none), ``query`` and ``reference``
+    - ``id`` (the row's number where the list has none), ``query`` and ``reference``
     - ``score``: the similarity
-    - ``map``, of the query for the reference (swap the columns for the other side): float16, and
-      its ``shape``; the values are ``map * scale``, with a power of two as scale where the largest
-      magnitude is above 2**15 or below 2**-3, else 1
-    - ``error``: why there is neither score nor map; an image that cannot be read costs its own rows
+    - ``map``, of the query for the reference: float16, and its ``shape``; the values are
+      ``map * scale``, with a power of two as scale where the largest magnitude is above 2**15 or
+      below 2**-3, else 1. With ``sides="reference"`` or ``"both"``, ``reference_map``,
+      ``reference_shape`` and ``reference_scale``, of the reference for the query
+    - ``failure`` and ``error``: of which kind, and why there is neither score nor map; an image that cannot be
+      read costs its own rows
 
     Each file is written at once and whole. Started again after whatever stop, the job finishes
     what is left. A pair that failed is not tried again, unless its file is deleted.
 
+    An image goes through the encoder once for all of its pairs in a part, however the list is ordered: as a query
+    with its activations, as a reference for its embedding, and with its activations if its map is asked for, too.
+    (CorrespondenceMap takes it again after each ``batch_size`` pairs.)
+
     Args:
-        pairs (Path): A .parquet or .csv file with the columns query, reference and, perhaps, id.
+        pairs (Path or list of Path): A .parquet, .csv (or .tsv; commas, semicolons or tabs) file with the columns
+                    query, reference and, perhaps, id. Or images: a folder, with all folders in it, a pattern such as
+                    ``"photos/*.jpg"``, or a list of paths. Each is paired with each other, in both orders, or
+                    once with ``sides="both"``.
         output (Path): A new or empty folder, or that of the same job. Another encoder (the name, and
-                    what is in ``weights``; what a factory does is not looked at), layer, similarity,
-                    size, mean, std, root, part_size or pairs are another job.
+                    what is in ``weights``; what a factory does is not looked at), layer, method, similarity,
+                    contrast, threshold, sides, neighbours, embeddings, size, mean, std, root, part_size or pairs
+                    are another job.
         encoder, weights, size: As in :func:`~captum_fam.encoders.load_encoder`.
         layer (str, optional): Dotted name.
-                    Default: None, the last module with a map that the embedding depends on
+                    Default: None, the last module with a map that the embedding depends on, or what the method finds
+        method (str or type): A method of similarities by name or class: FeatureActivationMap,
+                    SimilarityDecomposition, IntegratedDecomposition, CorrespondenceMap, RelevanceCam, ScoreCam,
+                    LabelFreeActivationMap, or Relax, which takes no layer.
+                    Default: ``"FeatureActivationMap"``
         similarity (str): As in :func:`~captum_fam.channel_contributions`.
                     Default: ``"cosine"``
+        contrast (str, optional): ``"self"``, as in :class:`~captum_fam.FeatureActivationMap`: what a match has beyond
+                    what the image has with itself.
+                    Default: None
+        threshold (float, optional): Why scores lie above or below it. The column ``score`` is the score itself.
+                    Default: None
+        sides (str): Whose maps are made: ``"query"``, ``"reference"`` or ``"both"``.
+                    Default: ``"query"``
+        neighbours (int, optional): With images in place of a list, pairs each with so many others that are most
+                    similar to it, best first. All are embedded in this process before the first pair is explained; a
+                    stop until then loses this.
+                    Default: None, all pairs
+        reference_embeddings (Path, optional): Embeddings of the references in place of their images: a .npy file
+                    (N, D), and the column reference has numbers of rows, from 0; or a .parquet file
+                    with the columns id and embedding, and the column reference has ids. They must be this
+                    encoder's. For ``sides="query"``, and not for CorrespondenceMap.
+                    Default: None
         device (str): A torch device; with ``"cuda"``, each worker has a GPU of its own.
                     Default: ``"cpu"``
         mean, std (Sequence[float], optional): Of the RGB channels in [0, 1].
                     Default: None, the encoder's
-        root (Path): Where relative paths start.
+        root (Path): Where relative paths in a list start. Images that lie in it get such paths.
                     Default: the current folder
         part_size (int): Pairs in each file, the unit of work.
                     Default: 512
-        batch_size (int): Pairs that are explained at once. It changes results only by rounding.
+        batch_size (int): Images that go through the encoder at once. It changes results only by rounding.
                     Default: 32
         workers (int, optional): Processes, each with its own encoder.
                     Default: None, one for each CPU, or each GPU with ``device="cuda"``
         engine (str): ``"local"``, or ``"ray"`` for Ray Data, whose nodes must all see the files.
                     Default: ``"local"``
+        errors (Path, optional): A .csv file to write: id, query, reference, failure and error of pairs that failed.
+                    Default: None
 
     Returns:
         *BatchResult*: of the whole job, runs before this one included.
 
     Raises:
-        ValueError: an argument is not as described above, another run is at work in the same
+        TypeError, ValueError: an argument is not as described above, another run is at work in the same
                     folder, the encoder failed, or a worker died.
 
     The worker processes import the script that calls this: guard it with
@@ -107,49 +166,129 @@ def explain_pairs(
 
     Examples::
 
-        >>> explain_pairs(Path("log.csv"), Path("maps"), encoder="torchvision:resnet50")  # doctest: +SKIP
-        BatchResult(explained=4998, failed=2, error='there is no image ...', layer='layer4')
+        >>> explain_pairs("photos", Path("maps"), neighbours=5, sides="both")  # doctest: +SKIP
+        BatchResult(explained=4998, failed=2, error='there is no image ...', layer='features', failures={...})
     """
-    for name, value in {
+    given = [Path(path) for path in ([pairs] if isinstance(pairs, (str, Path)) else pairs)]
+    output, root = Path(output), Path(root)
+    for name, number in {
         "part_size": part_size,
         "batch_size": batch_size,
         "workers": 1 if workers is None else workers,
+        "neighbours": 1 if neighbours is None else neighbours,
     }.items():
-        check_positive(name, value)
+        check_positive(name, number)
     if engine not in ENGINES:
         raise ValueError(f"Expected `engine` to be {' or '.join(map(repr, ENGINES))}, but got {engine!r}.")
-    for file in (pairs, weights):
+    if sides not in SIDES:
+        raise ValueError(f"Expected `sides` to be {' or '.join(map(repr, SIDES))}, but got {sides!r}.")
+    kind = _check_method(method, similarity, contrast, threshold, layer)
+    _check_output(output, errors, given)
+    for file in (weights, reference_embeddings):
         if file is not None and (problem := _no_file(file)):
             raise ValueError(f"there is no file {file}: {problem}")
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: pass the one where relative paths start as --root")
-    what = {"encoder": encoder, "layer": layer, "similarity": similarity, "size": size, "mean": mean, "std": std}
+    images = images_of(given, root)
+    if images is None and (problem := _no_file(given[0])):
+        raise ValueError(f"there is no file {given[0]}: {problem}")
+    if images is None and neighbours is not None:
+        raise ValueError(f"--neighbours is for a folder of images, but {given[0]} lists the pairs: leave it out")
+    if reference_embeddings is not None:
+        _check_embeddings(reference_embeddings, kind, sides, images)
+
+    what: dict[str, Any] = {"encoder": encoder, "layer": layer, "method": _name(kind), "similarity": similarity}
+    what |= {"contrast": contrast, "threshold": threshold, "sides": sides, "size": size, "mean": mean, "std": std}
     what["root"] = str(root.resolve())
-    job = what | {"pairs": digest(pairs), "weights": weights and digest(weights), "part_size": part_size}
+    job = what | {"pairs": digest(given[0]) if images is None else digest_of("\n".join(images)), "part_size": part_size}
+    job |= {"weights": weights and digest(weights), "neighbours": neighbours}
+    job["reference_embeddings"] = reference_embeddings and digest(reference_embeddings)
     job = json.loads(json.dumps(job))
+    copied = reference_embeddings is not None and reference_embeddings.suffix.lower() == ".parquet"
+    rows = reference_embeddings and (output / EMBEDDINGS if copied else reference_embeddings).resolve()
+    options: dict[str, Any] = what | {
+        "output": output.resolve(),
+        "job": seal(job),
+        "method": kind,
+        "references": rows,
+        "weights": weights and weights.resolve(),
+        "device": device,
+        "batch_size": batch_size,
+    }
+
+    def write(to: Path, embeddings: Path | None = None) -> int:
+        if images is None:
+            numbers = None if reference_embeddings is None else numbered(reference_embeddings, embeddings)
+            return write_pairs(given[0], to, part_size, numbers)
+        if neighbours is None:
+            return write_tables(all_pairs(images, once=sides == "both"), to, part_size)
+        embedded = PartExplainer(**options, threads=cpus()).embeddings(images)
+        return write_tables(nearest(images, embedded, similarity, neighbours), to, part_size)
+
     with locked(output):
-        total = prepare(output, pairs, job)
+        total = prepare(output, job, [PAIRS, EMBEDDINGS] if copied else [PAIRS], write)
         parts = range(-(-total // part_size))
         layers = layers_of(output, parts, seal(job))
         layer = next(iter(layers.values()), layer)  # if none is named, and the encoder is no longer what it was
         left = [part for part in parts if part not in layers]
         done = sum(min(part_size, total - part * part_size) for part in layers)
-        options = what | {
-            "output": output.resolve(),
-            "job": seal(job),
-            "layer": layer,
-            "weights": weights and weights.resolve(),
-            "device": device,
-            "batch_size": batch_size,
-        }
         warned: dict[str, str] = {}
         with tqdm(total=total, initial=done, desc="captum-fam batch", unit="pair", disable=None) as progress:
-            for count, new in ENGINES[engine](left, options, workers, len(parts)) if left else ():
+            for count, new in ENGINES[engine](left, options | {"layer": layer}, workers, len(parts)) if left else ():
                 progress.update(count)
                 warned = dict(new) | warned
         for text, path in warned.items():
             warnings.warn(f"{text} ({path}, for one)" if path else text, stacklevel=2)
-        return _result([part_file(output, part) for part in parts])
+        return _result([part_file(output, part) for part in parts], errors)
+
+
+def _check_method(
+    method: str | type, similarity: str, contrast: str | None, threshold: float | None, layer: str | None
+) -> type[Any]:
+    kind = method_named(method, "explain_pairs")
+    if contrast not in (None, "self"):
+        raise ValueError(
+            f'Expected `contrast` of explain_pairs to be "self" or None, but got {contrast!r}; its pairs have no other'
+            " references."
+        )
+    less_of(contrast, threshold, similarity, 1, 1)  # or an error
+    if layer is not None and not issubclass(kind, OnLayer):
+        raise ValueError(f"{kind.__name__} takes no layer: leave out --layer")
+    return kind
+
+
+def _name(kind: type[Any]) -> str:
+    own = OF_SIMILARITIES.get(kind.__name__) is kind
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_output(output: Path, errors: Path | None, given: Sequence[Path]) -> None:
+    if output.suffix.lower() in _FILES and not output.is_dir():
+        raise ValueError(
+            f"the job writes a folder of Parquet files, but -o {output} is named as a file: pass a folder, such as -o"
+            f" {output.with_suffix('')}; read_maps gives its rows as arrays"
+        )
+    if errors is None:
+        return
+    if errors.suffix.lower() != ".csv" or not errors.absolute().parent.is_dir():
+        raise ValueError(
+            f"cannot write {errors}: name a file that ends in .csv, in a folder that exists, with --errors"
+        )
+    if any(errors.resolve() == path.resolve() for path in given):
+        raise ValueError(f"cannot write {errors}: it lists the pairs; name another file with --errors")
+
+
+def _check_embeddings(file: Path, kind: type[Any], sides: str, images: list[str] | None) -> None:
+    if images is not None:
+        raise ValueError("--reference-embeddings needs a list of pairs, whose column reference names their rows")
+    if sides != "query":
+        raise ValueError(f"--sides {sides} needs the references' images: leave out --reference-embeddings, or --sides")
+    if issubclass(kind, CorrespondenceMap):
+        raise ValueError(
+            f"{kind.__name__} compares places, and embeddings have none: leave out --reference-embeddings, or take"
+            " another --method"
+        )
+    check_references(file)
 
 
 def _no_file(path: Path) -> str:
@@ -159,9 +298,19 @@ def _no_file(path: Path) -> str:
         return "check the path"
 
 
-def _result(parts: list[Path]) -> BatchResult:
-    errors = [pq.ParquetFile(part).read(["error"])["error"] for part in parts]
-    failed = sum(len(e) - e.null_count for e in errors)
-    first = next((e.drop_null()[0].as_py() for e in errors if e.null_count < len(e)), None)
+def _result(parts: list[Path], errors: Path | None) -> BatchResult:
+    total, kinds, first, text = 0, Counter[str](), None, StringIO()
+    rows = csv.writer(text)
+    rows.writerow(columns := ["id", "query", "reference", "failure", "error"])
+    for part in parts:
+        table = pq.ParquetFile(part).read(columns if errors else columns[3:])
+        total += len(table)
+        failed = table.filter(table["failure"].is_valid())
+        kinds.update(failed["failure"].to_pylist())
+        first = first or next(iter(failed["error"].to_pylist()), None)
+        if errors:
+            rows.writerows(zip(*(failed[name].to_pylist() for name in columns)))
+    if errors:
+        write_whole(text.getvalue().encode(), errors)
     layer = pq.read_schema(parts[0]).metadata[b"layer"].decode()
-    return BatchResult(sum(map(len, errors)) - failed, failed, first, layer)
+    return BatchResult(total - kinds.total(), kinds.total(), first, layer, dict(kinds.most_common()))

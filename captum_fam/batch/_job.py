@@ -4,24 +4,25 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from captum_fam._files import irregular
-from captum_fam.batch._pairs import write_pairs
-from captum_fam.batch._part import JOB, LOCK, PAIRS, PARTIAL, whole
+from captum_fam.batch._part import JOB, LOCK, PARTIAL, whole
 from captum_fam.encoders import one_line
+
+_FILES = ("pairs", "weights", "reference_embeddings")  # whose digest tells nobody anything
 
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """This run alone works in the folder. If no job is made of it, it is left as it was."""
     try:
-        _read_job(output)  # before a folder of others gets a lock
+        read_job(output)  # before a folder of others gets a lock
         made = [folder for folder in (output, *output.parents) if not folder.exists()]
         mine = not os.path.lexists(output / LOCK)
         output.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,10 @@ def digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _started(output: Path) -> list[str]:
     return [path.name for path in output.iterdir() if not path.name.startswith(("_", "."))] if output.is_dir() else []
 
@@ -57,7 +62,7 @@ def seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_job(output: Path) -> dict[str, Any] | None:
+def read_job(output: Path) -> dict[str, Any] | None:
     """What the folder is a job of; None, if it is new or empty."""
     file = output / JOB
     if not os.path.lexists(file):
@@ -73,14 +78,17 @@ def _read_job(output: Path) -> dict[str, Any] | None:
     raise ValueError(f"{file} is not as this version writes it: pass another folder with -o")
 
 
-def prepare(output: Path, pairs: Path, job: dict[str, Any]) -> int:
-    """Makes the folder that of this job, or finds that it is; the number of pairs."""
-    before, file, copy = _read_job(output), output / JOB, output / PAIRS
+def prepare(output: Path, job: dict[str, Any], names: Sequence[str], write: Callable[..., int]) -> int:
+    """
+    Makes the folder that of this job, or finds that it is; the number of pairs. ``write`` gets the files of these names
+    to write what all parts share.
+    """
+    before, file, copies = read_job(output), output / JOB, [output / name for name in names]
     then: dict[str, Any] = before["job"] if before else {}
     if before and then != job:
         if _started(output):
             changed = [
-                name if name in ("pairs", "weights") else f"{name} ({then.get(name)!r} then)"
+                name if name in _FILES else f"{name} ({then.get(name)!r} then)"
                 for name in job
                 if then.get(name) != job[name]
             ]
@@ -88,14 +96,16 @@ def prepare(output: Path, pairs: Path, job: dict[str, Any]) -> int:
                 f"{output} holds a job of other {', '.join(changed)}: pass the same, or another folder with -o"
             )
         file.unlink()  # first: it says that the pairs are whole and its own
-    if before is None or then != job or not os.path.lexists(copy):
-        with whole(copy) as partial:
-            total = write_pairs(pairs, partial, job["part_size"])
-        before = {"job": job, "pairs": total, "sha256": digest(copy)}
+    if before is None or then != job or not all(map(os.path.lexists, copies)):
+        with ExitStack() as stack:
+            total = write(*[stack.enter_context(whole(copy)) for copy in copies])
+        before = {"job": job, "pairs": total, "sha256": [digest(copy) for copy in copies]}
         with whole(file) as partial:
             partial.write_text(json.dumps(before | {"seal": seal(before)}, indent=2))
-    elif irregular(copy) or digest(copy) != before["sha256"]:
-        raise ValueError(f"{copy} is not as this job wrote it: delete it, and start again")
+    else:
+        for copy, sha256 in zip(copies, before["sha256"]):
+            if irregular(copy) or digest(copy) != sha256:
+                raise ValueError(f"{copy} is not as this job wrote it: delete it, and start again")
     for path in output.iterdir():
         if re.fullmatch(rf"{PARTIAL}\d+-[0-9a-f]{{32}}", path.name) and path.is_file():
             path.unlink()

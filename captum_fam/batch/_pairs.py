@@ -1,77 +1,108 @@
-"""The pairs of a batch job: read from a file of others, copied in parts."""
+"""The pairs of a batch job: read from a list of others, copied in parts."""
 
-from collections.abc import Iterable, Iterator
+import csv
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from captum_fam.batch._part import ROW
 from captum_fam.encoders import one_line
 
+LISTS = (".parquet", ".csv", ".tsv")
 
-def write_pairs(pairs: Path, file: Path, part_size: int) -> int:
-    """The columns of the pairs as an Arrow file, whose record batch i is part i; the number of pairs."""
+
+Numbers: TypeAlias = Callable[[pa.ChunkedArray], pa.Array]  # the rows of references in a file of embeddings
+
+
+def write_pairs(pairs: Path, file: Any, part_size: int, numbers: Numbers | None = None) -> int:
+    """The columns of a list of pairs as an Arrow file, whose record batch i is part i; the number of pairs."""
+    total = write_tables(_read_pairs(pairs, numbers), file, part_size)
+    if not total:
+        raise ValueError(f"{pairs} lists no pairs: it has columns, but no rows")
+    return total
+
+
+def write_tables(tables: Iterable[pa.Table], file: Any, part_size: int) -> int:
+    """The same for pairs as tables."""
     total, writer = 0, None
-    for table in _in_parts(_read_pairs(pairs), part_size):
+    for table in _in_parts(tables, part_size):
         if "id" not in table.column_names:
             table = table.add_column(0, "id", pa.array(range(total, total + len(table)), pa.int64()))
         if writer is None:
             writer = pa.ipc.new_file(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
         writer.write_table(table.combine_chunks())
         total += len(table)
-    if writer is None:
-        raise ValueError(f"{pairs} lists no pairs: it has columns, but no rows")
-    writer.close()
+    if writer is not None:
+        writer.close()
     return total
 
 
 @contextmanager
-def _reading(pairs: Path) -> Iterator[None]:
+def reading(pairs: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a broken file makes Arrow raise many kinds
         raise ValueError(f"cannot read {pairs} ({one_line(error)}): pass a .parquet or .csv file") from error
 
 
-def _read_pairs(pairs: Path) -> Iterator[pa.Table]:
+def _read_pairs(pairs: Path, numbers: Numbers | None = None) -> Iterator[pa.Table]:
     suffix = pairs.suffix.lower()
-    if suffix not in (".parquet", ".csv"):
-        raise ValueError(f"cannot read {pairs}: pass a file that ends in .parquet or .csv")
-    with _reading(pairs):
+    if suffix not in LISTS:
+        raise ValueError(
+            f"cannot read {pairs}: pass a list of pairs, a file that ends in .parquet or .csv, or a folder of images"
+        )
+    with reading(pairs):
         parquet = pq.ParquetFile(pairs) if suffix == ".parquet" else None
-        names = pa.csv.open_csv(pairs).schema.names if parquet is None else parquet.schema_arrow.names
+        # Without newlines_in_values, one between quotes would end a row where Arrow's blocks meet.
+        parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter="," if parquet else _delimiter(pairs))
+        if parquet is None:
+            names = pa.csv.open_csv(pairs, parse_options=parsing).schema.names
+        else:
+            names = parquet.schema_arrow.names
     columns = _columns(pairs, names)
-    with _reading(pairs):
-        batches = _csv(pairs, columns) if parquet is None else parquet.iter_batches(columns=columns)
+    with reading(pairs):
+        batches = _csv(pairs, columns, parsing) if parquet is None else parquet.iter_batches(columns=columns)
     while True:
-        with _reading(pairs):
+        with reading(pairs):
             batch = next(batches, None)
             if batch is None:
                 return
-            plain = {name: _plain(batch[name]) for name in columns}
+            plain = {name: plain_text(batch[name]) for name in columns}
             for column in plain.values():
                 column.validate(full=True)  # Parquet may hold text that is no UTF-8
         for name in ("query", "reference"):
-            if not (pa.types.is_string(plain[name].type) or pa.types.is_null(plain[name].type)):
-                raise ValueError(
-                    f"the column {name!r} of {pairs} must hold paths as text, but holds {plain[name].type}"
-                )
+            kind = plain[name].type
+            numbered = name == "reference" and numbers is not None and pa.types.is_integer(kind)
+            if not (pa.types.is_string(kind) or pa.types.is_null(kind) or numbered):
+                raise ValueError(f"the column {name!r} of {pairs} must hold paths as text, but holds {kind}")
             plain[name] = plain[name].cast(pa.string())
+        if numbers is not None:
+            plain[ROW] = numbers(plain["reference"])
         yield pa.table(plain)
 
 
-def _csv(pairs: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _delimiter(pairs: Path) -> str:
+    """Of a header with the columns query and reference, or else the most frequent of what may be one."""
+    with pairs.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline(2**16)
+    by = {one: next(csv.reader([header], delimiter=one), []) for one in ",;\t"}
+    right = [one for one, names in by.items() if {"query", "reference"} <= set(names)]
+    return right[0] if right else max(by, key=lambda one: len(by[one]))
+
+
+def _csv(pairs: Path, columns: list[str], parsing: pa.csv.ParseOptions) -> Iterator[pa.RecordBatch]:
     text = pa.csv.ConvertOptions(  # as it is: 007 is no number
         include_columns=columns,
         column_types=dict.fromkeys(columns, pa.string()),
         strings_can_be_null=True,
         null_values=[""],
     )
-    # Without newlines_in_values, one between quotes would end a row where Arrow's blocks meet.
-    parsing = pa.csv.ParseOptions(newlines_in_values=True)
     return pa.csv.open_csv(pairs, parse_options=parsing, convert_options=text)  # type: ignore[no-any-return]
 
 
@@ -86,7 +117,7 @@ def _columns(pairs: Path, names: list[str]) -> list[str]:
     return [name for name in ("id", "query", "reference") if name in names]
 
 
-def _plain(column: pa.Array) -> pa.Array:
+def plain_text(column: pa.Array) -> pa.Array:
     """Without a dictionary, which could differ from part to part; text of all kinds as one."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

@@ -2,10 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,19 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from captum_fam._checks import warn_once
 from captum_fam._files import irregular, printable, recorded_warnings
+from captum_fam.batch._work import NAMES, QUERY, SIDES, Explaining, Failure, Key, Work, in_turn
 from captum_fam.encoders import find_layer, one_line
-from captum_fam.encoders._ready import ReadyEncoder, planes, ready_encoder, running
-from captum_fam.engine.question import Question, usable
+from captum_fam.encoders._ready import ready_encoder, running
 from captum_fam.images import read_image
-from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.similarity import channel_contributions, widen
+from captum_fam.methods.by_name import make_method, method_named
+from captum_fam.methods.on_layer import OnLayer
 
 # Names that begin with _ are no data for those who read the folder as one table.
 JOB, PAIRS, LOCK, PARTIAL = "_batch.json", "_pairs.arrow", "_lock", "_tmp-"
+EMBEDDINGS = "_references.npy"
+ROW = "row"  # of the pairs' copy: where a reference's embedding is
 
 
 def part_file(output: Path, part: int) -> Path:
@@ -58,25 +58,11 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Row:
-    score: float | None = None
-    map: np.ndarray[Any, Any] | None = None
-    shape: list[int] | None = None
-    scale: float | None = None
-    error: str | None = None
-
-
-_TYPES = {
-    "score": pa.float64(),
-    "map": pa.list_(pa.float16()),
-    "shape": pa.list_(pa.int32()),
-    "scale": pa.float32(),
-    "error": pa.string(),
-}
+_MAP = {"map": pa.list_(pa.float16()), "shape": pa.list_(pa.int32()), "scale": pa.float32()}
+_REFERENCE_MAP = {f"reference_{name}": kind for name, kind in _MAP.items()}
+_COLUMNS = (_MAP, _REFERENCE_MAP)  # of the sides
 _OPEN = b"0" * 64  # in place of a seal
 Warned: TypeAlias = list[tuple[str, str]]  # texts, and the files that they are about, or ""
-_Read: TypeAlias = dict[str, "Future[Tensor | str]"]
 
 
 def _seal(job: str, part: int, content: bytes) -> bytes:
@@ -150,14 +136,22 @@ class PartExplainer:
         job: str,
         encoder: str,
         layer: str | None,
+        method: str | type,
         similarity: str,
+        contrast: str | None,
+        threshold: float | None,
+        sides: str,
+        references: Path | None,
         root: str,
         batch_size: int,
         threads: int,
         **loading: Any,
     ) -> None:
-        self.output, self.job, self.encoder, self.layer, self.similarity = output, job, encoder, layer, similarity
-        self.root, self.batch_size, self.threads, self.loading = Path(root), batch_size, threads, loading
+        """``references`` is a file of embeddings, whose rows the pairs name."""
+        self.output, self.job, self.encoder, self.layer, self.method = output, job, encoder, layer, method
+        self.similarity, self.contrast, self.threshold, self.sides = similarity, contrast, threshold, sides
+        self.references, self.root, self.batch_size = references, Path(root), batch_size
+        self.threads, self.loading = threads, loading
 
     def __call__(self, part: int) -> tuple[int, Warned]:
         """Writes the file of a part, if there is none; the number of its pairs, and what is doubtful in them."""
@@ -166,112 +160,106 @@ class PartExplainer:
         if finished(self.output, part, self.job) is not None:  # made by a worker that outlived its run
             return len(pairs), []
         with recorded_warnings() as warned:
-            rows = self._explain(list(zip(pairs["query"].to_pylist(), pairs["reference"].to_pylist())))
-            layer = self._loaded[1]
-        for name, kind in _TYPES.items():
-            pairs = pairs.append_column(name, pa.array([getattr(row, name) for row in rows], kind))
+            columns = self._explain(pairs)
+            layer = self._explaining.layer
+        if ROW in pairs.column_names:
+            pairs = pairs.drop_columns([ROW])
+        for name, column in columns.items():
+            pairs = pairs.append_column(name, column)
         with whole(part_file(self.output, part)) as partial:
             write_part(partial, pairs, layer, self.job, part)
         return len(pairs), list(warned)
 
+    def embeddings(self, paths: Sequence[str]) -> dict[Key, Tensor]:
+        """Embeddings (D,) of images; those that cannot be read have none."""
+        work = Work(self._explaining, (paths, paths), {})
+        in_turn(tqdm(work.embedding(QUERY), "embeddings", unit="batch", disable=None), self._image, self.threads)
+        return work.embeddings[QUERY]
+
     @cached_property
-    def _loaded(self) -> tuple[ReadyEncoder, str, FeatureActivationMap]:
+    def _explaining(self) -> Explaining:
         torch.set_num_threads(self.threads)
+        kind = method_named(self.method, "explain_pairs")
         with self._running():
             encoder = ready_encoder(self.encoder, **self.loading)
             # Not an image of the job, or the layer could be another in each worker; noise has something of everything.
             noise = np.random.default_rng(0).integers(0, 256, (encoder.size, encoder.size, 3), np.uint8)
             image = encoder.batch([encoder.tensor(Image.fromarray(noise))])
-            named = find_layer(encoder.model, self.layer, image) if self.layer is not None else None
-            encoder.embed(image)
-            name, layer = named or find_layer(encoder.model, None, image)
-        return encoder, name, FeatureActivationMap(encoder.model, layer, similarity=self.similarity)
+            named = find_layer(encoder.model, self.layer, image) if self.layer else None
+            D = encoder.embed(image).shape[1]
+            name, layer = named or _layer_of(kind, encoder.model, image)
+            method = make_method(kind, "explain_pairs", encoder.model, layer, similarity=self.similarity)
+            less = method._less(self.contrast, self.threshold, 1, 1)
+        if self.references is not None and self._stored.shape[1] != D:
+            raise ValueError(
+                f"the embeddings of the references have {self._stored.shape[1]} dimensions, but those of {self.encoder}"
+                f" {D}: pass what this encoder gave as --reference-embeddings"
+            )
+        return Explaining(encoder, name, method, less, self.batch_size, self._running)
+
+    @cached_property
+    def _stored(self) -> Any:
+        return np.load(self.references, mmap_mode="r")  # type: ignore[arg-type]  # there is one
 
     @contextmanager
     def _running(self) -> Iterator[None]:
         with running(self.encoder, self.loading["size"], "--size, a smaller --batch-size, or another --layer"):
             yield
 
-    def _explain(self, pairs: list[tuple[str | None, str | None]]) -> list[_Row]:
-        _ = self._loaded  # before the threads that use it
-        chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
-        rows: list[_Row] = []
-        with ThreadPoolExecutor(self.threads) as threads:
+    def _explain(self, pairs: pa.Table) -> dict[str, pa.Array]:
+        """The columns of what is found."""
+        queries, references = (pairs[name].to_pylist() for name in NAMES)
+        keys, stored = references, {}
+        if self.references is not None:
+            keys = pairs[ROW].to_pylist()
+            stored = self._rows(sorted({row for row in keys if row is not None}))
+        work = Work(self._explaining, (queries, keys), stored)
+        in_turn(work.steps(SIDES[self.sides], self.references is not None), self._image, self.threads)
+        failures = [
+            _unnamed(query, reference, key) or work.failure(n)
+            for n, (query, reference, key) in enumerate(zip(queries, references, keys))
+        ]
+        numbers = [None if failure else n for n, failure in enumerate(failures)]
+        columns = {"score": pa.array([None if n is None else work.scores[n] for n in numbers], pa.float64())}
+        for side in SIDES[self.sides]:
+            maps = [(None, None) if n is None else work.maps[side][n] for n in numbers]
+            found = (
+                [None if values is None else values.ravel() for values, _ in maps],
+                [None if values is None else list(values.shape) for values, _ in maps],
+                [scale for _, scale in maps],
+            )
+            columns |= {name: pa.array(c, kind) for (name, kind), c in zip(_COLUMNS[side].items(), found)}
+        for name, n in (("failure", 0), ("error", 1)):
+            columns[name] = pa.array([failure and failure[n] for failure in failures], pa.string())
+        return columns
 
-            def read(chunk: list[tuple[str | None, str | None]], before: _Read) -> _Read:
-                paths = dict.fromkeys(path for pair in chunk for path in pair if path is not None)
-                return {path: before.get(path) or threads.submit(self._image, path) for path in paths}
+    def _rows(self, rows: list[int]) -> dict[Key, Tensor]:
+        encoder = self._explaining.encoder
+        wide = np.float64 if self._stored.dtype.itemsize == 8 else np.float32  # in this machine's order of bytes
+        return dict(zip(rows, torch.from_numpy(self._stored[rows].astype(wide)).to(encoder.device)))
 
-            images = read(chunks[0], {})
-            for chunk, after in zip(chunks, [*chunks[1:], []]):
-                following = read(after, images)  # while the model is at work
-                rows += self._explain_batch(chunk, {path: future.result() for path, future in images.items()})
-                images = following
-        return rows
-
-    def _image(self, path: str) -> Tensor | str:
+    def _image(self, path: str) -> Tensor | Failure:
         """The tensor of an image, or what is wrong with it."""
         try:
-            return self._loaded[0].tensor(read_image(self.root / path))
+            return self._explaining.encoder.tensor(read_image(self.root / path))
         except Exception as error:  # whatever a broken file makes Pillow raise: it costs its own rows only
-            return printable(str(error) if isinstance(error, ValueError) else one_line(error))
-
-    def _explain_batch(self, pairs: list[tuple[str | None, str | None]], images: dict[str, Tensor | str]) -> list[_Row]:
-        rows = [_Row(error=self._unreadable(pair, images)) for pair in pairs]
-        readable = [i for i, row in enumerate(rows) if row.error is None]
-        if not readable:
-            return rows
-        encoder, layer, fam = self._loaded
-        sides = [[pairs[i][side] for i in readable] for side in (0, 1)]
-        distinct = [list(dict.fromkeys(paths)) for paths in sides]
-        query_of, reference_of = (torch.tensor([d.index(p) for p in paths]) for d, paths in zip(distinct, sides))
-        with self._running():
-            queries, references = (encoder.batch([images[path] for path in paths]) for paths in distinct)  # type: ignore[index, misc]  # readable
-            scores, maps, places = _explain(fam, queries, encoder.embed(references), query_of, reference_of)
-            found = planes(maps, layer)[places].numpy()
-        for i, score, values in zip(readable, scores.tolist(), found):
-            if np.isfinite(score) and np.isfinite(values).all():
-                half, scale = _half(values)
-                rows[i] = _Row(score, half.ravel(), list(half.shape), scale)
-            else:
-                rows[i] = _Row(error="no similarity to explain: an embedding is zero or not finite, or they overflow")
-        return rows
-
-    @staticmethod
-    def _unreadable(pair: tuple[str | None, str | None], images: dict[str, Tensor | str]) -> str | None:
-        for name, path in zip(("query", "reference"), pair):
-            image = f"there is no path in the column {name!r}" if path is None else images[path]
-            if isinstance(image, str):
-                return image
-        return None
+            kind = "no such file" if isinstance(error.__cause__, FileNotFoundError) else "cannot be read"
+            return Failure(kind, printable(str(error) if isinstance(error, ValueError) else one_line(error)))
 
 
-def _explain(
-    fam: FeatureActivationMap, queries: Tensor, s: Tensor, query_of: Tensor, reference_of: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    Scores (N,) of the queries with these numbers (N,) and the references, embedded as s, with those: not finite where
-    an embedding is zero or not finite. And maps (B, P, h, w) from one pass over the B queries, with the places (N,) of
-    the pairs in their first two dimensions.
-    """
-    counts, order = [0] * len(queries), []  # of each pair among those of its query
-    for query in query_of.tolist():
-        order.append(counts[query])
-        counts[query] += 1
-    own = torch.zeros(len(queries), max(counts), dtype=torch.long)
-    own[query_of, order] = reference_of
-    found = fam.explain((queries,), lambda z, rows: Question(s, own))
-    z = widen(found.embedding)
-    scores = channel_contributions(z[query_of], widen(s)[reference_of], fam.similarity or "cosine").sum(1)
-    valid = usable(z)[query_of] & usable(s)[reference_of]
-    found.report.unusable.clear()  # those have an error each
-    warn_once(found.report.texts())
-    return torch.where(valid, scores, torch.nan), found.maps[0], query_of * max(counts) + torch.tensor(order)
+def _layer_of(kind: type[Any], model: nn.Module, image: Tensor) -> tuple[str, nn.Module | None]:
+    """The name and module that a method takes where none is named."""
+    if not issubclass(kind, OnLayer):
+        return "", None
+    if not kind._finds_layer:
+        return find_layer(model, None, image)
+    name = kind(model, None).layer_of(image)
+    return name, model.get_submodule(name)
 
 
-def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
-    """As float16, and the scale that they are to be multiplied with."""
-    largest = float(np.abs(values).max(initial=0))
-    fits = largest == 0 or 2**-3 <= largest <= 2**15
-    scale = 1.0 if fits else 2.0 ** (np.frexp(largest)[1] - 1)
-    return (values / scale).astype(np.float16), scale
+def _unnamed(query: str | None, reference: str | None, key: Key | None) -> Failure | None:
+    """What a row lacks."""
+    for name, path in zip(NAMES, (query, reference)):
+        if path is None:
+            return Failure("no path", f"there is no path in the column {name!r}")
+    return Failure("no embedding", f"there is no embedding of the reference {reference!r}") if key is None else None

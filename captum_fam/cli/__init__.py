@@ -3,13 +3,13 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from captum_fam import __version__, _interrupt
 from captum_fam._files import recorded_warnings
-from captum_fam.cli._common import encoder_options, say
+from captum_fam.cli._batch import batch
+from captum_fam.cli._common import say
 from captum_fam.cli._compare import compare
 from captum_fam.cli._explain import explain
 from captum_fam.cli._explore import explore
@@ -44,49 +44,7 @@ def demo(output: Path) -> None:
     say(f"wrote {page}: open it in a browser")
 
 
-@command.command()
-@click.argument("pairs", type=Path)
-@click.option("-o", "--output", type=Path, required=True, help="Folder of Parquet files to write, or to finish.")
-@click.option("--root", type=Path, default=Path(), help="Where relative paths start.  [default: the current folder]")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    help="Processes, each with its own encoder.  [default: one for each CPU, or each GPU with --device cuda]",
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pairs that are explained at once."
-)
-@click.option(
-    "--part-size",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Pairs in each file: what a stop can cost each worker.",
-)
-@encoder_options
-def batch(pairs: Path, output: Path, **options: Any) -> None:
-    """
-    Explain each pair of images that the file PAIRS lists.
-
-    PAIRS is Parquet or CSV with the columns query, reference and, if there is one, id. The
-    folder OUTPUT gets a row for each pair: its score, the query's map for the reference, or
-    the error. Stopped at any moment and started again, it finishes what is left.
-    """
-    try:
-        from captum_fam.batch import explain_pairs
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'captum-fam[batch]'") from error
-
-    found = explain_pairs(pairs, output, **options)
-    if not found.explained:
-        raise ValueError(f"none of {found.failed} pairs could be explained, see {output}; the first: {found.error}")
-    say(f"encoder {options['encoder']}, layer {found.layer}")
-    say(f"explained {found.explained} pairs, {found.failed} failed" + (f": {found.error}" if found.error else ""))
-    say(f"wrote {output}")
-
-
-for _one in (explain, explore, compare):
+for _one in (batch, explain, explore, compare):
     command.add_command(_one)
 
 
@@ -96,7 +54,7 @@ def main() -> None:
     try:
         with _interrupt.raised(), recorded_warnings() as warned:
             status = command.main(sys.argv[1:] or ["--help"], "captum-fam", standalone_mode=False) or 0
-            for text, path in () if status else warned:
+            for text, path in () if status > 1 else warned:
                 say(f"captum-fam: warning: {text}" + (f" ({path})" if path else ""), err=True)
     except (click.Abort, KeyboardInterrupt):
         say("captum-fam: interrupted", err=True)
@@ -109,5 +67,7 @@ def main() -> None:
 
 def _message(error: Exception) -> str:
     if isinstance(error, click.ClickException):
-        return " ".join(error.format_message().split())
+        context = getattr(error, "ctx", None)
+        see = f" (see {context.command_path} --help)" if context else ""
+        return " ".join(error.format_message().split()) + see
     return " ".join(str(error).split()) if isinstance(error, ValueError) else one_line(error)
