@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.patheffects import withStroke
@@ -18,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from captum_fam._checks import check_positive, describe
-from captum_fam.visualization import Pictures, Values, as_titles, colour_bar, new_figure, pictures, real, show
+from captum_fam.visualization._captions import SIDES, Scores, Titles, side_captions
+from captum_fam.visualization._forms import Numbers, Pictures, Values, pictures, real
+from captum_fam.visualization._panels import Colours, show
+from captum_fam.visualization._scales import Scale, beyond, check_scale, colour_bar, limit_of, new_figure
 
-SIDES = ("query", "reference")
 DIMMED = 0.65  # opacity of the white over what is outside the boxes
 WIDTH, HEIGHT = 8.0, 3.6  # of a row, in inches
 MARGIN = 0.13  # around images, in inches: the numbers of boxes at their edges are beyond them
@@ -38,10 +38,13 @@ def visualize_matches(
     matrix: Values,
     n: int = 8,
     *,
-    titles: Sequence[str] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    titles: Titles = None,
+    reference_titles: Titles = None,
+    scores: Scores = None,
+    mean: Numbers = None,
+    std: Numbers = None,
     label: str = "match",
+    scale: Scale = "all",
     use_pyplot: bool = True,
 ) -> tuple[Figure, NDArray[Any]]:
     r"""
@@ -50,8 +53,8 @@ def visualize_matches(
 
     A match is mutual: its value is positive, and the largest that either of its places has with any place of the
     other image. Of two matches whose places touch, in one of the images or in both, only the stronger is drawn.
-    All values of the figure are on one colour scale, from zero. A pair of images without a match is said to be so
-    under it.
+    All values of the figure are on one colour scale, from zero, if ``scale`` does not say otherwise. A pair of images
+    without a match is said to be so under it.
 
     Args:
         query, reference (Tensor, array, PIL.Image or a list of them): B images each, as in
@@ -62,11 +65,11 @@ def visualize_matches(
                     (B, N, N') or (N, N') where both grids are square, else (B, h, w, h', w') or (h, w, h', w').
         n (int): The largest number of matches that are drawn of a pair.
                     Default: 8
-        titles (list of str, optional): One for each pair.
-                    Default: None
-        mean, std, use_pyplot: As in :func:`visualize_pair`.
+        titles, reference_titles, scores, mean, std, use_pyplot: As in :func:`visualize_pair`.
         label (str): Of the colour scale.
                     Default: ``"match"``
+        scale (str or float): As in :func:`visualize_pair`, of the matches that are drawn.
+                    Default: ``"all"``
 
     Returns:
         *tuple*: the Figure and its Axes, an array (B, 2).
@@ -82,32 +85,37 @@ def visualize_matches(
         (2, 2)
     """
     check_positive("n", n)
+    check_scale(scale)
     matrices = as_matrices("matrix", matrix)
     rows = len(matrices)
     images = [pictures(name, given, rows, mean, std) for name, given in zip(SIDES, (query, reference))]
     check_squares("matrix", matrix, images)
-    titles = as_titles(titles, rows)
+    captions = side_captions(titles, reference_titles, scores, rows)
     found = [strongest_matches(values, n) for values in matrices]
     strengths = [
-        values.flatten(2).flatten(0, 1)[tuple(zip(*pairs))].numpy() if pairs else np.empty(0)
+        values.flatten(2).flatten(0, 1)[tuple(zip(*pairs))] if pairs else values.new_empty(0)
         for values, pairs in zip(matrices, found)
     ]
-    scale = ScalarMappable(Normalize(0, max(s.max(initial=0) for s in strengths) or 1), "turbo")
+    groups = [[row] for row in range(rows)] if scale == "row" else [list(range(rows))]
+    each = [torch.cat([strengths[row] for row in group]) for group in groups]
+    colours = [Colours(limit_of([values], scale), signed=False) for values in each]
     figure = new_figure(2, rows, use_pyplot)
     figure.set_size_inches(WIDTH, HEIGHT * rows)
     figure.set_layout_engine("constrained", w_pad=MARGIN, h_pad=MARGIN)
     axes = figure.subplots(rows, 2, squeeze=False, gridspec_kw={"wspace": GAP})
     for row, (values, pairs, strength) in enumerate(zip(matrices, found, strengths)):
         boxes = []
-        for side, (name, title) in enumerate(zip(SIDES, (titles[row], ""))):
-            lines = [name, title, *_lacks(values, pairs)]
+        bar = colours[row if scale == "row" else 0].bar
+        for side in (0, 1):
+            lines = [captions[side][row], *_lacks(values, pairs)]
             size = show(axes[row, side], images[side][row], "\n".join(filter(None, lines)))
             grid, places = values.shape[2 * side : 2 * side + 2], [pair[side] for pair in pairs]
             _dim(axes[row, side], size, grid, places)
-            boxes.append(draw_boxes(axes[row, side], size, grid, places, scale.to_rgba(strength)))
+            boxes.append(draw_boxes(axes[row, side], size, grid, places, bar.to_rgba(strength.numpy())))
         for number, pair in enumerate(zip(*boxes), 1):
             _join(figure, str(number), axes[row], pair)
-    colour_bar(figure, list(axes.flat), scale, label)
+    for group, values, colour in zip(groups, each, colours):
+        colour_bar(figure, list(axes[group].flat), colour, label, scale, beyond(values, colour.limit), len(values))
     for axis in axes.flat:
         axis.set_anchor("C")  # the bar has moved it
     return figure, axes

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from captum_fam._checks import describe
 from captum_fam.comparison import Comparison
 from captum_fam.visualization._captions import SIDES, Scores, Titles, as_titles, side_captions
-from captum_fam.visualization._forms import Numbers, Pictures, Values, as_maps, panels, pictures, real
+from captum_fam.visualization._forms import Numbers, Pictures, Values, as_maps, panels, pictures
 from captum_fam.visualization._panels import show
 from captum_fam.visualization._scales import (
     CHARACTERS,
     Scale,
     check_scale,
-    colour_bar,
     draw_maps,
     draw_rows,
     explanation_figure,
@@ -27,20 +26,17 @@ from captum_fam.visualization._scales import (
 )
 
 __all__ = [
+    "Numbers",
     "Pictures",
     "Scale",
+    "Scores",
+    "Titles",
     "Values",
-    "as_titles",
-    "check_scale",
-    "colour_bar",
     "draw_maps",
     "explanation_figure",
-    "limit_of",
     "new_figure",
     "pictures",
-    "real",
     "show",
-    "side_captions",
     "visualize_comparison",
     "visualize_pair",
 ]
@@ -202,7 +198,7 @@ def visualize_comparison(
         relative,
         [value_range(v) for values in maps for v in values],
         f"share of the {_LARGEST.get(str(scale), 'limit of its method')}",
-        scale=scale,
+        scale="all" if scale == "row" else scale,
         limit=1.0,
     )
     return figure, axes

@@ -1,6 +1,6 @@
 """Words under images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_fam._checks import describe
 
-Titles: TypeAlias = Sequence[Any] | None
+Titles: TypeAlias = Iterable[Any] | None
 Scores: TypeAlias = Tensor | NDArray[Any] | Sequence[float] | float | None
 
 SIDES = ("query", "reference")
@@ -20,9 +20,10 @@ def as_titles(titles: Titles, rows: int, name: str = "titles") -> list[str]:
         return [""] * rows
     if isinstance(titles, (Tensor, np.ndarray)):
         titles = titles.tolist()
-    if isinstance(titles, str) or not isinstance(titles, Sequence) or len(titles) != rows:
+    found = list(titles) if isinstance(titles, Iterable) and not isinstance(titles, str) else []
+    if len(found) != rows:
         raise ValueError(f"Expected `{name}` to be a list of {rows}, one for each row, but got {titles!r}.")
-    return ["" if title is None else str(title) for title in titles]
+    return ["" if title is None else str(title) for title in found]
 
 
 def side_captions(titles: Titles, reference_titles: Titles, scores: Scores, rows: int) -> list[list[str]]:
@@ -36,8 +37,10 @@ def side_captions(titles: Titles, reference_titles: Titles, scores: Scores, rows
 def _as_scores(scores: Any, rows: int) -> list[float]:
     given = scores.detach().cpu().tolist() if isinstance(scores, Tensor) else scores
     try:
+        if isinstance(given, (list, tuple)):
+            given = [s.item() if isinstance(s, Tensor) else s for s in given]
         numbers = np.atleast_1d(np.asarray(given)).astype(np.float64, casting="same_kind")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"Expected `scores` to be {rows} real numbers, but got {describe(scores)}.") from error
     if numbers.shape != (rows,):
         raise ValueError(

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -62,7 +61,7 @@ def draw_rows(
     signed = is_signed(chain(*maps))
     if scale == "row":
         for row in zip(axes, panels, maps, captions):
-            draw_maps(figure, *row, f"{label}\n(scale of this row)", signed=signed)
+            draw_maps(figure, *row, label, scale=scale, signed=signed)
     else:
         a, p, m, c = (list(chain(*part)) for part in (axes, panels, maps, captions))
         draw_maps(figure, a, p, m, c, label, scale=scale, signed=signed)
@@ -92,16 +91,19 @@ def draw_maps(
         panel = Photo(image) if isinstance(image, Image.Image) else image
         panel.draw(axis, "\n".join(filter(None, [caption, *_lacks(values, limit)])), values, colours)
         clipped += beyond(values, limit)
-    if not isinstance(scale, str):
-        of = sum(m.numel() for m in maps)
-        label = f"{label}\n(up to percentile {scale:g};\n{clipped} of {of} values are beyond it)"
-    colour_bar(figure, axes, colours.bar, label, ("both" if signed else "max") if clipped else "neither")
+    colour_bar(figure, axes, colours, label, scale, clipped, sum(m.numel() for m in maps))
 
 
 def colour_bar(
-    figure: Figure, axes: Sequence[Axes], scale: ScalarMappable, label: str, extend: str = "neither"
+    figure: Figure, axes: Sequence[Axes], colours: Colours, label: str, scale: Scale, clipped: int, values: int
 ) -> None:
-    bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=30, extend=extend)
+    """The bar beside axes, which says what it is and how many of their values are beyond it."""
+    extend = ("both" if colours.signed else "max") if clipped else "neither"
+    bar = figure.colorbar(colours.bar, ax=axes, fraction=0.02, pad=0.01, aspect=30, extend=extend)
+    if scale == "row":
+        label += "\n(scale of this row)"
+    elif scale != "all":
+        label += f"\n(up to percentile {scale:g};\n{clipped} of {values} values are beyond it)"
     bar.set_label(label, parse_math=False, fontsize="small")
 
 
