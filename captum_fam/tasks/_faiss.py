@@ -15,8 +15,8 @@ _CLOSE = 1e-3  # how far lengths and scores may be from what they should be
 _ROUNDING = 1e-5  # the same for scores, in units of the squared lengths
 _LOSSY = 0.2  # how far the median length of normalised vectors may be from one, in an index that is lossy
 _OWN = (
-    "explain_hits(query, from_faiss(index.search(z, k), embeddings), encoder, layer), where z are the embeddings of the"
-    " queries and `embeddings` those of the gallery"
+    "take explain_hits(query, from_faiss(index.search(z, k), embeddings), encoder, layer, similarity=...), where z are"
+    " the embeddings of the queries and `embeddings` those of the gallery"
 )
 
 
@@ -74,7 +74,7 @@ def search_index(index: Any, z: Tensor, k: int, similarity: str) -> tuple[Tensor
         raise ValueError(
             'similarity="cosine" needs an index of normalised vectors: call faiss.normalize_L2(vectors) before'
             " index.add(vectors), or leave out `similarity`."
-            + f" This index is lossy: where the vectors were normalised, {_OWN}."
+            + f" This index is lossy: if the vectors were normalised, {_OWN}."
             * lossy
         )
     return scores, indices, s
