@@ -499,6 +499,28 @@ def test_the_explorer_of_an_image_that_is_the_query():
         found.explore(pictures[1], query_grid=(2, 3))
 
 
+@pytest.mark.parametrize("token", ["\n", "\r\t", "", "\u2581red", "\u200b", "<0x0A>", None])
+def test_a_token_of_any_letters_is_written(token):
+    found = explain_maxsim(normal(2, 4), normal(6, 4, seed=1), (2, 3))
+    _, axes = found.visualize(image(40, 60), [token, "b"], use_pyplot=False)
+    assert "\n" not in axes[2].get_title()
+    assert axes[2].get_title() == {"\n": "\\n", "\r\t": "\\r\\t", "\u200b": "\\u200b"}.get(token, str(token))
+    query = found.explore(image(40, 60), [token, "b"])._data["query"]
+    assert query["height"] == 64
+
+
+def test_each_page_has_a_picture_of_its_own_in_the_explorer_and_all_have_one_query():
+    q, p, pictures = normal(2, 3, 4), normal(2, 6, 4, seed=1), [image(40, 60), image(40, 60, 1)]
+    with pytest.raises(ValueError, match="Expected `page` to be 2 pictures, one for each page, but got 1"):
+        explain_maxsim(q[0], p, (2, 3)).explore(pictures[0])
+    with pytest.raises(ValueError, match="Expected `page` to be 1 pictures, one for each page, but got 2"):
+        explain_maxsim(q[0], p[0], (2, 3)).explore(pictures)
+    with pytest.raises(ValueError, match="Expected one query, but this explains several; choose one, as found"):
+        explain_maxsim(q, p[0], (2, 3)).explore(pictures)
+    explain_maxsim(q[:1], p[0], (2, 3)).explore(pictures[:1])
+    explain_maxsim(q[0], p, (2, 3)).explore(torch.rand(2, 3, 40, 60))
+
+
 def test_the_figure_has_the_map_of_the_score_and_each_token_that_counts():
     query = torch.tensor([[1.0, 0], [0, 1], [5, 5], [0, 0], [0.5, 1]])
     page = torch.tensor([[0.0, 3], [2, 0], [1, 1], [0, 0], [2, 0]])
@@ -567,6 +589,8 @@ Q, P = normal(3, 4), normal(6, 4, seed=1)
             "4 patches of a page, for a grid of 2 x 2, but got 6 of 6 tokens; pass patches=",
         ),
         ({"grid": (-2, -3)}, ValueError, "`grid` of at least one row and column, but got -2 x -3"),
+        ({"grid": (2.5, 3)}, TypeError, "`grid` to be two numbers, rows and columns, but got"),
+        ({"grid": (1, 2, 3)}, TypeError, "`grid` to be two numbers, rows and columns, but got"),
         ({"grid": 6}, TypeError, "`grid` to be two numbers, rows and columns, but got 6"),
         ({"query_mask": [1, 1]}, ValueError, "`query_mask` to be a mask of ones and zeros"),
         ({"query_mask": [0.5, 1, 1]}, ValueError, "`query_mask` to be a mask of ones and zeros"),
@@ -602,7 +626,7 @@ Q, P = normal(3, 4), normal(6, 4, seed=1)
 )
 def test_errors_name_the_argument_and_what_came(change, error, message):
     arguments = {"query_embeddings": Q, "page_embeddings": P, "grid": (2, 3)}
-    explain_maxsim(**arguments)
+    explain_maxsim(**{**arguments, "grid": torch.tensor([2, 3])})
     with pytest.raises(error, match=message):
         explain_maxsim(**{**arguments, **change})
 

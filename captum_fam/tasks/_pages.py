@@ -54,6 +54,18 @@ def maxsim_figure(
     return figure, axes
 
 
+def as_words(tokens: Sequence[str] | None, count: int) -> list[str]:
+    """Of each token a word in one line."""
+    if tokens is None:
+        return [f"token {t + 1}" for t in range(count)]
+    if isinstance(tokens, str) or len(tokens) != count:
+        raise ValueError(
+            f"Expected `tokens` to be a list of {count}, one for each row of the query, but got {tokens!r}; those that"
+            " are masked are not drawn."
+        )
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(token)) for token in tokens]
+
+
 def written(words: Sequence[str]) -> Image.Image:
     """Words one below another, in lines of one height."""
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), _TEXT)

@@ -1,5 +1,6 @@
 """Embeddings of many vectors each, as libraries and stores give them."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -55,7 +56,7 @@ def _as_tensor(given: Any) -> Tensor:
 
 def as_grid(name: str, grid: Any) -> tuple[int, int]:
     try:
-        h, w = (int(side) for side in grid)
+        h, w = (operator.index(side) for side in grid)
     except (TypeError, ValueError) as error:
         raise TypeError(f"Expected `{name}` to be two numbers, rows and columns, but got {describe(grid)}.") from error
     if min(h, w) < 1:

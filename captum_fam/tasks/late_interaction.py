@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_fam._checks import describe, warn
 from captum_fam.explorer import PairExplorer, explore_pair
 from captum_fam.similarity import exact, norm
-from captum_fam.tasks._pages import check_upright, maxsim_figure, written
+from captum_fam.tasks._pages import as_words, check_upright, maxsim_figure, written
 from captum_fam.tasks._vectors import Vectors, as_grid, as_places, as_vectors
 from captum_fam.visualization import Pictures, pictures
 
@@ -163,6 +163,11 @@ class MaxSimExplanation:
         """
         one = self if self.matches.ndim == 4 else self._listed()
         K, T = one.token_scores.shape
+        if not torch.equal(one.query_embeddings, one.query_embeddings[:1].expand(K, -1, -1)):
+            raise ValueError("Expected one query, but this explains several; choose one, as found[0].")
+        several: Any = page if isinstance(page, Sequence) or getattr(page, "ndim", 0) == 4 else [page]
+        if len(several) != K:
+            raise ValueError(f"Expected `page` to be {K} pictures, one for each page, but got {len(several)}.")
         shown = pictures("page", page, K, mean, std)
         check_upright("grid", one.map[0], shown)
         if (query is None) != (query_grid is None):
@@ -173,7 +178,7 @@ class MaxSimExplanation:
                 f"Expected `query_grid` of the {T} tokens of the query, but got {rows} x {columns}; explain"
                 " query_embeddings[patches] if others are among them."
             )
-        words = _as_words(tokens, T)
+        words = as_words(tokens, T)
         drawn = written(words) if query is None else pictures("query", query, 1, mean, std)[0]
         if query is not None:
             check_upright("query_grid", one.token_scores[0].reshape(rows, columns), [drawn])
@@ -221,7 +226,7 @@ class MaxSimExplanation:
         """
         (amount,) = _amounts(self._listed())
         (image,) = pictures("page", page, 1, mean, std)
-        words = _as_words(tokens, len(self.token_scores))
+        words = as_words(tokens, len(self.token_scores))
         check_upright("grid", self.map, [image])
         shown = self.query_embeddings.any(-1).nonzero().flatten().tolist()
         return maxsim_figure(
@@ -360,17 +365,6 @@ def explain_maxsim(
             matches.gather(-1, at).reshape(*queries, *pages, T, h, w),
             (matches * ~is_patch[:, None]).sum(-1).reshape(*queries, *pages, T),
         )
-
-
-def _as_words(tokens: Sequence[str] | None, count: int) -> list[str]:
-    if tokens is None:
-        return [f"token {t + 1}" for t in range(count)]
-    if isinstance(tokens, str) or len(tokens) != count:
-        raise ValueError(
-            f"Expected `tokens` to be a list of {count}, one for each row of the query, but got {tokens!r}; those that"
-            " are masked are not drawn."
-        )
-    return [str(token) for token in tokens]
 
 
 def _amounts(pages: MaxSimExplanation) -> list[str]:
