@@ -519,7 +519,7 @@ def test_what_was_not_found_is_left_out():
     assert [one["name"] for one in data["references"]] == ["a", "b"]
     with pytest.raises(ValueError, match="list of 3, one for each image"):
         found.explore(titles=["q", "a", "b", "c", "d", "e"])
-    found.indices[1] = -1
+    found.ids[1] = [None] * 5
     with pytest.raises(ValueError, match="found nothing for query 1"):
         found.explore(1)
 
@@ -555,7 +555,7 @@ def test_an_index_with_numbers_of_its_own_gives_these():
 
 @needs_faiss
 def test_without_a_gallery_there_is_nothing_to_show():
-    with pytest.raises(ValueError, match="pass `gallery` to explain_retrieval"):
+    with pytest.raises(ValueError, match="images of the hits: pass them, or a `gallery`"):
         search(gallery=None).explore()
 
 
@@ -607,7 +607,7 @@ def test_a_copy_has_the_maps_alone(explain, again):
     found._origin.method.forward_func = lambda x: encoder(x)
     other = again(found)
     assert torch.equal(other.maps, found.maps)
-    with pytest.raises(ValueError, match="has no images to show; explore the one that the call returned"):
+    with pytest.raises(ValueError, match="has no images and no encoder, which explore needs; take the one"):
         other.explore()
 
 

@@ -141,7 +141,7 @@ class Explanation:
 
     def _beyond(self, own: Tensor, contrast: str | None, threshold: float | None) -> Tensor:
         """What the references ``own`` (B,) have beyond a share of the query's own, maps (B, 1, *spatial)."""
-        origin = self._made_of("what the query has with itself" if threshold is None else "a threshold")
+        origin = self._made_of('contrast with "self"' if threshold is None else "a threshold")
         return beyond(origin, own[:, None], contrast, threshold)
 
 

@@ -77,15 +77,21 @@ class Hits:
             if len(lengths) > 1:
                 raise ValueError(f"Expected `ids` of hits to be as many for each query, but got {sorted(lengths)}.")
             sizes["ids"] = len(self.ids), lengths.pop() if lengths else 0
+        if not sizes:
+            raise ValueError(
+                "Expected at least one of `ids`, `scores`, `embeddings` and `images` of hits, but got none."
+            )
         if len(set(sizes.values())) != 1:
             raise ValueError(f"Expected what is given of hits to be of the same B queries and k hits, but got {sizes}.")
 
     @property
     def shape(self) -> tuple[int, int]:
         """B and k"""
-        given = (self.ids, self.scores, self.embeddings, self.images)
-        rows: Any = next(value for value in given if value is not None)
-        return len(rows), len(rows[0]) if len(rows) else 0
+        tensor = next((t for t in (self.scores, self.embeddings, self.images) if t is not None), None)
+        if tensor is not None:
+            return len(tensor), tensor.shape[1]
+        rows: Any = self.ids
+        return len(rows), len(rows[0]) if rows else 0
 
     def __repr__(self) -> str:
         return f"Hits(queries={self.shape[0]}, hits={self.shape[1]})"
@@ -165,7 +171,7 @@ def explain_hits(
     if len(query) != B:
         raise ValueError(f"Expected hits for each of the {len(query)} queries, but got those of {B}.")
     ids = [list(row) for row in given.ids] if given.ids is not None else [list(range(k)) for _ in range(B)]
-    there = torch.tensor([[number is not None for number in row] for row in ids]).reshape(B, k)
+    there = torch.tensor([[number is not None for number in row] for row in ids], dtype=torch.bool).reshape(B, k)
     images = images_by_id(gallery, given.images, ids)
     s = given.embeddings
     if s is None:
@@ -204,7 +210,7 @@ def _as_hits(hits: Any, query: Tensor) -> Hits:
         if len(query) != 1:
             raise ValueError(
                 f"Expected the images of `hits` for each of {len(query)} queries, (B, k, C, *spatial), but got"
-                f" {describe(hits)}."
+                f" {describe(hits)}; a single query has a batch dimension, query[None]."
             )
         hits = hits[None]
     return Hits(images=hits)

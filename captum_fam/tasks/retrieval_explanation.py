@@ -208,7 +208,7 @@ class RetrievalExplanation(Explanation):
 
     def _counted(self) -> Tensor:
         there = [[number is not None for number in row] for row in self.ids]
-        return torch.tensor(there, device=self.similarities.device).reshape(self.similarities.shape)
+        return torch.tensor(there, dtype=torch.bool, device=self.similarities.device).reshape(self.similarities.shape)
 
     def _known(self, maps: Tensor, own: Tensor) -> Tensor:
         """Maps (B, P, *spatial) of these hits (B, P), zero where there is none."""
