@@ -224,7 +224,7 @@ def test_a_page_and_a_figure_say_what_was_found():
     assert [one["name"] for one in json.loads(data)["references"]] == ["1: image b", "2: image c", "3: image e"]
     texts = [axis.get_xlabel() for axis in found.visualize(1, use_pyplot=False).axes]
     for rank, name in enumerate("bce"):
-        assert any(f"{rank + 1}: image {name}" in t and f"{found.similarities[1, rank]:.3g}" in t for t in texts)
+        assert any(f"{rank + 1}: image {name}" in t and f"{found.similarities[1, rank]:.4g}" in t for t in texts)
     copied = pickle.loads(pickle.dumps(found))
     close(copied.hit_maps, found.hit_maps)
     assert copied.ids == IDS

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_fam.explorer import PairExplorer, explore_groups
 from captum_fam.tasks._explanation import Explanation, Origin, check_beyond
-from captum_fam.visualization import Pictures, visualize_comparison, visualize_pair
+from captum_fam.visualization import Pictures, Scale, visualize_comparison, visualize_pair
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -154,6 +154,7 @@ class RetrievalExplanation(Explanation):
         titles: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        scale: Scale = "all",
         use_pyplot: bool = True,
     ) -> Figure:
         r"""
@@ -166,8 +167,8 @@ class RetrievalExplanation(Explanation):
             photos (list of pictures, optional): What is shown of the query and its hits, in this order.
                         Default: None, the images themselves
             titles (list of str, optional): One for each hit.
-                        Default: None, as ``"1: image 17, similarity 0.83"``
-            mean, std, use_pyplot: As in :func:`~captum_fam.visualize_pair`.
+                        Default: None, as ``"1: image 17"``, rank and id
+            mean, std, scale, use_pyplot: As in :func:`~captum_fam.visualize_pair`.
 
         Returns:
             *Figure*
@@ -175,33 +176,43 @@ class RetrievalExplanation(Explanation):
         Raises:
             TypeError, ValueError: an argument is not as described above, nothing was found for the query, or this is a
                         copy or from a file.
+
+        Examples::
+
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> query, hits = torch.rand(1, 3, 16, 16), torch.rand(3, 3, 16, 16)
+            >>> figure = explain_hits(query, hits, encoder, encoder[1]).visualize(use_pyplot=False)
         """
         origin, (image,) = self._explored(query, "visualize")
-        there = [k for k, number in enumerate(self.ids[query]) if number is not None]
-        if not there:
-            raise ValueError(f"The search found nothing for query {query}, so there is nothing to show.")
-        if titles is None:
-            similar = self.similarities[query, there].tolist()
-            titles = [f"{name}\nsimilarity {s:.3g}" for name, s in zip(self._names(query, there), similar)]
+        there = self._there(query)
+        names = self._names(query, there) if titles is None else list(titles)
+        maps, similar = self.maps[query, there][:, None], self.similarities[query, there]
+        options: Any = {"mean": mean, "std": std, "scale": scale, "use_pyplot": use_pyplot}
         given: Any = photos
         shown = None if photos is None else list(given)
-        maps = self.maps[query, there][:, None]
-        options: Any = {"mean": mean, "std": std, "use_pyplot": use_pyplot}
-        if self.hit_maps is None:
-            named = {title: M[None] for title, M in zip(titles, maps)}
-            return visualize_comparison(image if shown is None else shown[:1], named, **options)[0]
-        hits = origin.others(query, there) if shown is None else shown[1:]
+        if shown is not None and len(shown) != 1 + len(there):
+            raise ValueError(f"Expected `photos` to be {1 + len(there)}, query and hits, but got {len(shown)}.")
         first = image if shown is None else shown[:1]
-        return visualize_pair(first, hits, maps, self.hit_maps[query, there][:, None], titles=titles, **options)[0]
+        if self.hit_maps is None:
+            named = {f"{name}\nscore {s:.4g}": M[None] for name, s, M in zip(names, similar.tolist(), maps)}
+            return visualize_comparison(first, named, **options)[0]
+        hits = origin.others(query, there) if shown is None else shown[1:]
+        hit_maps = self.hit_maps[query, there][:, None]
+        return visualize_pair(first, hits, maps, hit_maps, reference_titles=names, scores=similar, **options)[0]
 
     def _shown(self, query: int, what: str) -> tuple[Origin, Any, Tensor, list[int]]:
         origin, image = self._explored(query, what)
         if self.hit_maps is None:
             raise ValueError("A page shows the images of the hits: pass them, or a `gallery` that has them.")
+        there = self._there(query)
+        return origin, image, origin.others(query, there).to(image[0]), there
+
+    def _there(self, query: int) -> list[int]:
+        """The ranks of what was found for a query."""
         there = [k for k, number in enumerate(self.ids[query]) if number is not None]
         if not there:
             raise ValueError(f"The search found nothing for query {query}, so there is nothing to show.")
-        return origin, image, origin.others(query, there).to(image[0]), there
+        return there
 
     def _names(self, query: int, there: list[int]) -> list[str]:
         return [f"{rank}: image {self.ids[query][k]}" for rank, k in enumerate(there, 1)]
