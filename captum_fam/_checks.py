@@ -3,7 +3,7 @@
 import operator
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,6 +16,18 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{value!r}" if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def embeddings_in(value: object) -> list[str]:
+    """How to write each of the values of a mapping or a sequence that may be embeddings (B, D): "['z']", "[0]"."""
+    several = enumerate(value) if isinstance(value, (tuple, list)) else ()
+    return [
+        f"[{key!r}]"
+        for key, v in (value.items() if isinstance(value, Mapping) else several)
+        if isinstance(v, Tensor) and v.is_floating_point() and v.ndim == 2
+        # Lengths and scores are none.
+        if v.shape[1] > 1 and not str(key).startswith("logits")
+    ]
 
 
 def did_you_mean(value: object, names: Iterable[str]) -> str:
@@ -72,10 +84,10 @@ def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
     tensors = value if isinstance(value, tuple) else (value,)
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):
         got = f"a tuple of {[type(t).__name__ for t in tensors]}" if isinstance(value, tuple) else describe(value)
-        raise TypeError(
-            f"Expected `{name}` to be a tensor or a tuple of tensors, but got {got}; apply the encoder's transform to"
-            " pictures and torch.stack to a list of tensors."
-        )
+        cure = "apply the encoder's transform to pictures and torch.stack to a list of tensors"
+        if isinstance(value, Mapping):
+            cure = f"pass one of its values, {name}[key] with one of the keys {list(value)}"
+        raise TypeError(f"Expected `{name}` to be a tensor or a tuple of tensors, but got {got}; {cure}.")
     if any(not t.ndim for t in tensors):
         raise ValueError(
             f"Expected `{name}` to have a batch dimension, but got a tensor without dimensions; pass {name}[None]."
@@ -85,24 +97,40 @@ def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
 
 def check_labels(name: str, labels: Any, count: int, of: str, device: torch.device) -> Tensor:
     """Labels as integers (count,), one for each of what they label."""
+    if isinstance(labels, str) or (isinstance(labels, Iterable) and any(isinstance(label, str) for label in labels)):
+        cure = f"number them: `names, {name} = numpy.unique({name}, return_inverse=True)`; names[i] is that of label i"
+        if isinstance(labels, str):
+            cure = "pass the number of that name"
+        raise TypeError(f"Expected `{name}` to be integers, but got {_some(labels)}; {cure}.")
     try:
         found = torch.as_tensor(labels, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"Expected `{name}` to be integers, but got {describe(labels)}: {error}.") from error
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(f"Expected `{name}` to be integers, but got {describe(found)}.")
+        raise TypeError(f"Expected `{name}` to be integers, but got {describe(found)}; pass {name}.long().")
     if found.shape != (count,):
+        cure = f"; of labels in one-hot form pass {name}.argmax(1)" if found.ndim == 2 and len(found) == count else ""
         raise ValueError(
-            f"Expected `{name}` to be {count} integers, one for each of {of}, but got shape {tuple(found.shape)}."
+            f"Expected `{name}` to be {count} integers, one for each of {of}, but got shape {tuple(found.shape)}{cure}."
         )
     return found
 
 
+def _some(labels: Any) -> str:
+    """The first of what may be many."""
+    if isinstance(labels, str):
+        return repr(labels)
+    first = [str(label) if isinstance(label, str) else label for label, _ in zip(labels, range(4))]
+    return f"{first[:3]!r}" if len(first) < 4 else f"{first[:3]!r}"[:-1] + ", ...]"
+
+
 def check_reference_embedding(value: object) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
+        inside = [f"output{key}" for key in embeddings_in(value)]  # of what a model of transformers returns
+        cure = f"the embeddings in it, {' or '.join(inside)}" if inside else "embeddings here"
         raise TypeError(
             f"Expected `reference_embedding` to be a floating-point tensor (K, D), but got {describe(value)};"
-            " pass embeddings here, or inputs of the encoder as `reference`."
+            f" pass {cure}, or inputs of the encoder as `reference`."
         )
     if value.ndim != 2:
         raise ValueError(
@@ -187,10 +215,13 @@ def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...], n
     if len(reference) != len(inputs):
         raise ValueError(f"Expected `{name}` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}.")
     for r, x in zip(reference, inputs):
-        if r.ndim == x.ndim - 1:
+        if r.ndim == x.ndim - 1 or (r.ndim == 2 < x.ndim):
+            cures = [f"pass a batch dimension, {name}[None] for a single one"] * (r.ndim == x.ndim - 1)
+            if name == "reference" and r.ndim == 2:
+                cures.append("embeddings, of texts too, are no inputs: pass them as reference_embedding")
             raise ValueError(
                 f"Expected `{name}` in the form of `inputs`, of {x.ndim} dimensions, but got shape {tuple(r.shape)};"
-                f" pass a batch dimension, {name}[None] for a single one."
+                f" {'; '.join(cures) or 'pass inputs of the encoder'}."
             )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_fam._checks import check_callable, check_labels, check_reference_embedding, describe
+from captum_fam._checks import check_callable, check_labels, check_reference_embedding, describe, embeddings_in
+from captum_fam._misfit import in_plain_words
 from captum_fam.similarity import Similarity, channel_contributions, check_similarity, widen
 
 
@@ -68,7 +69,9 @@ class SimilarityScore(nn.Module):
         Returns:
             *Tensor*: scores (B, K), in the embeddings' dtype.
         """
-        z = select_embedding(self.encoder(*inputs), self.output_selector)
+        with in_plain_words(self.encoder, inputs):
+            output = self.encoder(*inputs)
+        z = select_embedding(output, self.output_selector)
         s = self.reference_embedding.to(z.device)
         return channel_contributions(widen(z)[:, None], widen(s), self.similarity).sum(-1).to(z.dtype)
 
@@ -113,24 +116,44 @@ def prototypes(embeddings: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
 
 def select_embedding(output: Any, output_selector: Callable[[Any], Tensor] | None) -> Tensor:
     """The embeddings (B, D) in an encoder's output, or an error that says how to select them."""
-    origin = "the encoder" if output_selector is None else "`output_selector`"
-    z = output if output_selector is None else output_selector(output)
-    if isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 2:
-        return z
+    if output_selector is None:
+        z, origin = output, "the encoder"
+    else:
+        try:
+            z, origin = output_selector(output), "`output_selector`"
+        except (AttributeError, LookupError, TypeError) as error:
+            got, advice = _of_output(output)
+            raise TypeError(
+                f"`output_selector` fails on what the encoder returns, {got}: {error!r}; {advice}."
+            ) from error
+    if _is_embedding(z):
+        return z  # type: ignore[no-any-return]  # checked
+    got, advice = _of_output(z)
+    kind = ValueError if isinstance(z, Tensor) and z.is_floating_point() else TypeError
+    raise kind(f"Expected {origin} to return floating-point embeddings (B, D), but got {got}; {advice}.")
+
+
+def _is_embedding(z: object) -> bool:
+    return isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 2
+
+
+def _of_output(z: Any) -> tuple[str, str]:
+    """What an encoder has returned, and what to select of it."""
+    inside = embeddings_in(z)
     if isinstance(z, Tensor):
         advice = "return one row per input"
-        if z.ndim == 3:
+        if _is_embedding(z):
+            advice = "these are embeddings (B, D), so leave it out"
+        elif z.ndim == 3:
             advice = "select a token, output_selector=lambda z: z[:, 0], or their mean, z.mean(1)"
         elif z.ndim > 3:
             advice = "pool, output_selector=lambda z: z.mean((2, 3)), or flatten, z.flatten(1)"
-        got = describe(z)
-    elif isinstance(z, Mapping):
-        advice = f"pass output_selector=lambda output: output[key] with one of the keys {list(z)}"
-        got = type(z).__name__
-    elif isinstance(z, (tuple, list)):
-        advice = "pass output_selector=lambda output: output[i]"
-        got = f"a {type(z).__name__} of {len(z)}"
-    else:
-        advice, got = "pass an output_selector that returns the embeddings", describe(z)
-    error = ValueError if isinstance(z, Tensor) and z.is_floating_point() else TypeError
-    raise error(f"Expected {origin} to return floating-point embeddings (B, D), but got {got}; {advice}.")
+        return describe(z), advice
+    select = "pass output_selector=lambda output: output"
+    if isinstance(z, Mapping):
+        one = f"{inside[0]}, of" if len(inside) == 1 else "[key] with one of"
+        return type(z).__name__, f"{select}{one} the keys {list(z)}"
+    if isinstance(z, (tuple, list)):
+        one = inside[0] if len(inside) == 1 else "[i]"
+        return f"a {type(z).__name__} of {len(z)}", f"{select}{one}, or call model.eval() if it is longer in training"
+    return describe(z), "pass an output_selector that returns the embeddings"

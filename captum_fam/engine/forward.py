@@ -14,6 +14,7 @@ from captum_fam._checks import check_rows, describe
 from captum_fam.engine.checkpoints import in_reentrant_part
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.constants import CAN_BE_CONSTANT, ConstantWeights, WeightsNeededError
+from captum_fam.engine.layers import last_map
 from captum_fam.engine.order import check_order
 from captum_fam.engine.path import Path
 from captum_fam.engine.recording import Encoder, Recording
@@ -24,6 +25,7 @@ from captum_fam.engine.untouched import (
     compiled_parts_off,
     has_batch_statistics,
     name_of,
+    run,
     warnings_of_training,
 )
 from captum_fam.engine.ways import NotInOneBatchError, Way
@@ -186,7 +188,12 @@ class _Forward:
             )
         if any(isinstance(m, torch.jit.ScriptModule) for m in self._guard.held):
             return " In what is TorchScript of it, hooks do not work: pass the Python model."
-        return ""
+        encoder = self._encoder
+        try:
+            other = last_map(encoder.forward_func, self._inputs, self._args, encoder.output_selector)
+        except Exception:  # the search needs more than the pass did, such as a gradient
+            return ""
+        return f" The last of its layers with a map is {other!r}." if other else ""
 
     def _pass(self, last: dict[Any, int] | None = None) -> Tensor:
         """The embeddings of one pass; ``last`` numbers the calls of the layer in which the point goes on from it."""
@@ -207,7 +214,7 @@ class _Forward:
             if self.graph:  # tensors made under inference mode cannot be part of a graph
                 inputs = tuple(t.clone() if t.is_inference() else t for t in inputs)
             with compiled_parts_off():
-                output = _captum.run_forward(encoder.forward_func, inputs, None, self._args)
+                output = run(encoder.forward_func, inputs, self._args)
             if any(w.asked for w in self._weights):  # the encoder may have caught the error
                 raise WeightsNeededError
             with torch.set_grad_enabled(self.graph):

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_fam import _captum
 from captum_fam.engine.checkpoints import checkpointing_named
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments
 from captum_fam.engine.order import Layouts, ask, follows_convolution, in_attention
-from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of
+from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of, run
 from captum_fam.score import select_embedding
 from captum_fam.tokens import images_of, may_be_map
 
@@ -109,7 +108,7 @@ def maps_on_the_way(
     with buffers_restored(forward_func), torch.enable_grad():  # backward before that: it may need the buffers
         try:
             with compiled_parts_off():
-                output = _captum.run_forward(forward_func, images, None, arguments)
+                output = run(forward_func, images, arguments)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -147,7 +146,7 @@ def maps_on_the_way(
             hooks = [m.register_forward_hook(lambda m, _, output: kept.update({m: output})) for m in doubtful]
             try:
                 with torch.no_grad(), compiled_parts_off():
-                    _captum.run_forward(forward_func, images, None, arguments)
+                    run(forward_func, images, arguments)
             finally:
                 for hook in hooks:
                     hook.remove()

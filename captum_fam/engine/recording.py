@@ -118,6 +118,10 @@ class Recording:
                 for name, A in zip(self.names, self.activations)
                 if A.shape[2:].numel() == 1
             ]
+        if images_of(inputs).shape[2:].numel() > 1:
+            for name, A in zip(self.names, self.activations):
+                if A.shape[2:].numel() == 1:
+                    report.note_pooled(name, self._elsewhere())
         self.partial = [A.numel() < a.numel() for A, a in zip(self.activations, given)]
         self._shared: dict[object, Any] = {}
         self._asked: Tensor | None = None
@@ -203,9 +207,13 @@ class Recording:
                 gradients = self._gradients(self._asked[None], self._flat(self._tensors[i : i + 1]))[0]
                 used = any(g is not None and bool(g.any()) for g in gradients)
                 found = Dependence.OFF_THE_MAP if used else Dependence.NONE
-            encoder = self.encoder
-            where = (encoder.forward_func, self.inputs, self.additional_forward_args, encoder.output_selector)
-            self.report.note_dependence((i, name), found, partial(last_map, *where))
+            self.report.note_dependence((i, name), found, self._elsewhere())
+
+    def _elsewhere(self) -> Callable[[], str | None]:
+        """How to find a layer that has a map."""
+        encoder = self.encoder
+        where = (encoder.forward_func, self.inputs, self.additional_forward_args, encoder.output_selector)
+        return partial(last_map, *where)
 
     def _flat(self, layers: list[list[Tensors]] | None = None) -> list[Tensor]:
         """The tensors of all devices, as the layers gave them."""

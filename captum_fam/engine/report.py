@@ -22,12 +22,14 @@ class Report:
         warnings: what a user should know.
         unusable: numbers of the inputs, and of the references, whose embeddings are zero or not finite.
         dependence: of the embeddings on each layer, by its number and name.
+        pooled: the layers that have one place.
     """
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self.unusable: dict[str, set[int]] = {}
         self.dependence: dict[tuple[int, str], Dependence] = {}
+        self.pooled: dict[str, None] = {}
 
     def note_unusable(self, side: str, bad: Tensor, first: int = 0) -> None:
         """Notes which embeddings (N,) cannot be explained; the first of them has this number in its call."""
@@ -38,11 +40,18 @@ class Report:
         self.dependence[layer] = max(found, self.dependence.get(layer, Dependence.NONE))
         self._elsewhere = elsewhere
 
+    def note_pooled(self, layer: str, elsewhere: Callable[[], str | None]) -> None:
+        """Notes a layer with one place, and how to find another one that has a map."""
+        self.pooled[layer] = None
+        self._elsewhere = elsewhere
+
     def include(self, other: "Report") -> None:
         """What another pass of the same call has found out, of other layers."""
         self.warnings += other.warnings
         for side, rows in other.unusable.items():
             self.unusable.setdefault(side, set()).update(rows)
+        for layer in other.pooled:
+            self.note_pooled(layer, other._elsewhere)
         for (_, layer), found in other.dependence.items():
             self.note_dependence((len(self.dependence), layer), found, other._elsewhere)
 
@@ -56,6 +65,12 @@ class Report:
         texts = list(dict.fromkeys(self.warnings))
         if self.unusable:
             texts.append(of_unusable(self.unusable))
+        for layer in self.pooled:
+            other = self._elsewhere()
+            texts.append(
+                f"Layer {layer} has one place, as after a pooling, so its map is one number and shows no part of the"
+                " input. Choose a layer before that" + (f", such as {other!r}." if other else ".")
+            )
         for (_, layer), dependence in self.dependence.items():
             if dependence == Dependence.OFF_THE_MAP:
                 other = self._elsewhere()

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from captum_fam import _captum
 from captum_fam._checks import check_rows
+from captum_fam._misfit import in_plain_words
 from captum_fam.score import select_embedding
 
 P = ParamSpec("P")
@@ -97,6 +98,12 @@ def _eager(set_stance: Callable[..., Any]) -> Iterator[None]:
             ours.__exit__(None, None, None)
 
 
+def run(forward_func: Callable[..., Any], inputs: tuple[Tensor, ...], additional_forward_args: Any) -> Any:
+    """What an encoder returns, or an error that says in plain words that it does not take these inputs."""
+    with in_plain_words(forward_func, inputs):
+        return _captum.run_forward(forward_func, inputs, None, additional_forward_args)
+
+
 def embed(
     forward_func: Callable[..., Any],
     name: str,
@@ -110,7 +117,7 @@ def embed(
     mode is added.
     """
     with torch.no_grad(), buffers_restored(forward_func) as guard:
-        output = _captum.run_forward(forward_func, inputs, None, additional_forward_args)
+        output = run(forward_func, inputs, additional_forward_args)
         if warned is not None:
             warned += [w for w in warnings_of_training(forward_func, guard.called) if w not in warned]
         return check_rows(name, inputs, select_embedding(output, output_selector)).detach().clone()

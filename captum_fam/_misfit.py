@@ -1,0 +1,137 @@
+"""An encoder that cannot take what it got: errors that say which part of it can."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_fam import _captum
+
+# What encoders call their methods that embed one input, with all that belongs to it, and the parts that may.
+_METHODS = (
+    "get_image_features",
+    "encode_image",
+    "forward_once",
+    "forward_one",
+    "get_embedding",
+    "get_embeddings",
+    "embed",
+    "encode",
+)
+_PARTS = re.compile(
+    "encoder|backbone|embed|branch|tower|net|student|teacher|online|trunk|visual|vision|feature|extract|base|model"
+)
+_OF_TORCH = nn.modules.module.__file__
+
+
+@contextmanager
+def in_plain_words(forward_func: Callable[..., Any], inputs: tuple[Any, ...]) -> Iterator[None]:
+    """
+    Around a call of an encoder: where it takes other arguments, or compares images with texts, that is said, with what
+    to pass instead. Whatever else goes wrong inside is its own error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("captum_fam."):  # says that the call is to go another way
+            raise
+        frames = list(_frames(error))
+        text = _of_texts(frames)
+        if text is None and isinstance(error, TypeError):
+            text = _of_signature(forward_func, inputs, error, frames)
+        if text is None:
+            raise
+        raise TypeError(text) from error
+
+
+def _frames(error: Exception) -> Iterator[FrameType]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
+def _of_texts(frames: list[FrameType]) -> str | None:
+    """Of a call of a model with a tower for images and one for texts, which of them got what it cannot take."""
+    for frame in frames:
+        values = frame.f_locals
+        model = values.get("self")
+        if not isinstance(model, nn.Module):
+            continue
+        name, of_images = type(model).__name__, [n for n in _METHODS[:2] if hasattr(model, n)]
+        texts, images = (
+            next((values[n] for n in names if n in values), None)
+            for names in (("input_ids", "text"), ("pixel_values", "image"))
+        )
+        # transformers needs both; open_clip does not.
+        no_texts = "input_ids" in values and texts is values.get("inputs_embeds") is None and isinstance(images, Tensor)
+        if isinstance(images, Tensor) and images.ndim == 2 and not images.is_floating_point():
+            return (
+                f"Expected images, but {name} got integers of shape {tuple(images.shape)}, which look like tokens of"
+                " texts; embed texts by the model's own function, and pass their embeddings as `reference_embedding`."
+            )
+        as_texts = isinstance(texts, Tensor) and texts.is_floating_point() and texts.ndim > 2
+        if of_images and (as_texts or no_texts):
+            got = "took images for texts" if as_texts else "compares images with texts and got no texts"
+            return (
+                f"Expected the encoder to embed images, but {name} {got}; pass model.{of_images[0]}, which embeds"
+                " images alone. Embeddings of texts may be its `reference_embedding`."
+            )
+    return None
+
+
+def _of_signature(
+    forward_func: Callable[..., Any], inputs: tuple[Any, ...], error: TypeError, frames: list[FrameType]
+) -> str | None:
+    """Of Python's own error about the arguments of the encoder itself: the part that takes them, if that is found."""
+    modules = [f.f_locals["self"] for f in frames if f.f_code.co_filename == _OF_TORCH and "self" in f.f_locals]
+    modules = [m for m in modules if not isinstance(m, nn.DataParallel) and not hasattr(m, "_orig_mod")]
+    called: Any = modules[0].forward if modules else forward_func
+    while isinstance(called, partial):
+        called = called.func
+    caller = (_OF_TORCH,) if modules else (_captum.run_forward.__code__.co_filename, __file__)
+    own = frames[-1].f_code.co_filename in caller and (not modules or frames[-1].f_locals.get("self") is modules[0])
+    if not own or not str(error).startswith(f"{getattr(called, '__qualname__', None)}() "):
+        return None
+    if "missing" not in str(error):
+        return (
+            f"The encoder cannot take the {_tensors(inputs)} that it is given: {error}. Pass only what it embeds;"
+            " what that is compared with is the `reference`."
+        )
+    model = getattr(called, "__self__", None)
+    parts = _branches(model, inputs) if isinstance(model, nn.Module) else []
+    one = " or ".join(f"model.{name}" for name in parts) if parts else "the part of it that embeds one"
+    return (
+        f"The encoder cannot take the {_tensors(inputs)} that it is given: {error}. If it compares several inputs, pass"
+        f" {one}, and what that is compared with as `reference`; if not, pass what is missing as"
+        " `additional_forward_args`."
+    )
+
+
+def _tensors(inputs: tuple[Any, ...]) -> str:
+    return "tensor" if len(inputs) == 1 else f"{len(inputs)} tensors"
+
+
+def _branches(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+    """The names of what alone maps these inputs to embeddings (B, D): methods, or else parts."""
+    methods = [n for n in _METHODS if callable(getattr(type(model), n, None))]
+    parts = [n for n, _ in model.named_children() if _PARTS.search(n.lower())]
+    for names in (methods, parts):
+        found = [n for n in names if _embeds(getattr(model, n), inputs)]
+        if found:
+            return found
+    return []
+
+
+@torch.no_grad()
+def _embeds(function: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
+    try:
+        z = function(*inputs)
+    except Exception:  # of whatever kind: it does not take them
+        return False
+    return isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 2
