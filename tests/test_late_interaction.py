@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -187,6 +188,17 @@ def test_a_mask_for_one_is_that_of_all():
     close(found.map, explain_maxsim(q, p, (2, 2), **both, patches=patches.expand(2, -1)).map)
 
 
+def test_a_token_that_does_not_count_has_no_match():
+    page = torch.tensor([[2.0, 1], [0, 0], [1, 2]])
+    found = explain_maxsim(
+        torch.eye(2), page, (1, 2), query_mask=[1, 0], patches=[True, True, False]
+    )  # nothing is said
+    close(found.matches, [[[1, 0]], [[0, 0]]])
+    close(found.unplaced, [0, 0])
+    close(found.token_scores, [2, 0])
+    close(found.similarities[1], [[0, 0]])
+
+
 def test_padding_that_is_no_number_is_left_out_by_a_mask():
     q, p = normal(3, 4), normal(5, 4, seed=1)
     q[2], p[4] = torch.nan, torch.inf
@@ -238,10 +250,12 @@ def test_rows_of_zeros_count_in_a_page_as_transformers_has_it_and_it_is_said():
     close(found.score, score(None, query[None], page[None])[0, 0])
     close(found.token_scores, [3, 0])
     close(found.unplaced, [0, 1])
-    masked = explain_maxsim(query, page, (1, 2), patches=patches, page_mask=[1, 1, 0])  # and nothing is said
-    close(masked.token_scores, [3, -1])
     above = F.pad(torch.tensor([[3.0, 1], [2, 2]]), (0, 0, 0, 1))
-    close(explain_maxsim(query, above, (1, 2), patches=patches).token_scores, [3, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(explain_maxsim(query, page, (1, 2), patches=patches, page_mask=[1, 1, 0]).token_scores, [3, -1])
+        explain_maxsim(query, page, (1, 2), patches=patches, page_mask=[1, 1, 1])  # it was said by the mask
+        close(explain_maxsim(query, above, (1, 2), patches=patches).token_scores, [3, 2])
 
 
 def tokenizer():

@@ -356,11 +356,10 @@ def explain_maxsim(
                 " padding: pass page_mask=attention_mask."
             )
         is_patch = torch.zeros_like(kept).scatter(1, places, True)
-        token_scores = torch.where(counts[:, None], best[..., 0], 0)
         at = places[None, :, None].expand(B, K, T, h * w)
         return MaxSimExplanation(
             q[:, None].expand(B, K, *q.shape[1:]).reshape(*queries, *pages, *q.shape[1:]),
-            token_scores.reshape(*queries, *pages, T),
+            best.reshape(*queries, *pages, T),
             similarities.gather(-1, at).reshape(*queries, *pages, T, h, w),
             matches.gather(-1, at).reshape(*queries, *pages, T, h, w),
             (matches * ~is_patch[:, None]).sum(-1).reshape(*queries, *pages, T),
