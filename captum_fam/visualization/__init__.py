@@ -101,7 +101,7 @@ def visualize_pair(
         (2, 4)
     """
     check_scale(scale)
-    given = [as_maps("query_map", query_map), as_maps("reference_map", reference_map)]
+    given = [as_maps("query_map", query_map, query), as_maps("reference_map", reference_map, reference)]
     rows = len(given[0])
     if len(given[1]) != rows:
         raise ValueError(f"Expected `reference_map` to be {rows} maps, as `query_map` is, but got {len(given[1])}.")
@@ -167,7 +167,7 @@ def visualize_comparison(
     if not isinstance(attributions, Mapping) or not attributions:
         raise TypeError(f"Expected `attributions` to be a dict of maps by name, but got {describe(attributions)}.")
     check_scale(scale)
-    given = {name: as_maps(f"attributions[{name!r}]", values) for name, values in attributions.items()}
+    given = {name: as_maps(f"attributions[{name!r}]", values, images) for name, values in attributions.items()}
     counts = {name: len(values) for name, values in given.items()}
     rows = next(iter(counts.values()))
     if set(counts.values()) != {rows}:

@@ -48,18 +48,49 @@ class Maps:
         return list(torch.from_numpy(values).reshape(-1, *spatial))
 
 
-def as_maps(name: str, values: Values) -> Maps:
+def as_maps(name: str, values: Values, images: Pictures) -> Maps:
+    """Maps of these images; those of signals and volumes, too, may have no channel: (B, t) and (B, d, h, w)."""
     if not isinstance(values, (Tensor, np.ndarray)):
         raise TypeError(f"Expected `{name}` to be a real tensor or array, but got {describe(values)}.")
-    one = values.ndim > 2 and values.shape[1] == 1
-    ranks = {2: {2}, 3: {1, 2} if one else {2}, 4: {2} if one else set(), 5: {3} if one else set()}.get(values.ndim)
     given = real(name, values)
+    if (given.ndim == 2 and _are_signals(name, given.shape, images)) or (given.ndim == 4 and _ndim(images) == 5):
+        given = given[:, None]
+    one = given.ndim > 2 and given.shape[1] == 1
+    ranks = {2: {2}, 3: {1, 2} if one else {2}, 4: {2} if one else set(), 5: {3} if one else set()}.get(given.ndim)
     if not ranks or not given.size:
         raise ValueError(
-            f"Expected `{name}` to be maps (B, 1, h, w), (B, h, w) or (h, w), but got shape {tuple(given.shape)}; those"
-            " of signals are (B, 1, t), of volumes (B, 1, d, h, w); sum attributions over their channels first."
+            f"Expected `{name}` to be maps (B, 1, h, w), (B, h, w) or (h, w), but got shape {tuple(values.shape)};"
+            " those of signals are (B, 1, t), of volumes (B, 1, d, h, w); sum attributions over their channels first."
         )
     return Maps(name, given, ranks)
+
+
+def _ndim(images: Pictures) -> int:
+    return images.ndim if isinstance(images, (Tensor, np.ndarray)) else 0
+
+
+def _are_signals(name: str, shape: tuple[int, ...], images: Pictures) -> bool:
+    """Whether a map (h, w) is not one of a picture, but maps (B, t) of B signals."""
+    B = shape[0]
+    if isinstance(images, (Tensor, np.ndarray)):
+        batch = images.ndim == 3 and images.shape[0] == B
+        alone = images.ndim == 2 and (B == 1 or (images.shape[0] == B and tuple(images.shape) != tuple(shape)))
+        signals = images.ndim == 1 or alone or batch
+        picture = alone or (batch and not {B, images.shape[2]}.isdisjoint((1, *COLOURS)))
+    else:
+        signals = isinstance(images, Sequence) and len(images) == B and _are_flat(images)
+        picture = B == 1
+    if signals and picture:
+        raise ValueError(
+            f"`{name}` of shape {tuple(shape)} may be maps of {B} signals or one map of a picture: pass"
+            f" {name}[:, None] for signals, {name}[None, None] for a picture."
+        )
+    return signals
+
+
+def _are_flat(images: Sequence[Picture]) -> bool:
+    """Whether they are arrays with at most one dimension beside that of a signal."""
+    return bool(images) and all(isinstance(image, (Tensor, np.ndarray)) and image.ndim < 3 for image in images)
 
 
 def panels(
@@ -109,9 +140,7 @@ def _rank(name: str, images: Pictures, columns: Sequence[Maps]) -> int:
         shape = images.shape
         picture = len(shape) > 3 or (len(shape) == 3 and shape[0] not in (1, rows) and shape[2] in (1, *COLOURS))
         return 2 if picture else 1
-    if not isinstance(images, Sequence) or not images:
-        return 2
-    return 1 if all(isinstance(image, (Tensor, np.ndarray)) and image.ndim < 3 for image in images) else 2
+    return 1 if isinstance(images, Sequence) and _are_flat(images) else 2
 
 
 def _one_by_one(name: str, images: Pictures, rows: int, rank: int, mean: Numbers, std: Numbers) -> list[Any]:
@@ -128,7 +157,8 @@ def _one_by_one(name: str, images: Pictures, rows: int, rank: int, mean: Numbers
     else:
         found = [images]
     if len(found) not in (1, rows):
-        raise ValueError(f"Expected `{name}` to be one image or {rows}, one for each row, but got {len(found)}.")
+        cure = "; maps of pictures are (B, 1, h, w), with h = 1, too" if rank == 1 else ""
+        raise ValueError(f"Expected `{name}` to be one image or {rows}, one for each row, but got {len(found)}{cure}.")
     return found
 
 
