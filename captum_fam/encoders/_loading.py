@@ -4,7 +4,7 @@ import importlib
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from io import StringIO
@@ -43,6 +43,25 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def load_tokenizer(name: str, load: Callable[[], Any]) -> Any:
+    """
+    Raises:
+        ValueError: there is none, or it knows no words: of a folder without its files, transformers makes such a one.
+    """
+    try:
+        with quiet():
+            tokenizer = load()
+    except Exception as error:  # of transformers, the hub or its client
+        raise ValueError(
+            f"cannot load the tokenizer of {name} ({first_sentence(error)}): save it beside the model, or pass a model"
+            " that has one"
+        ) from error
+    own = getattr(tokenizer, "tokenizer", tokenizer)  # open_clip's is around one of transformers
+    if hasattr(own, "__len__") and len(own) <= len(own.all_special_ids):
+        raise ValueError(f"the tokenizer of {name} knows no words: save its files beside the model")
+    return tokenizer
 
 
 def load_state(model: nn.Module, file: Path, optional: str | tuple[str, ...] = ()) -> list[str]:

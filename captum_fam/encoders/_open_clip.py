@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_fam._files import irregular
 from captum_fam.encoders._loaded import LoadedEncoder, SameModules, resampling
-from captum_fam.encoders._loading import first_sentence, near, one_line, optional, quiet
+from captum_fam.encoders._loading import first_sentence, load_tokenizer, near, one_line, optional, quiet
 
 _SCHEMES = ("hf-hub:", "local-dir:")
 
@@ -23,15 +23,8 @@ class _OpenClipEncoder(SameModules):
 
     def embed_text(self, sentences: list[str]) -> Any:
         if self._tokenizer is None:  # images need none, and some are on a hub
-            library = optional("open_clip", "open-clip")
-            try:
-                with quiet():
-                    self._tokenizer = library.get_tokenizer(self._architecture)
-            except Exception as error:
-                raise ValueError(
-                    f"cannot load the tokenizer of {self._architecture} ({first_sentence(error)}): with its files in"
-                    " the folder, open_clip:local-dir:PATH needs no network"
-                ) from error
+            load = optional("open_clip", "open-clip").get_tokenizer
+            self._tokenizer = load_tokenizer(f"open_clip:{self._architecture}", lambda: load(self._architecture))
         tokenizer: Any = self._tokenizer
         return self.model.encode_text(tokenizer(sentences).to(self.device))
 
@@ -53,8 +46,9 @@ def open_clip(name: str, rest: str, weights: Path | None, size: int | None) -> L
         with quiet():
             model = library.create_model(
                 architecture,
-                pretrained=tag,
+                pretrained=tag if weights is None else None,  # or it would be downloaded
                 load_weights=weights is None,
+                force_preprocess_cfg=preprocess,
                 pretrained_image=False,
                 pretrained_text=False,
                 require_pretrained=weights is None,
@@ -92,13 +86,14 @@ def _parted(library: Any, name: str, rest: str, has_weights: bool) -> tuple[str,
     tags = library.list_pretrained_tags_by_model(architecture)
     if not tag and (len(tags) == 1 or (tags and has_weights)):  # which say how images are normalised
         tag = tags[0]
+    others = f"one of {', '.join(tags)}" if tags else ""
     if tag and not library.get_pretrained_cfg(architecture, tag):
         raise ValueError(
-            f"open_clip has no weights {tag!r} for {architecture}: pass one of {', '.join(tags) or 'none'}"
+            f"open_clip has no weights {tag!r} for {architecture}: pass {others or 'a file as --weights FILE'}"
         )
     if not tag and not has_weights:
-        some = f"such as open_clip:{architecture}/TAG, with TAG one of {', '.join(tags)}" if tags else "--weights FILE"
-        raise ValueError(f"{name} does not say which weights: pass {some}")
+        cure = f"write open_clip:{architecture}/TAG, with TAG {others}" if tags else "pass a file as --weights FILE"
+        raise ValueError(f"{name} does not say which weights: {cure}")
     return architecture, tag or None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_fam._files import FOLDER, irregular
 from captum_fam.encoders._loaded import IMAGENET_SIZE, LoadedEncoder, SameModules, pictures
-from captum_fam.encoders._loading import first_sentence, load_state, one_line, optional, quiet
+from captum_fam.encoders._loading import first_sentence, load_state, load_tokenizer, one_line, optional, quiet
 
 
 class _TransformersEncoder(SameModules):
@@ -45,12 +45,8 @@ class _TransformersOfText(_TransformersEncoder):
     def embed_text(self, sentences: list[str]) -> Any:
         """As transformers' own zero-shot classification of images does."""
         if self._tokenizer is None:  # images need none
-            transformers = optional("transformers")
-            try:
-                with quiet():
-                    self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, trust_remote_code=False)
-            except Exception as error:
-                raise ValueError(f"{self._path} has no tokenizer ({first_sentence(error)}): save one there") from error
+            load = optional("transformers").AutoTokenizer.from_pretrained
+            self._tokenizer = load_tokenizer(f"hf:{self._path}", lambda: load(self._path, trust_remote_code=False))
         # SigLIP was trained on sentences that are filled up, and reads its sentence off the last place.
         siglip = str(self.model.config.model_type).startswith("siglip")
         longest = getattr(getattr(self.model.config, "text_config", None), "max_position_embeddings", None)
@@ -64,7 +60,7 @@ class _TransformersOfText(_TransformersEncoder):
         )
         taken = inspect.signature(self.model.get_text_features).parameters
         output = self.model.get_text_features(**{k: v.to(self.device) for k, v in tokens.items() if k in taken})
-        return output if isinstance(output, Tensor) else output.pooler_output
+        return output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
 
 
 def hugging_face(name: str, path: str, weights: Path | None) -> LoadedEncoder:
@@ -73,12 +69,17 @@ def hugging_face(name: str, path: str, weights: Path | None) -> LoadedEncoder:
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            # AutoModel would leave out the projection, and with it the space of the embeddings.
+            projected = [a for a in config.architectures or () if a.endswith("ModelWithProjection")]
+            model_class = getattr(transformers, projected[0]) if projected else transformers.AutoModel
             if weights is None:
-                model, info = transformers.AutoModel.from_pretrained(
+                model, info = model_class.from_pretrained(
                     path, config=config, trust_remote_code=False, output_loading_info=True
                 )
+            elif projected:
+                model = model_class(config)
             else:
-                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+                model = model_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # of transformers, the hub or its client
         raise _unloadable(name, error, "a folder that save_pretrained wrote") from error
     if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
@@ -111,20 +112,21 @@ def hugging_face(name: str, path: str, weights: Path | None) -> LoadedEncoder:
 
 
 class _SentenceEncoder(SameModules):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, name: str) -> None:
         super().__init__(model)
-        self.native = 0  # the side of the images of the model's own
+        self._name, self.native = name, 0  # the side of the images of the model's own
 
     def forward(self, images: Tensor) -> Tensor:
         features: dict[str, Any] = {"pixel_values": images, "modality": "image"}
         if images.shape[-1] != self.native:
             features["interpolate_pos_encoding"] = True
         z: Tensor = self.model(features)["sentence_embedding"]
-        return z[:, : self.model.truncate_dim]
+        return z
 
 
 class _SentenceEncoderOfText(_SentenceEncoder):
     def embed_text(self, sentences: list[str]) -> Any:
+        load_tokenizer(self._name, lambda: self.model.tokenizer)
         z = self.model.encode(sentences, convert_to_tensor=True, device=str(self.device), show_progress_bar=False)
         return z.clone()  # of inference mode, which references cannot be
 
@@ -151,7 +153,7 @@ def sentence_transformers(name: str, path: str, weights: Path | None) -> LoadedE
     processors = [m.processor for m in model.modules() if hasattr(m, "processor")]
     images = [getattr(p, "image_processor", p) for p in processors]
     settings: dict[str, Any] = next((i.to_dict() for i in images if hasattr(i, "image_mean")), {})
-    encoder = (_SentenceEncoderOfText if model.supports("text") else _SentenceEncoder)(model)
+    encoder = (_SentenceEncoderOfText if model.supports("text") else _SentenceEncoder)(model, name)
     try:
         seen = pictures(name, process, settings, None)
     except Exception as error:
