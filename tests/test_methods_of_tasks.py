@@ -219,3 +219,18 @@ def test_what_needs_the_encoder_is_refused_in_a_copy():
 def test_fam_is_the_method_where_none_is_named():
     found = explain_hits(QUERIES, HITS, ENCODER, ENCODER.layer)
     close(found.maps[0], FeatureActivationMap(ENCODER, ENCODER.layer).attribute_all(QUERIES[:1], reference=HITS[0])[0])
+
+
+def test_a_threshold_that_lies_on_the_other_side_of_the_map_comes_with_a_word():
+    found = explain_hits(QUERIES, HITS, HEAD, HEAD.layer)
+    names = found.similarities[:, 0]
+    theta = names.mean().item()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        means = found.contrast(0, threshold=theta).mean((1, 2, 3))
+    opposite = (means * (names - theta) < 0).nonzero().flatten().tolist()
+    assert opposite
+    assert f"opposite signs (queries {opposite}; " in str(caught[0].message)
+    assert "SimilarityDecomposition do, pass it as `method`" in str(caught[0].message)
+    with pytest.warns(UserWarning, match="So it is with [234] of the 4 references"):
+        explain_hits(QUERIES, HITS, HEAD, HEAD.layer, threshold=theta)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from captum_fam._checks import check_internal_batch_size, describe, warn
+from captum_fam._checks import check_internal_batch_size, describe, warn_once
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.question import Question, less_of
 from captum_fam.methods.by_name import explain_references, matched
@@ -105,6 +105,12 @@ class Explanation:
 
     def _contrast(self, own: Tensor, other: Tensor | Literal["rest"]) -> Tensor:
         """Contrast maps (B, 1, *spatial), zero where they mean nothing."""
+        maps, told = self._contrasted(own, other)
+        warn_once([told] if told else [])
+        return maps
+
+    def _contrasted(self, own: Tensor, other: Tensor | Literal["rest"]) -> tuple[Tensor, str]:
+        """Contrast maps (B, 1, *spatial), and what is to be told of them."""
         rows = torch.arange(len(own), device=own.device)
         valid = self.explainable[rows, own]
         if isinstance(other, Tensor):
@@ -112,28 +118,27 @@ class Explanation:
         found = self._difference(self.signed_maps, own, other)
         valid = valid & found.flatten(1).isfinite().all(1)
         shown = torch.where(valid.reshape(-1, *[1] * (found.ndim - 1)), found, torch.zeros_like(found))
-        self._compare_signs(shown, own, other)
-        return shown[:, None].to(self.maps.dtype)
-
-    def _compare_signs(self, maps: Tensor, own: Tensor, other: Tensor | Literal["rest"]) -> None:
-        """Says where a map (B, *spatial) and the margin that it is to explain have opposite signs."""
-        if not len(maps) or (self._origin is not None and isinstance(self._origin.method, CorrespondenceMap)):
-            return
         margins, constants = (self._difference(v, own, other) for v in (self.similarities, self.constants))
+        return shown[:, None].to(self.maps.dtype), self._opposite(shown, margins, constants)
+
+    def _opposite(self, maps: Tensor, margins: Tensor, constants: Tensor) -> str:
+        """What is to be told where maps (B, *spatial) and the margins (B,) that they explain have opposite signs."""
+        method = None if self._origin is None else self._origin.method
+        if not len(maps) or isinstance(method, CorrespondenceMap):  # whose maps add up to nothing
+            return ""
         means = maps.flatten(1).mean(1).to(margins)
-        finite = torch.where(self.similarities.isfinite(), self.similarities, 0)
-        least = _ROUNDING * finite.abs().amax(1)
+        least = _ROUNDING * torch.where(self.similarities.isfinite(), self.similarities, 0).abs().amax(1)
         opposite = (margins * means < 0) & (margins.abs() > least) & (means.abs() > least)
         if not opposite.any():
-            return
+            return ""
         first = int(opposite.nonzero()[0])
         if constants[first] != 0:
             reason = f"the rest, {constants[first].item():.3g}, belongs to the references alone"
-        elif self._origin is not None and isinstance(self._origin.method, FeatureActivationMap):
+        elif isinstance(method, FeatureActivationMap):
             reason = "FAM's places do not add up to it; those of SimilarityDecomposition do, pass it as `method`"
         else:
             reason = "its places do not add up to the margin"
-        warn(
+        return (
             f"The mean of a contrast map and the margin that it explains have opposite signs (queries"
             f" {opposite.nonzero().flatten().tolist()}; the first: {means[first].item():.3g} and"
             f" {margins[first].item():.3g}): {reason}."
@@ -141,34 +146,49 @@ class Explanation:
 
     def _beyond(self, own: Tensor, contrast: str | None, threshold: float | None) -> Tensor:
         """What the references ``own`` (B,) have beyond a share of the query's own, maps (B, 1, *spatial)."""
-        origin = self._made_of('contrast with "self"' if threshold is None else "a threshold")
-        return beyond(origin, own[:, None], contrast, threshold)
+        maps, told = beyond(self, own[:, None], contrast, threshold)
+        warn_once(told[:1])
+        return maps
 
 
-def beyond(origin: Origin, own: Tensor, contrast: str | None, threshold: float | None) -> Tensor:
-    """Maps (B, P, *spatial) of the references with these numbers (B, P), less the query's own or a threshold."""
-    s, B = origin.references, len(origin.queries[0])
+def beyond(found: Explanation, own: Tensor, contrast: str | None, threshold: float | None) -> tuple[Tensor, list[str]]:
+    """
+    Maps (B, P, *spatial) of the references with these numbers (B, P), less the query's own or a threshold, and what is
+    to be told of them.
+    """
+    origin = found._made_of('contrast with "self"' if threshold is None else "a threshold")
+    s, (B, P) = origin.references, own.shape
     less = less_of(contrast, threshold, origin.method._similarity(), s.shape[-2], B)
-    if s.ndim == 3:  # of each query its own
-        own = own + s.shape[1] * torch.arange(B, device=own.device)[:, None]
-    question = Question(s.flatten(0, -2), own.to(s.device), less)
-    found = explain_references(
+    numbers = own  # of each query its own references
+    if s.ndim == 3:
+        numbers = own + s.shape[1] * torch.arange(B, device=own.device)[:, None]
+    question = Question(s.flatten(0, -2), numbers.to(s.device), less)
+    maps = explain_references(
         origin.method,
         origin.queries,
         lambda z, rows: question.of(rows),
         internal_batch_size=origin.internal_batch_size,
-    )
-    return found.maps[0]
+    ).maps[0]
+    if threshold is None:
+        return maps, []
+    margins = (found.similarities - threshold).gather(1, own.to(found.similarities.device))
+    nothing = torch.zeros_like(margins[:, 0])
+    told = [found._opposite(maps[:, p], margins[:, p], nothing) for p in range(P)]
+    return maps, [text for text in told if text]
 
 
 def contrasted(found: Explanation, other: Any, contrast: Any, threshold: float | None) -> Tensor:
     """Each reference's contrast (B, K, *spatial): with another of these numbers (B,), "rest", "self" or a threshold."""
     (B, K), device = found.similarities.shape, found.maps.device
     if threshold is not None or (isinstance(contrast, str) and contrast == "self"):
-        own = torch.arange(K, device=device).expand(B, K)
-        return beyond(found._made_of("a contrast"), own, contrast, threshold)
-    each = [found._contrast(torch.full((B,), k, device=device), other) for k in range(K)]
-    return torch.cat(each, 1)
+        maps, told = beyond(found, torch.arange(K, device=device).expand(B, K), contrast, threshold)
+    else:
+        each = [found._contrasted(torch.full((B,), k, device=device), other) for k in range(K)]
+        maps, told = torch.cat([one for one, _ in each], 1), [text for _, text in each if text]
+    warn_once(
+        [told[0] + (f" So it is with {len(told)} of the {K} references." if len(told) > 1 else "")] if told else []
+    )
+    return maps
 
 
 def check_beyond(other: object, threshold: object) -> bool:
