@@ -62,27 +62,47 @@ def visualize_pair(
     r"""
     Draws pairs of images side by side, each with its map over it: a row for each pair.
 
-    All maps of the figure are on one colour scale. Those without negative values run from
-    blue to red, their opacity with the root of the value; where there are negative values,
-    all are red for positive and blue for negative ones. Maps are interpolated linearly to the
-    size of their image; a map that is zero, constant, very coarse or not finite everywhere is
-    said to be so under it.
+    All maps of the figure are on one colour scale, if ``scale`` does not say otherwise. Those
+    without negative values run from blue to red, their opacity with the root of the value;
+    where there are negative values, all are red for positive and blue for negative ones. Maps
+    are interpolated linearly to the size of their image; a map that is zero, constant, very
+    coarse or not finite everywhere is said to be so under it.
+
+    The maps tell what the images are. Signals are drawn as a line for each of their channels,
+    16 of them at most, with the map behind and below these; volumes as slices along D, 9 of
+    them at most, one of which has the map's largest absolute value.
 
     Args:
         query, reference (Tensor, array, PIL.Image or a list of them): B images each; a single
                     one is drawn in every row. One image is (C, H, W), (H, W, C) or (H, W), with
-                    1, 3 or 4 channels; a batch has one dimension more. Floats in [0, 1], or
-                    integers in [0, 255], of uint16 in [0, 65535]. PIL images of any mode; of mode I
-                    with 16 bits, of mode F with values in [0, 1].
+                    1, 3 or 4 channels; a batch has one dimension more. Of (B, H, W) and B maps
+                    each is an image. Floats in [0, 1], or integers in [0, 255], of uint16 in
+                    [0, 65535]. PIL images of any mode; of mode I with 16 bits, of mode F with
+                    values in [0, 1]. Or signals (B, C, T) of any range, or volumes (B, C, D, H, W)
+                    with one channel, or three for colours; of others the first is drawn. What may
+                    be two of these is refused, with what to pass.
         query_map, reference_map (Tensor or array): Their maps, as ``attribute_pair`` returns
-                    them: (B, 1, h, w), (B, h, w) or (h, w), any size.
-        titles (list of str, optional): One for each pair.
+                    them: (B, 1, h, w), (B, h, w) or (h, w), any size; (B, 1, t) of signals,
+                    (B, 1, d, h, w) of volumes.
+        titles (list, optional): One for each pair, written under its query.
+                    Default: None
+        reference_titles (list, optional): One for each pair, written under its reference.
+                    Default: None
+        scores (Tensor, array or list of float, optional): The similarity of each pair, (B,), written
+                    under its reference with four digits.
                     Default: None
         mean, std (sequence of float, optional): Mean and standard deviation that the images
                     were normalised with, of each channel; undone, but for uint8 and PIL images.
                     Default: None
         label (str): Of the colour scale.
                     Default: ``"attribution"``
+        scale (str or float): What has the strongest colour: the largest absolute value of
+                    ``"all"`` maps, or of those of each ``"row"``, or a percentile from 1 to 100 of
+                    all absolute values that are not zero. The bar says so. Values beyond a
+                    percentile have the strongest colour, too, and are counted there and under
+                    their map; for a percentile below the share of the other maps, one extreme
+                    map hides nothing: of 8 pairs, below 87.
+                    Default: ``"all"``
         use_pyplot (bool): Makes the figure with pyplot, so that a notebook shows it. It is never
                     shown from here.
                     Default: True
@@ -99,6 +119,10 @@ def visualize_pair(
         >>> figure, axes = visualize_pair(images, images.flip(0), maps, maps.flip(0), use_pyplot=False)
         >>> axes.shape
         (2, 4)
+        >>> signals, maps = torch.randn(2, 22, 500), torch.rand(2, 1, 30)
+        >>> figure, axes = visualize_pair(
+        ...     signals, signals.flip(0), maps, maps.flip(0), scores=[0.8, 0.3], scale="row", use_pyplot=False
+        ... )
     """
     check_scale(scale)
     given = [as_maps("query_map", query_map, query), as_maps("reference_map", reference_map, reference)]
@@ -136,19 +160,21 @@ def visualize_comparison(
     each method.
 
     Methods have units of their own, so each one's values are divided by its largest absolute
-    value in the figure; on that one colour scale all maps are drawn, as in
+    value in the figure, or by what ``scale`` says; on that one colour scale all maps are drawn, as in
     :func:`visualize_pair`. The range of each map's own values is written under it. Methods
     that failed in :func:`~captum_fam.compare_attributions` are named at the foot, with the
     reason.
 
     Args:
-        images (Tensor, array, PIL.Image or a list of them): B images, as in
+        images (Tensor, array, PIL.Image or a list of them): B images, signals or volumes, as in
                     :func:`visualize_pair`.
         attributions (dict): Maps by the names of their methods, as
                     :func:`~captum_fam.compare_attributions` returns them: (B, 1, h, w),
-                    (B, h, w) or (h, w), any size.
-        titles (list of str, optional): One for each image.
+                    (B, h, w) or (h, w), any size; (B, 1, t) of signals, (B, 1, d, h, w) of volumes.
+        titles (list, optional): One for each image.
                     Default: None
+        scale (str or float): As in :func:`visualize_pair`, of each method for itself.
+                    Default: ``"all"``
         mean, std, use_pyplot: As in :func:`visualize_pair`.
 
     Returns:
