@@ -1,154 +1,249 @@
-"""``captum-fam explain``: why an image is similar to others."""
+"""``captum-fam explain``: why an image is similar to others, or to sentences."""
 
 import json
-import warnings
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from torch import Tensor
 
 from captum_fam._files import utf8
-from captum_fam.cli._common import encoder_options, loaded, number, say, short
-from captum_fam.encoders._ready import planes
-from captum_fam.images import check_output, read_image, write_figure
-from captum_fam.methods.correspondence_map import CorrespondenceMap, less_the_others
-from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
+from captum_fam.cli._common import Reference, encoder_options, loaded, number, read_references, say, short
+from captum_fam.cli._explore import controls, page_of
+from captum_fam.cli._figure import explanation_figure
+from captum_fam.cli._rows import ITSELF, NOTHING, USUAL, Asked, Compared, Row, check_method, rows_of, usual_rows
+from captum_fam.images import FIGURES, check_output, read_image, write_figure
+from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.similarity import channel_contributions, widen
-from captum_fam.visualization import explanation_figure
 
-# The rows of a figure.
-_COMMON, _OWN = "in common: FAM", 'particular to this match: "self"'
+_PAGE = ".html"
 
 
 @click.command()
 @click.argument("query", type=Path)
-@click.argument("references", type=Path, nargs=-1, required=True, metavar="REFERENCE...")
-@click.option("-o", "--output", type=Path, help="PNG to write.  [default: QUERY_fam.png beside the query]")
+@click.argument("references", type=Path, nargs=-1, metavar="[REFERENCE]...")
+@click.option(
+    "-o",
+    "--output",
+    type=Path,
+    help="PNG, PDF or SVG, or HTML for the page that explore makes.  [default: QUERY_fam.png beside the query]",
+)
+@click.option("--text", "texts", multiple=True, metavar="SENTENCE", help="A reference in words; any number of times.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    help="A class of captum_fam, a row of the figure; any number of times.  [default: FeatureActivationMap,"
+    ' SimilarityDecomposition with "self", CorrespondenceMap]',
+)
+@click.option(
+    "--contrast",
+    help='Why each reference rather than another: its number, from 1, or "rest" for the mean; or "self": beyond what'
+    " the query has with itself.",
+)
+@click.option("--threshold", type=float, help="Why each score lies above or below this one.")
 @click.option("--json", "as_json", is_flag=True, help="Print scores, layer, encoder and map statistics as JSON.")
-@click.option("--contrast", help='Why each reference rather than another: its number, from 1, or "rest" for the mean.')
+@click.option("--json-maps", is_flag=True, help="The same, with all values of the maps.")
 @encoder_options
 def explain(
     query: Path,
     references: Sequence[Path],
     output: Path | None,
-    as_json: bool,
+    texts: Sequence[str],
+    methods: Sequence[str],
     contrast: str | None,
+    threshold: float | None,
+    as_json: bool,
+    json_maps: bool,
     encoder: str,
     layer: str | None,
     similarity: str,
     **loading: Any,
-) -> None:
+) -> int:
     """
-    Explain the similarity of the image QUERY to each REFERENCE.
+    Explain the similarity of the image QUERY to each REFERENCE, and to each --text.
 
     Writes one figure with the scores: what the query has in common with each reference (FAM),
     what is particular to this match ("self", not for euclidean), which places look alike (less the
-    other references, if there are any), and all this on the references.
+    other references, if there are any), and all this on the references. Sentences, which have no
+    places, are numbered after the images.
     """
-    images = [read_image(path) for path in (query, *references)]
     output = output or query.with_name(f"{query.stem}_fam.png")
-    check_output(output, ".png", (query, *references))
-    other = _contrast(contrast, len(references))
+    check_output(output, (*FIGURES, _PAGE), (query, *references))
+    is_page = output.suffix.lower() == _PAGE
+    if not references and not texts:
+        raise ValueError("there is nothing to compare with: name an image as REFERENCE, or a sentence with --text")
+    if is_page and (methods or texts or contrast is not None or threshold is not None):
+        raise ValueError(
+            f"cannot write {output}: a page has no --method, --text, --contrast and --threshold; leave them out, or"
+            " name a file that ends in .png, .pdf or .svg with -o"
+        )
+    if not all(text.strip() for text in texts):
+        raise ValueError("--text must be a sentence, but one of them is empty")
+    image = read_image(query)
+    given = read_references(references, needed=0 if texts else 1)
+    given += [Reference(len(references) + i, text) for i, text in enumerate(texts, 1)]
+    kept = [reference for reference in given if not reference.error]
+    pictures = [reference.image for reference in kept if reference.image is not None]
+    asked, methods = _asked(contrast, threshold, given, kept), list(dict.fromkeys(methods))
+    for name in methods or ["FeatureActivationMap"]:
+        check_method(name, asked, similarity, len(pictures))
+    beside, beside_names = controls(None) if is_page else ([], [])
 
-    with loaded(images, encoder, layer=layer, **loading) as ready:
-        layer_name, tensors = ready.layer_name, ready.tensors
-        fam = FeatureActivationMap(ready.model, ready.layer, similarity=similarity)
-        z, s = ready.embeddings[:1], ready.embeddings[1:]
+    with loaded([image, *pictures, *beside], encoder, layer=layer, texts=texts, **loading) as ready:
+        end = len(pictures) + 1
+        z, s = ready.embeddings[:1], torch.cat([ready.embeddings[1:end], ready.texts])
+        compared = Compared(
+            ready.model,
+            ready.layer,
+            ready.layer_name,
+            similarity,
+            ready.tensors[:1],
+            ready.tensors[1:end],
+            z,
+            s,
+            [reference.number for reference in kept],
+        )
         scores = channel_contributions(widen(z), widen(s), similarity).sum(1).tolist()
-        if isinstance(other, int):
-            queries = tensors[:1].expand(len(s), -1, -1, -1)
-            maps = fam.attribute(queries, list(range(len(s))), reference_embedding=s, contrast=other)
-        else:
-            maps = fam.attribute_all(tensors[:1], reference_embedding=s, contrast=other)
-        first = (
-            _COMMON if other is None else f"contrast to {'the rest' if other == 'rest' else f'reference {other + 1}'}"
-        )
-        rows = {first: planes(maps, layer_name)}
-        reference_rows = {_COMMON: planes(fam.attribute(tensors[1:], reference_embedding=z), layer_name)}
-        if similarity != "euclidean":  # by which nothing is particular to a match
-            match = SimilarityDecomposition(ready.model, ready.layer, similarity=similarity)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The places of layer")  # a figure shows no sum
-                maps = match.attribute_all(tensors[:1], reference_embedding=s, contrast="self")
-                back = match.attribute(tensors[1:], reference_embedding=z, contrast="self")
-            rows[_OWN], reference_rows[_OWN] = planes(maps, layer_name), planes(back, layer_name)
-        alike = "what looks alike" + (", less the others" if len(s) > 1 else "")
-        rows[alike], reference_rows[alike] = (
-            planes(maps, layer_name)
-            for maps in less_the_others(CorrespondenceMap(ready.model, ready.layer), tensors[:1], tensors[1:])
-        )
-        route = fam.route(tensors[:1])
+        rows = rows_of(methods, compared, asked, own_layer=not layer) if methods else usual_rows(compared, asked)
+        found = {
+            row.name: row.method.layer_of(compared.query)
+            for row in rows
+            if isinstance(row.method, IntegratedDecomposition) and not layer
+        }
+        if is_page:
+            names = [short(query), *(short(Path(reference.name)) for reference in kept), *beside_names]
+            page, *_ = page_of(ready, [image, *pictures, *beside], names, len(pictures), similarity)
 
-    margins = _margins(scores, other)
-    captions = [
-        f"for {i + 1}: {similarity} {score:.3f}" + (f", margin {margins[i]:+.3f}" if margins else "")
-        for i, score in enumerate(scores)
-    ]
-    named = [f"{i + 1}: {short(path)}" for i, path in enumerate(references)]
-    write_figure(explanation_figure(images[0], images[1:], rows, reference_rows, captions, named), output)
-    if as_json:
+    margins = asked.margins(scores)
+    notes = _notes(rows, scores, margins, kept)
+    if is_page:
+        page.save(output)
+    else:
+        captions = [
+            f"for {reference.number}: {similarity} {scores[k]:.3f}" + (f", margin {margins[k]:+.3f}" if margins else "")
+            for k, reference in enumerate(kept)
+        ]
+        shown = [str(reference.name) if reference.image is None else reference.image for reference in kept]
+        figure = explanation_figure(image, shown, rows, captions, [reference.caption for reference in kept])
+        write_figure(figure, output)
+    if as_json or json_maps:
+        parts = {
+            reference.number: {
+                "score": number(scores[k]),
+                "margin": number(margins[k]) if margins else None,
+                **_maps_of(rows, k, nested=bool(methods), whole=json_maps),
+            }
+            for k, reference in enumerate(kept)
+        }
         report = {
             "figure": utf8(output),
             "encoder": utf8(encoder),
-            "layer": utf8(layer_name),
-            "route": route,
+            "layer": utf8(ready.layer_name),
+            "layers": found,
+            "route": rows[0].route,
             "similarity": similarity,
             "contrast": contrast,
+            "threshold": threshold,
             "size": ready.size,
             "query": utf8(query),
+            "notes": notes,
             "references": [
                 {
-                    "number": i + 1,
-                    "path": utf8(path),
-                    "score": number(scores[i]),
-                    "margin": number(margins[i]) if margins else None,
-                    "map": _statistics(rows[first][i]),
-                    "self": _statistics(rows[_OWN][i]) if _OWN in rows else None,
-                    "alike": _statistics(rows[alike][i]),
-                    "reference_alike": _statistics(reference_rows[alike][i]),
-                    "reference_map": _statistics(reference_rows[_COMMON][i]),
+                    "number": reference.number,
+                    "text" if isinstance(reference.name, str) else "path": utf8(reference.name),
+                    "error": utf8(reference.error) or None,
+                    **parts.get(reference.number, {"score": None, "margin": None}),
                 }
-                for i, path in enumerate(references)
+                for reference in given
             ],
         }
-        click.echo(json.dumps(report, indent=2, allow_nan=False))
-        return
-    found = "" if layer else ", the last with a map"
-    say(f"encoder {encoder}, layer {layer_name} ({type(ready.layer).__name__}){found}; {route} weights")
-    for i, path in enumerate(references):
-        say(
-            f"{i + 1}  {similarity} {scores[i]: .4f}" + (f"  margin {margins[i]: .4f}" if margins else "") + f"  {path}"
+        click.echo(json.dumps(report, indent=None if json_maps else 2, allow_nan=False))
+    else:
+        last = "" if layer else ", the last with a map"
+        route = "" if methods else f"; {rows[0].route} weights"
+        say(f"encoder {encoder}, layer {ready.layer_name} ({type(ready.layer).__name__}){last}{route}")
+        for name, own in found.items():
+            say(f"{name}: layer {own}, which it found")
+        for k, reference in enumerate(kept):
+            margin = f"  margin {margins[k]: .4f}" if margins else ""
+            say(f"{reference.number}  {similarity} {scores[k]: .4f}{margin}  {reference.shown}")
+        for note in notes:
+            say(f"note: {note}")
+        say(f"wrote {output}")
+    return int(len(kept) < len(given))
+
+
+def _asked(
+    contrast: str | None, threshold: float | None, given: Sequence[Reference], kept: Sequence[Reference]
+) -> Asked:
+    """What is taken away from the scores, in the words of the options; a reference is given by its number from 1."""
+    if threshold is not None:
+        if contrast is not None:
+            raise ValueError(
+                "--contrast and --threshold were both given: name one, for each takes something from the score"
+            )
+        if not math.isfinite(threshold):
+            raise ValueError(f"--threshold must be a finite score, but got {threshold}")
+        return Asked(None, threshold, "--threshold", f"less the threshold {threshold:g}")
+    if contrast is None:
+        return NOTHING
+    if contrast == "self":
+        return ITSELF
+    option, numbered = f"--contrast {contrast}", contrast.isdecimal() and 1 <= int(contrast) <= len(given)
+    if numbered and given[int(contrast) - 1].error:
+        raise ValueError(f"{option} is an image that cannot be read: name another reference")
+    if len(kept) < 2:
+        but = ", of which all but one can be read" if len(kept) < len(given) else ""
+        raise ValueError(f"--contrast needs at least two references{but}: name another image, or give --contrast self")
+    if contrast == "rest":
+        return Asked("rest", None, option, "contrast to the rest")
+    if not numbered:
+        raise ValueError(
+            f'--contrast must be "rest", "self" or a reference\'s number, 1 to {len(given)}, but got {contrast}'
         )
-    say(f"wrote {output}")
+    other = given[int(contrast) - 1]
+    return Asked(kept.index(other), None, option, f"contrast to reference {other.number}")
 
 
-def _margins(scores: list[float], other: Any) -> list[float]:
-    """What a contrast map explains: each score less the other's, or the mean of the others'."""
-    if other is None:
-        return []
-    if other == "rest":
-        return [score - (sum(scores) - score) / (len(scores) - 1) for score in scores]
-    return [score - scores[other] for score in scores]
+def _notes(
+    rows: Sequence[Row], scores: Sequence[float], margins: Sequence[float], kept: Sequence[Reference]
+) -> list[str]:
+    """What should be known of the rows before they are read."""
+    notes = []
+    texts = [reference.number for reference in kept if reference.image is None]
+    if texts:
+        notes.append("sentences have no places: there are no maps of them, and nothing that looks like them")
+    for row in rows:
+        numbers = [kept[k].number for k in row.against(margins, scores)]
+        if numbers:
+            notes.append(
+                f"{row.label}: the map for {', '.join(map(str, numbers))} adds up to the other sign than the margin:"
+                f" {row.why_against}"
+            )
+    return notes
 
 
-def _contrast(contrast: str | None, references: int) -> Any:
-    """None, "rest", or the index of a reference given by its number from 1."""
-    if contrast is None or (contrast == "rest" and references > 1):
-        return contrast
-    if references < 2:
-        raise ValueError("--contrast needs at least two references: name another image")
-    if not contrast.isdecimal() or not 1 <= int(contrast) <= references:
-        raise ValueError(f'--contrast must be "rest" or a reference\'s number, 1 to {references}, but got {contrast}')
-    return int(contrast) - 1
+def _maps_of(rows: Sequence[Row], k: int, nested: bool, whole: bool) -> dict[str, Any]:
+    """The maps for a reference, and of it, under the names of their rows."""
+    here = {row.name: _statistics(row.here[k], whole) for row in rows}
+    there = {row.name: _statistics(row.there[k], whole) for row in rows}
+    if nested:
+        return {"maps": here, "reference_maps": there}
+    return {name: here.get(name) for name in USUAL} | {f"reference_{name}": there.get(name) for name in USUAL}
 
 
-def _statistics(values: Tensor) -> dict[str, Any]:
-    return {
+def _statistics(values: Tensor | None, whole: bool) -> dict[str, Any] | None:
+    if values is None:
+        return None
+    statistics = {
         "shape": list(values.shape),
         "min": number(values.min().item()),
         "max": number(values.max().item()),
         "mean": number(values.mean().item()),
     }
+    return statistics | ({"values": [[number(v) for v in row] for row in values.tolist()]} if whole else {})

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 
-from captum_fam.cli._common import encoder_options, loaded, say, short
+from captum_fam.cli._common import Loaded, encoder_options, loaded, read_references, say, short
 from captum_fam.demo import photographs
-from captum_fam.explorer import explore_pair
+from captum_fam.explorer import PairExplorer, explore_pair
 from captum_fam.explorer._computed import BASELINE, STEPS
 from captum_fam.images import check_output, read_image
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
@@ -34,38 +35,59 @@ def explore(
     layer: str | None,
     similarity: str,
     **loading: Any,
-) -> None:
+) -> int:
     """
     Make a page to explore which places of the image QUERY match those of each REFERENCE.
 
     The page is one file, which any browser opens without a network. Transformers take a minute or more on a CPU.
     """
     paths = [query, *references, *([] if control is None else [control])]
-    images, names = [read_image(path) for path in paths], [short(path) for path in paths]
     output = output or query.with_name(f"{query.stem}_explore.html")
     check_output(output, ".html", paths)
-    if control is None:
-        offered = photographs()
-        images, names = [*images, *offered.values()], [*names, *offered]
+    image = read_image(query)
+    beside, beside_names = controls(control)
+    given = read_references(references)
+    kept = [reference for reference in given if reference.image is not None]
+    images = [image, *(reference.image for reference in kept if reference.image is not None), *beside]
+    names = [short(query), *(short(Path(reference.name)) for reference in kept), *beside_names]
 
     with loaded(images, encoder, layer=layer, **loading) as ready:
-        z, s = widen(ready.embeddings[:1]), widen(ready.embeddings[1:])
-        scores = channel_contributions(z, s, similarity).sum(1).tolist()
-        K = len(references)
-        chosen = K + min(range(len(scores) - K), key=scores[K:].__getitem__)  # of several, the least similar
-        kept = [0, *range(1, K + 1), chosen + 1]
-        page = explore_pair(
-            ready.tensors[:1],
-            ready.tensors[1 : K + 1],
-            SimilarityDecomposition(ready.model, ready.layer, similarity=similarity, n_steps=STEPS, baseline=BASELINE),
-            control=ready.tensors[chosen + 1 : chosen + 2],
-            photos=[images[k] for k in kept],
-            titles=[names[k] for k in kept],
-        )
+        page, scores, chosen = page_of(ready, images, names, len(kept), similarity)
     page.save(output)
     found = "" if layer else ", the last with a map"
     say(f"encoder {encoder}, layer {ready.layer_name} ({type(ready.layer).__name__}){found}")
-    for i, path in enumerate(references):
-        say(f"{i + 1}  {similarity} {scores[i]: .4f}  {path}")
+    for reference, score in zip(kept, scores):
+        say(f"{reference.number}  {similarity} {score: .4f}  {reference.name}")
     say(f"control  {similarity} {scores[chosen]: .4f}  {names[chosen + 1]}")
     say(f"wrote {output}")
+    return int(len(kept) < len(given))
+
+
+def controls(control: Path | None) -> tuple[list[Image.Image], list[str]]:
+    """Images to choose a control from, and their names: that of the user, or those of the package."""
+    if control is not None:
+        return [read_image(control)], [short(control)]
+    offered = photographs()
+    return [*offered.values()], [*offered]
+
+
+def page_of(
+    ready: Loaded, images: Sequence[Image.Image], names: Sequence[str], K: int, similarity: str
+) -> tuple[PairExplorer, list[float], int]:
+    """
+    The page of a query, K references and images to choose a control from; the scores of all these, and which of them
+    is the control: of several, the least similar.
+    """
+    z, s = widen(ready.embeddings[:1]), widen(ready.embeddings[1:])
+    scores = channel_contributions(z, s, similarity).sum(1).tolist()
+    chosen = K + min(range(len(scores) - K), key=scores[K:].__getitem__)
+    kept = [*range(K + 1), chosen + 1]
+    page = explore_pair(
+        ready.tensors[:1],
+        ready.tensors[1 : K + 1],
+        SimilarityDecomposition(ready.model, ready.layer, similarity=similarity, n_steps=STEPS, baseline=BASELINE),
+        control=ready.tensors[chosen + 1 : chosen + 2],
+        photos=[images[k] for k in kept],
+        titles=[names[k] for k in kept],
+    )
+    return page, scores, chosen

@@ -1,0 +1,71 @@
+"""The figure of ``captum-fam explain``."""
+
+import textwrap
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from captum_fam._files import printable
+from captum_fam.cli._rows import Maps, Row
+from captum_fam.visualization import draw_maps, new_figure, show
+
+_ACROSS, _LINES = 20, 9  # characters and lines of a sentence that is drawn in place of a picture
+
+
+def explanation_figure(
+    query: Image.Image,
+    references: Sequence[Image.Image | str],
+    rows: Sequence[Row],
+    captions: Sequence[str],
+    reference_captions: Sequence[str],
+) -> Figure:
+    """
+    The query and its maps in rows of methods, a column for each reference; below these the references with their own
+    maps, and sentences in place of pictures.
+    """
+    there = [row for row in rows if any(M is not None for M in row.there)]
+    sentences = [isinstance(reference, str) for reference in references]
+    below = len(there) or any(sentences)
+    figure = new_figure(len(references) + 1, len(rows) + below, use_pyplot=False)
+    axes = figure.subplots(len(rows) + below, len(references) + 1, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    axes[0, 0].axis("on")
+    show(axes[0, 0], query, "query")
+    for line, row in zip(axes, rows):
+        _draw(figure, line[1:], [query] * len(references), row.here, captions, row.label)
+    for axis, reference, caption in zip(axes[len(rows) :][:1, 1:].flat, references, reference_captions):
+        if isinstance(reference, str):
+            _write(axis, reference, caption)
+    for line, row in zip(axes[len(rows) :], there):
+        _draw(figure, line[1:], references, row.there, reference_captions, row.there_label)
+    return figure
+
+
+def _draw(
+    figure: Figure,
+    axes: Sequence[Axes],
+    images: Sequence[Image.Image | str],
+    maps: Maps,
+    captions: Sequence[str],
+    label: str,
+) -> None:
+    """Those of a row that there are, which are the first; the bar is beside all of the row."""
+    drawn = [M for M in maps if M is not None]
+    pictures = [image for image in images[: len(drawn)] if not isinstance(image, str)]
+    for axis in axes[: len(drawn)]:
+        axis.axis("on")
+    draw_maps(figure, axes, pictures, drawn, captions, label)
+
+
+def _write(axis: Axes, sentence: str, caption: str) -> None:
+    """A sentence where others have their picture."""
+    lines = textwrap.wrap(f'"{printable(sentence)}"', _ACROSS)
+    if len(lines) > _LINES:
+        lines = [*lines[: _LINES - 1], "\N{HORIZONTAL ELLIPSIS}"]
+    axis.axis("on")
+    axis.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", parse_math=False)
+    axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set_xlabel(caption, parse_math=False)
