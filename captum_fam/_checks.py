@@ -55,6 +55,11 @@ def warn_once(messages: list[str]) -> None:
 
 
 def check_callable(name: str, value: object) -> None:
+    if isinstance(value, type) and issubclass(value, torch.nn.Module):
+        raise TypeError(
+            f"Expected `{name}` to be a module or a function, but got the class {value.__name__}; pass an instance,"
+            f" {value.__name__}(...)."
+        )
     if not callable(value):
         raise TypeError(f"Expected `{name}` to be a module or a function, but got {describe(value)}.")
 
@@ -97,7 +102,9 @@ def format_inputs(name: str, value: Any) -> tuple[Tensor, ...]:
 
 def check_labels(name: str, labels: Any, count: int, of: str, device: torch.device) -> Tensor:
     """Labels as integers (count,), one for each of what they label."""
-    if isinstance(labels, str) or (isinstance(labels, Iterable) and any(isinstance(label, str) for label in labels)):
+    if isinstance(labels, str) or (
+        isinstance(labels, Iterable) and any(isinstance(label, (str, bytes)) for label in labels)
+    ):
         cure = f"number them: `names, {name} = numpy.unique({name}, return_inverse=True)`; names[i] is that of label i"
         if isinstance(labels, str):
             cure = "pass the number of that name"

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import Parameter, signature
 from types import FrameType
 from typing import Any
 
@@ -42,7 +43,7 @@ def in_plain_words(forward_func: Callable[..., Any], inputs: tuple[Any, ...]) ->
             raise
         frames = list(_frames(error))
         text = _of_texts(frames)
-        if text is None and isinstance(error, TypeError):
+        if text is None and isinstance(error, (TypeError, NotImplementedError)):
             text = _of_signature(forward_func, inputs, error, frames)
         if text is None:
             raise
@@ -61,22 +62,23 @@ def _of_texts(frames: list[FrameType]) -> str | None:
     for frame in frames:
         values = frame.f_locals
         model = values.get("self")
-        if not isinstance(model, nn.Module):
+        of_images = [n for n in _METHODS[:2] if hasattr(model, n)] if isinstance(model, nn.Module) else []
+        if not of_images:
             continue
-        name, of_images = type(model).__name__, [n for n in _METHODS[:2] if hasattr(model, n)]
+        name = type(model).__name__
         texts, images = (
             next((values[n] for n in names if n in values), None)
             for names in (("input_ids", "text"), ("pixel_values", "image"))
         )
         # transformers needs both; open_clip does not.
         no_texts = "input_ids" in values and texts is values.get("inputs_embeds") is None and isinstance(images, Tensor)
-        if isinstance(images, Tensor) and images.ndim == 2 and not images.is_floating_point():
+        if isinstance(images, Tensor) and images.ndim == 2 and images.dtype in (torch.int32, torch.int64):
             return (
                 f"Expected images, but {name} got integers of shape {tuple(images.shape)}, which look like tokens of"
                 " texts; embed texts by the model's own function, and pass their embeddings as `reference_embedding`."
             )
         as_texts = isinstance(texts, Tensor) and texts.is_floating_point() and texts.ndim > 2
-        if of_images and (as_texts or no_texts):
+        if as_texts or no_texts:
             got = "took images for texts" if as_texts else "compares images with texts and got no texts"
             return (
                 f"Expected the encoder to embed images, but {name} {got}; pass model.{of_images[0]}, which embeds"
@@ -86,9 +88,12 @@ def _of_texts(frames: list[FrameType]) -> str | None:
 
 
 def _of_signature(
-    forward_func: Callable[..., Any], inputs: tuple[Any, ...], error: TypeError, frames: list[FrameType]
+    forward_func: Callable[..., Any], inputs: tuple[Any, ...], error: Exception, frames: list[FrameType]
 ) -> str | None:
-    """Of Python's own error about the arguments of the encoder itself: the part that takes them, if that is found."""
+    """
+    Of Python's own error about the arguments of the encoder itself, or torch's about one that has no forward pass: the
+    part that takes them, if that is found.
+    """
     modules = [f.f_locals["self"] for f in frames if f.f_code.co_filename == _OF_TORCH and "self" in f.f_locals]
     modules = [m for m in modules if not isinstance(m, nn.DataParallel) and not hasattr(m, "_orig_mod")]
     called: Any = modules[0].forward if modules else forward_func
@@ -96,29 +101,37 @@ def _of_signature(
         called = called.func
     caller = (_OF_TORCH,) if modules else (_captum.run_forward.__code__.co_filename, __file__)
     own = frames[-1].f_code.co_filename in caller and (not modules or frames[-1].f_locals.get("self") is modules[0])
+    model = getattr(called, "__self__", None)
+    if own and 'is missing the required "forward" function' in str(error):
+        parts = _branches(model, inputs)
+        return f"The encoder cannot be called: {error}. Pass {_written(parts) or 'the part of it that embeds'}."
     if not own or not str(error).startswith(f"{getattr(called, '__qualname__', None)}() "):
         return None
-    if "missing" not in str(error):
+    met = f"The encoder cannot take the {_tensors(inputs)} that it is given: {error}."
+    if "missing" in str(error):
+        one = _written(_branches(model, inputs)) or "the part of it that embeds one"
         return (
-            f"The encoder cannot take the {_tensors(inputs)} that it is given: {error}. Pass only what it embeds;"
-            " what that is compared with is the `reference`."
+            f"{met} If it compares several inputs, pass {one}, and what that is compared with as `reference`; if not,"
+            " pass what is missing as `additional_forward_args`."
         )
-    model = getattr(called, "__self__", None)
-    parts = _branches(model, inputs) if isinstance(model, nn.Module) else []
-    one = " or ".join(f"model.{name}" for name in parts) if parts else "the part of it that embeds one"
-    return (
-        f"The encoder cannot take the {_tensors(inputs)} that it is given: {error}. If it compares several inputs, pass"
-        f" {one}, and what that is compared with as `reference`; if not, pass what is missing as"
-        " `additional_forward_args`."
-    )
+    by_name = [p.name for p in signature(called).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+    if by_name:
+        return f"{met} It takes {', '.join(by_name)} by name: pass lambda x: model({by_name[0]}=x)."
+    return f"{met} Pass only what it embeds; what that is compared with is the `reference`."
+
+
+def _written(parts: list[str]) -> str:
+    return " or ".join(f"model.{name}" for name in parts)
 
 
 def _tensors(inputs: tuple[Any, ...]) -> str:
     return "tensor" if len(inputs) == 1 else f"{len(inputs)} tensors"
 
 
-def _branches(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+def _branches(model: object, inputs: tuple[Any, ...]) -> list[str]:
     """The names of what alone maps these inputs to embeddings (B, D): methods, or else parts."""
+    if not isinstance(model, nn.Module):
+        return []
     methods = [n for n in _METHODS if callable(getattr(type(model), n, None))]
     parts = [n for n, _ in model.named_children() if _PARTS.search(n.lower())]
     for names in (methods, parts):

@@ -104,7 +104,7 @@ def prototypes(embeddings: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
     if embeddings.ndim != 2 or not len(embeddings):
         raise ValueError(
             "Expected `embeddings` (N, D) and one label for each, with N > 0, but got embeddings of shape"
-            f" {tuple(embeddings.shape)}."
+            f" {tuple(embeddings.shape)}{'; embed images first' if embeddings.ndim > 2 else ''}."
         )
     label = check_labels("labels", labels, len(embeddings), "`embeddings`", embeddings.device)
     classes, index, count = torch.unique(label, sorted=True, return_inverse=True, return_counts=True)
@@ -141,7 +141,7 @@ def _of_output(z: Any) -> tuple[str, str]:
     """What an encoder has returned, and what to select of it."""
     inside = embeddings_in(z)
     if isinstance(z, Tensor):
-        advice = "return one row per input"
+        advice = "return one row per input; if this is a loss or a score, pass the part of the encoder that embeds"
         if _is_embedding(z):
             advice = "these are embeddings (B, D), so leave it out"
         elif z.ndim == 3:

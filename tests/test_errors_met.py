@@ -190,6 +190,63 @@ def test_more_inputs_than_the_encoder_takes_are_an_error_that_says_where_they_go
         FeatureActivationMap(encoder, encoder.layer).attribute((X, X), 1, reference_embedding=S)
 
 
+class ByName(Siamese):
+    def forward(self, *, image, scale=1.0):
+        return self.encoder(image) * scale
+
+
+def test_an_encoder_that_takes_its_input_by_name_says_how_to_pass_it():
+    model = ByName().eval()
+    with pytest.raises(TypeError, match=r"It takes image, scale by name: pass lambda x: model\(image=x\)"):
+        FeatureActivationMap(model, layer_of(model)).attribute(X, reference=X)
+    FeatureActivationMap(lambda x: model(image=x), layer_of(model)).attribute(X, reference=X)
+
+
+class NoForward(nn.Module):
+    """As of Lightning, which trains it by other methods."""
+
+    def __init__(self, name="backbone"):
+        super().__init__()
+        self.add_module(name, seeded(PooledEncoder))
+
+
+@pytest.mark.parametrize(
+    ("build", "advice"),
+    [
+        (NoForward, "Pass model.backbone."),
+        (lambda: nn.ModuleDict({"student": seeded(PooledEncoder)}), "Pass model.student."),
+        (lambda: nn.ModuleList([seeded(PooledEncoder)]), "Pass the part of it that embeds."),
+        (lambda: NoForward("left"), "Pass the part of it that embeds."),
+    ],
+)
+def test_a_module_without_a_forward_pass_is_told_its_part(build, advice):
+    model = build().eval()
+    with pytest.raises(TypeError, match=f"cannot be called: .*{re.escape(advice)}"):
+        FeatureActivationMap(model, layer_of(model)).attribute(X, reference=X)
+
+
+def test_a_class_in_place_of_a_module_is_told_so():
+    for name, call in {
+        "forward_func": lambda: FeatureActivationMap(PooledEncoder, nn.ReLU()),
+        "encoder": lambda: SimilarityScore(PooledEncoder, S),
+    }.items():
+        with pytest.raises(TypeError, match=rf"`{name}`.*the class PooledEncoder; pass an instance, PooledEncoder\("):
+            call()
+
+
+def test_a_loss_in_place_of_embeddings_is_told_so():
+    encoder = Modified(seeded(PooledEncoder), lambda z: z.square().sum())
+    with pytest.raises(ValueError, match=r"shape \(\); .*if this is a loss or a score, pass the part .* that embeds"):
+        FeatureActivationMap(encoder, encoder.layer).attribute(X, reference=X)
+
+
+def test_the_model_itself_as_a_layer_is_named_by_its_kind():
+    encoder = nn.LSTM(4, 6, batch_first=True).double()
+    fam = FeatureActivationMap(encoder, encoder, output_selector=lambda output: output[0][:, -1])
+    with pytest.raises(ValueError, match="of layer LSTM look like"):
+        fam.attribute(x := random(2, 20, 4), reference=x)
+
+
 class Wrong(nn.Module):
     """Whose own code calls a part of it wrongly, or raises what looks like Python's error."""
 
@@ -210,14 +267,15 @@ class Wrong(nn.Module):
         lambda self, x: (lambda a, b: a)(x),
         lambda self, x: exec('raise TypeError("Wrong.forward() missing 1 required positional argument")'),
         lambda self, x: x + None,
+        lambda self, x: NoForward().double()(x),
         lambda self, x: self.encoder(x, x),
     ],
 )
 def test_an_error_from_inside_the_encoder_is_its_own(how):
     model = Wrong(how).eval()
-    with pytest.raises(TypeError) as alone:
+    with pytest.raises((TypeError, NotImplementedError)) as alone:
         model(X)
-    with pytest.raises(TypeError) as met:
+    with pytest.raises((TypeError, NotImplementedError)) as met:
         FeatureActivationMap(model, model.encoder.layer).attribute(X, reference=X)
     assert str(met.value) == str(alone.value)
 
@@ -470,6 +528,12 @@ def test_nearest_references_print_as_one_short_line():
         " reference_embedding=(4, 6))"
     )
     assert found == (*found,)  # still a tuple
+
+
+def test_images_in_place_of_embeddings_are_embedded_first():
+    for call in (lambda: nearest_references(X, S, [0, 1, 2, 3], k=1), lambda: prototypes(X, [0, 1, 2])):
+        with pytest.raises((TypeError, ValueError), match=r"\(3, 3, 8, 8\); embed images first"):
+            call()
 
 
 def test_a_single_embedding_says_how_to_be_a_batch():

@@ -133,7 +133,7 @@ def name_of(forward_func: Callable[..., Any], layer: nn.Module) -> str:
     """What messages call a layer."""
     model = model_of(forward_func)
     names = {m: n for n, m in model.named_modules()} if model is not None else {}
-    return f"{names[layer]!r} ({type(layer).__name__})" if layer in names else type(layer).__name__
+    return f"{names[layer]!r} ({type(layer).__name__})" if names.get(layer) else type(layer).__name__
 
 
 def roots_of(forward_func: Callable[..., Any]) -> list[nn.Module]:

@@ -88,8 +88,10 @@ def nearest_references(
     """
     for name, value in (("embedding", embedding), ("bank", bank)):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 2:
-            one = f"; a single embedding is {name}[None]" if isinstance(value, Tensor) and value.ndim == 1 else ""
-            raise TypeError(f"Expected `{name}` to be a floating-point tensor (N, D), but got {describe(value)}{one}.")
+            dimensions = value.ndim if isinstance(value, Tensor) else 2
+            cure = f"; a single embedding is {name}[None]" if dimensions == 1 else ""
+            cure = "; embed images first" if dimensions > 2 else cure
+            raise TypeError(f"Expected `{name}` to be a floating-point tensor (N, D), but got {describe(value)}{cure}.")
     if embedding.shape[1] != bank.shape[1]:
         raise ValueError(
             f"Expected `embedding` and `bank` from one encoder, but their dimensions are {embedding.shape[1]} and"
