@@ -1,17 +1,22 @@
 """Why a vector store returned these hits: answers of the stores' own packages, numbers of NumPy."""
 
+import importlib.util
+import re
+import sys
 import uuid
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
 from encoders import PooledEncoder, random, seeded
 
 from captum_fam import FeatureActivationMap, explain_retrieval
-from captum_fam.tasks.hits import explain_hits
+from captum_fam.tasks.hits import Hits, explain_hits
 from captum_fam.tasks.stores import from_chroma, from_faiss, from_lancedb, from_milvus, from_qdrant
 
 N, D, K = 64, 6, 4
@@ -82,6 +87,21 @@ def test_qdrant(qdrant, distance, similarity, score, with_vectors):
     check(from_qdrant([one.points for one in answer]), similarity, score, embeddings=with_vectors)  # of older clients
     one = from_qdrant(qdrant.query_points(name, query=Z[1].tolist(), limit=K, with_vectors=with_vectors))
     assert (one.ids, one.scores.tolist()) == (from_qdrant(answer).ids[1:2], from_qdrant(answer).scores[1:2].tolist())
+
+
+def test_manhattan_distances_of_qdrant(qdrant):
+    from qdrant_client import models
+
+    name = str(uuid.uuid4())
+    qdrant.create_collection(name, models.VectorParams(size=D, distance=models.Distance.MANHATTAN))
+    qdrant.upsert(name, points(models))
+    hits = from_qdrant(qdrant.query_points(name, Z[0].tolist(), limit=K, with_vectors=True))
+    distances = np.abs(Z[0] - VECTORS).sum(1)
+    assert hits.ids == best(-distances[None]).tolist()
+    with helpers.silent():
+        found = explain_hits(QUERY[:1], hits, ENCODER, ENCODER.layer, similarity=lambda z, s: -(z - s).abs())
+    helpers.close(found.similarities[0], -distances[hits.ids[0]], rtol=1e-4, atol=1e-5)
+    helpers.close(found.similarities, -found.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_named_vectors_of_qdrant_and_ids_that_are_no_numbers(qdrant):
@@ -438,6 +458,26 @@ def test_hits_of_faiss_may_be_fewer_and_hold_their_vectors():
 
 
 @pytest.mark.parametrize(
+    "own",
+    [
+        lambda v: v.tolist(),
+        lambda v: v.astype(np.float64),
+        lambda v: torch.from_numpy(v).requires_grad_(),
+        lambda v: torch.from_numpy(v),
+        lambda v: dict(enumerate(v)),
+    ],
+    ids=["list", "float64", "with gradients", "tensor", "dict"],
+)
+def test_embeddings_of_your_own_come_in_any_form(own):
+    index, _ = made("Flat", INNER, UNIT)
+    hits = from_faiss(tuple(map(torch.from_numpy, index.search(UNIT_Z, K))), own(VECTORS))
+    assert not hits.embeddings.requires_grad
+    helpers.close(hits.embeddings.float(), VECTORS[best(COSINE)], rtol=1e-6)
+    half = from_faiss(index.search(UNIT_Z, K), torch.from_numpy(VECTORS).bfloat16())
+    helpers.close(half.embeddings.float(), VECTORS[best(COSINE)], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
     ("answer", "embeddings", "match"),
     [
         (lambda scores, ids: (ids, scores), None, r"`answer`.*index\.search.*int64.*float32"),
@@ -455,3 +495,122 @@ def test_what_is_no_answer_of_faiss_is_named(answer, embeddings, match):
     index, _ = made("Flat", INNER, UNIT)
     with pytest.raises((TypeError, ValueError), match=match):
         from_faiss(answer(*index.search(UNIT_Z, K)), embeddings)
+
+
+# What is no answer of a store
+
+
+@pytest.mark.parametrize(
+    ("connect", "wanted"),
+    [
+        (from_qdrant, r"client\.query_points"),
+        (from_chroma, r"collection\.query"),
+        (from_lancedb, r"to_list\(\)"),
+        (from_milvus, r"client\.search"),
+        (from_faiss, r"index\.search"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [(None, "None"), (torch.rand(2, 3), r"float32 tensor of shape \(2, 3\)"), ([{1}], "set"), ({"a": 1}, "dict")],
+)
+def test_what_is_no_answer_of_a_store_is_named(connect, wanted, answer, got):
+    with pytest.raises(TypeError, match=f"`answer`.*{wanted}.*{got}"):
+        connect(answer)
+
+
+def test_hits_need_vectors_of_numbers_of_one_length():
+    def rows(*vectors):
+        return [{"id": i, "v": v} for i, v in enumerate(vectors)]
+
+    with pytest.raises(ValueError, match=r"numbers.*'abc'"):
+        from_lancedb(rows("abc", "abd"), vector="v")
+    with pytest.raises(ValueError, match=r"one length.*\(2,\), \(3,\)"):
+        from_lancedb(rows([1.0, 2.0], [1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match=r"Hit 1 has no vector 'v'"):
+        from_lancedb(rows([1.0, 2.0], None))
+    with pytest.raises(ValueError, match=r"vector 'w', but they have \['v'\]"):
+        from_lancedb(rows([1.0, 2.0]), vector="w")
+    assert from_lancedb(rows([1, 2]), vector="v").embeddings.tolist() == [[[1.0, 2.0]]]
+    assert from_lancedb(rows([1, 2])).embeddings is None
+
+
+# The page
+
+
+class Label(dict):
+    """A stand-in for FiftyOne's, which takes what FiftyOne takes."""
+
+    def __init__(self, map=None, range=None, **fields):
+        super().__init__(fields, map=map, range=range)
+        assert map is None or (isinstance(map, np.ndarray) and map.ndim == 2 and map.dtype.kind == "f")
+        assert range is None or (all(isinstance(bound, float) for bound in range) and range[0] < range[1])
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "stores.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"^## ([^\n]+)\n((?:(?!^## ).)*)", PAGE, re.M | re.S))
+
+
+@pytest.mark.filterwarnings("ignore:.* has values from")  # of images that are drawn
+@pytest.mark.parametrize("title", BLOCKS)
+def test_the_blocks_of_the_page_run(title, request, tmp_path, monkeypatch):
+    mpl.use("agg")
+    files = [f"{i}.jpg" for i in range(N)]
+    query, z = QUERY[:1], torch.from_numpy(Z[:1])
+    names = {
+        "torch": torch,
+        "Hits": Hits,
+        "explain_hits": explain_hits,
+        "encoder": ENCODER,
+        "layer": ENCODER.layer,
+        "query": query,
+        "z": z,
+        "photos": GALLERY,
+        "gallery": dict(zip(files, GALLERY)),
+        "embeddings": VECTORS,
+        "samples": [],
+    }
+    similarity = "cosine"
+    if title == "Qdrant":
+        from qdrant_client import models
+
+        names["client"] = request.getfixturevalue("qdrant")
+        names["client"].create_collection("photos", models.VectorParams(size=D, distance=models.Distance.COSINE))
+        names["client"].upsert("photos", points(models))
+    elif title == "Chroma":
+        names["collection"] = request.getfixturevalue("chroma").create_collection("photos")
+        names["collection"].add(files, VECTORS)
+        similarity = "euclidean"
+    elif title == "LanceDB":
+        rows = [{"file": name, "vector": v} for name, v in zip(files, VECTORS)]
+        names["table"] = request.getfixturevalue("lance").create_table("photos", rows)
+    elif title == "Milvus":
+        names["milvus"] = request.getfixturevalue("milvus")
+        names["milvus"].create_collection("photos", dimension=D)  # cosine
+        names["milvus"].insert("photos", [{"id": i, "vector": v.tolist()} for i, v in enumerate(VECTORS)])
+        names["gallery"] = GALLERY
+    elif title == "faiss":
+        names["index"], names["quantised"] = made("Flat", SQUARED, UNIT)[0], made("SQ8", SQUARED, VECTORS)[0]
+        similarity = "euclidean"
+    elif title == "Another store":
+        rows = [(files[i], 1 - COSINE[0, i], VECTORS[i]) for i in best(COSINE, 3)[0]]
+        names["cursor"] = SimpleNamespace(fetchall=lambda: rows)
+    else:
+        hits = Hits([[files[i] for i in best(COSINE, 3)[0]]])
+        names["found"] = explain_hits(query, hits, ENCODER, ENCODER.layer, names["gallery"])
+        if importlib.util.find_spec("fiftyone") is None:
+            monkeypatch.setitem(sys.modules, "fiftyone", SimpleNamespace(Heatmap=Label, Sample=Label))
+    for block in re.findall(r"^```python\n(.*?)^```$", BLOCKS[title], re.M | re.S):
+        exec(block, names)
+    order = best(SIMILARITIES[similarity], 3)[0].tolist()
+    found = names["found"]
+    assert found.ids == [order] if title in ("Milvus", "faiss") else [[files[i] for i in order]]
+    helpers.close(found.similarities[0], SIMILARITIES[similarity][0, order], rtol=1e-4, atol=1e-5)
+    assert found.hit_maps is not None
+    if title == "Maps in FiftyOne":
+        samples = names["samples"]
+        assert [Path(s["filepath"]).name for s in samples] == [files[i] for i in order]
+        for sample, M, s in zip(samples, found.hit_maps[0], found.similarities[0]):
+            np.testing.assert_array_equal(sample["why"]["map"], M.numpy())
+            assert sample["why"]["range"] == [0, M.max().item()]
+            assert sample["similarity"] == s.item()

@@ -51,10 +51,10 @@ def from_faiss(answer: Any, embeddings: Any = None) -> Hits:
     parts = [_tensor(part) for part in answer] if isinstance(answer, (tuple, list)) else []
     forms = [] if None in parts else [(part.ndim, part.is_floating_point()) for part in parts if part is not None]
     if forms not in ([(2, True), (2, False)], [(2, True), (2, False), (3, True)]):
-        got = [describe(part) for part in parts] if parts else describe(answer)
+        got = f"({', '.join(describe(a if p is None else p) for a, p in zip(answer, parts))})" if parts else None
         raise TypeError(
             "Expected `answer` to be what index.search(z, k) returns, scores (B, k) and numbers (B, k), but got"
-            f" {got}; pass it as it is."
+            f" {got or describe(answer)}; pass it as it is."
         )
     scores, numbers, *vectors = parts
     ids = [[None if number < 0 else number for number in row] for row in numbers.tolist()]  # type: ignore[union-attr]
@@ -337,12 +337,24 @@ def _plain(number: Any) -> Any:
 
 def _stacked(vectors: Sequence[Sequence[Any]]) -> Tensor:
     """Vectors (B, k, D); ones where there is none."""
-    arrays = [[None if v is None else np.asarray(v, np.float32) for v in row] for row in vectors]
-    shapes = {array.shape for row in arrays for array in row if array is not None}
+    rows = [[None if v is None else _vector(v) for v in row] for row in vectors]
+    shapes = {tuple(v.shape) for row in rows for v in row if v is not None}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise ValueError(
-            f"Expected one vector (D,) for each hit, all of one length, but got shapes {sorted(shapes)}; hits that were"
-            " found by several vectors have no map of this kind."
+            f"Expected one vector (D,) for each hit, all of one length, but got shapes {sorted(shapes)}; name the"
+            " vectors that were searched, and of hits found by several tokens see explain_maxsim."
         )
     (shape,) = shapes or {(1,)}
-    return torch.from_numpy(np.stack([[np.ones(shape, np.float32) if a is None else a for a in r] for r in arrays]))
+    return torch.stack([torch.stack([torch.ones(shape) if v is None else v for v in row]) for row in rows])
+
+
+def _vector(value: Any) -> Tensor:
+    try:
+        v = (
+            value.detach().cpu()
+            if isinstance(value, Tensor)
+            else torch.tensor(value if isinstance(value, list) else np.array(value))
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected the vectors of hits to be numbers, but got {describe(value)}.") from error
+    return v if v.is_floating_point() else v.float()
