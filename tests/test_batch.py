@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -83,7 +84,7 @@ def in_process(monkeypatch):
     """Without worker processes: each of those takes seconds to start."""
 
     def engine(left, options, workers, parts):
-        explain = _part.PartExplainer(**options, threads=1)
+        explain = _part.PartExplainer(**pickle.loads(pickle.dumps(options)), threads=1)
         for part in left:
             yield explain(part)
 

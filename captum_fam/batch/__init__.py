@@ -58,10 +58,10 @@ class BatchResult:
 
 def explain_pairs(
     pairs: Path | str | Sequence[Path | str],
-    output: Path,
+    output: Path | str,
     *,
     encoder: str = "bundled",
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     layer: str | None = None,
     method: str | type = "FeatureActivationMap",
     similarity: str = "cosine",
@@ -69,17 +69,17 @@ def explain_pairs(
     threshold: float | None = None,
     sides: Literal["query", "reference", "both"] = "query",
     neighbours: int | None = None,
-    reference_embeddings: Path | None = None,
+    reference_embeddings: Path | str | None = None,
     size: int | None = None,
     device: str = "cpu",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    root: Path = Path(),
+    root: Path | str = Path(),
     part_size: int = 512,
     batch_size: int = 32,
     workers: int | None = None,
     engine: Literal["local", "ray"] | str = "local",
-    errors: Path | None = None,
+    errors: Path | str | None = None,
 ) -> BatchResult:
     r"""
     Explains pairs of images, as ``captum-fam batch`` does: those that a file lists, or those of a folder.
@@ -171,6 +171,9 @@ def explain_pairs(
     """
     given = [Path(path) for path in ([pairs] if isinstance(pairs, (str, Path)) else pairs)]
     output, root = Path(output), Path(root)
+    weights, reference_embeddings, errors = (
+        None if path is None else Path(path) for path in (weights, reference_embeddings, errors)
+    )
     for name, number in {
         "part_size": part_size,
         "batch_size": batch_size,

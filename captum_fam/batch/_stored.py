@@ -68,8 +68,14 @@ class StoredPairs(Sequence[StoredPair]):
     The rows of a batch job in the order of its list, read from their files when they are asked for.
 
     Attributes:
-        layer: whose maps they are.
-        job: the options that they were made with.
+        layer: whose maps they are; empty for a method that takes none.
+        job: the options that they were made with, a dict.
+
+    Examples::
+
+        >>> maps = read_maps("maps")  # doctest: +SKIP
+        >>> len(maps), maps[0].map.shape, [pair.error for pair in maps if pair.failure]  # doctest: +SKIP
+        (5000, (7, 7), ['there is no image ...', 'there is no image ...'])
     """
 
     def __init__(self, folder: Path) -> None:
@@ -156,7 +162,7 @@ def read_maps(folder: Path | str) -> StoredPairs:
         folder (Path or str): The job's output.
 
     Returns:
-        *StoredPairs*: a sequence; ``layer`` and ``job``, a dict of its options, say how they were made.
+        *StoredPairs*: a sequence that knows its layer and the options of its job.
 
     Raises:
         ValueError: the folder holds no job of this version, or nothing yet, or a file is not as the job wrote it.
