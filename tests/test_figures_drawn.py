@@ -279,6 +279,20 @@ def test_the_scale_is_that_of_the_whole_map_also_of_slices_that_are_not_drawn():
     assert max(t[..., 3].max() for t in shown(axes[0, 1])[2]) == pytest.approx(TOP * np.sqrt(0.5))
 
 
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_is_not_finite_is_clear_in_signals_and_volumes(bad):
+    values = np.zeros((1, 1, 9))
+    values[..., 4], values[..., 8] = bad, 1
+    _, axes = pair(np.zeros((1, 1, 90)), values)
+    assert band(axes[0, 1])[1][512 * 9 // 18] == 0
+    volume = np.zeros((1, 1, 9, 8, 8))
+    values = np.zeros((1, 1, 9, 2, 2))
+    values[:, :, 4], values[:, :, 8] = bad, 1
+    _, axes = pair(volume, values)
+    assert [bool(tile[..., 3].any()) for tile in shown(axes[0, 1])[2]] == [False] * 8 + [True]
+    assert "(4 of 36 values are not finite)" in axes[0, 1].get_xlabel()
+
+
 def test_a_volume_is_stretched_as_a_whole():
     volume = np.repeat(np.arange(5) * 100, 64).reshape(1, 1, 5, 8, 8).astype(np.int16)
     with pytest.warns(UserWarning, match="`query` has values from 0 to 400, not from 0 to 255"):

@@ -42,9 +42,13 @@ class Colours:
         low = -self.limit if self.signed else 0
         return ScalarMappable(Normalize(low, self.limit), SIGNED if self.signed else "turbo")
 
+    def clipped(self, values: Tensor) -> Tensor:
+        """Before values are interpolated, or one that is beyond the limit would colour all around it."""
+        return finite(values).clamp(-self.limit, self.limit)
+
     def __call__(self, values: Tensor, size: tuple[int, int]) -> NDArray[Any]:
         """A map (h, w) in RGBA, interpolated to another size."""
-        shown = resized(values.clamp(-self.limit, self.limit), size).numpy()  # or one value would colour all around it
+        shown = resized(self.clipped(values), size).numpy()
         strength = (np.abs(shown) / self.limit).clip(0, 1)
         rgba = SIGNED((shown > 0).astype(float)) if self.signed else self.bar.to_rgba(shown)
         return np.dstack([rgba[..., :3], STRONGEST * (strength if self.signed else np.sqrt(strength))])
@@ -135,8 +139,7 @@ class Slices:
         whole = montage([np.asarray(tile if values is None else tile.convert("L")) for tile in tiles], 255)
         axis.imshow(whole, cmap="gray", vmin=0, vmax=255)
         if values is not None and colours is not None:
-            clipped = values.clamp(-colours.limit, colours.limit)
-            each = _along_depth(clipped, self.depth)[list(self.numbers)]
+            each = _along_depth(colours.clipped(values), self.depth)[list(self.numbers)]
             axis.imshow(montage([colours(part, (height, width)) for part in each], 0))
         across = ceil(sqrt(len(tiles)))
         for n, number in enumerate(self.numbers):
