@@ -199,12 +199,22 @@ def test_a_token_that_does_not_count_has_no_match():
     close(found.similarities[1], [[0, 0]])
 
 
-def test_padding_that_is_no_number_is_left_out_by_a_mask():
+def test_what_is_no_number_is_left_out_by_a_mask():
     q, p = normal(3, 4), normal(5, 4, seed=1)
-    q[2], p[4] = torch.nan, torch.inf
-    found = explain_maxsim(q, p, (2, 2), query_mask=[1, 1, 0], page_mask=[1, 1, 1, 1, 0], patches=[1 > 0] * 4 + [False])
-    close(found.map, explain_maxsim(q[:2], p[:4], (2, 2)).map)
+    q[2], p[1], p[4] = torch.nan, torch.nan, torch.inf
+    marks = torch.tensor([True, True, True, True, False])  # a patch is left out, too, and a word
+    found = explain_maxsim(q, p, (2, 2), query_mask=[1, 1, 0], page_mask=[1, 0, 1, 1, 0], patches=marks)
+    wanted = explain_maxsim(q[:2], p[[0, 2, 3]], (1, 3))
+    close(found.map.flatten(), np.insert(wanted.map.flatten().numpy(), 1, 0))
     assert found.similarities.isfinite().all()
+
+
+def test_autocast_changes_no_digit():
+    q, p = normal(3, 64), normal(6, 64, seed=1)
+    wanted = explain_maxsim(q, p, (2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explain_maxsim(q, p, (2, 3))
+    assert torch.equal(found.map, wanted.map)
 
 
 # Libraries
