@@ -441,6 +441,13 @@ def test_an_index_of_faiss_that_loses_the_lengths_of_normalised_vectors_says_so(
         explain_retrieval(QUERY, index, ENCODER, ENCODER.layer, k=K, similarity="cosine")
 
 
+def test_an_index_of_bits_is_none_of_distances():
+    index = faiss.IndexBinaryFlat(8)
+    index.add(np.arange(9, dtype=np.uint8)[:, None])
+    with pytest.raises(ValueError, match=r"`index`.*L2 distances.*IndexBinaryFlat\."):
+        explain_retrieval(QUERY, index, ENCODER, ENCODER.layer)
+
+
 def test_hits_of_faiss_may_be_fewer_and_hold_their_vectors():
     index, ids = made("IVF4,Flat", INNER, UNIT)
     index.nprobe = 1

@@ -41,8 +41,9 @@ def _is_lossy(index: Any) -> bool:
 def similarity_of(index: Any, similarity: Similarity | None) -> str:
     """The similarity that an index searches by."""
     metric = getattr(index, "metric_type", None)
-    if metric not in (_INNER_PRODUCT, _L2) or not hasattr(index, "reconstruct"):
-        got = type(index).__name__ if metric is None else f"{type(index).__name__} with metric {metric}"
+    binary = type(index).__name__.startswith("IndexBinary")  # says L2, and means differing bits
+    if metric not in (_INNER_PRODUCT, _L2) or not hasattr(index, "reconstruct") or binary:
+        got = type(index).__name__ if metric is None or binary else f"{type(index).__name__} with metric {metric}"
         raise ValueError(f"Expected `index` to be a faiss index of inner products or L2 distances, but got {got}.")
     possible = ("dot", "cosine") if metric == _INNER_PRODUCT else ("euclidean", "cosine")
     similarity = possible[0] if similarity is None else canonical(similarity)

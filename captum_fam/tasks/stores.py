@@ -307,7 +307,7 @@ def _hits(found: Sequence[Sequence[_Hit]], vector: str | None = None) -> Hits:
     for hit in every:
         if hit.vectors.get(name) is None:
             raise ValueError(
-                f"Hit {hit.id!r} has no vector{name and f' {name!r}'}, as others have; ask for all or none."
+                f"Hit {hit.id!r} has no vector {name!r}, as others have; ask the store for all or for none."
             )
     return Hits(ids, scores, _stacked([[hit.vectors[name] for hit in h] + [None] * (k - len(h)) for h in found]))
 
