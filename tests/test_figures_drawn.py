@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import colormaps, pyplot
 from PIL import Image
+from torch import nn
 
-from captum_fam import visualize_comparison, visualize_pair
+from captum_fam import FeatureActivationMap, visualize_comparison, visualize_pair
 from captum_fam.visualization._panels import Slices
 
 pytestmark = [pytest.mark.filterwarnings("error::UserWarning"), pytest.mark.filterwarnings("error::RuntimeWarning")]
@@ -198,6 +199,25 @@ def test_a_normalisation_of_another_number_of_channels_is_refused():
         pair(torch.randn(1, 2, 50), torch.rand(1, 1, 9), mean=(0, 0, 0))
 
 
+def test_the_pair_that_a_method_explains_is_drawn_as_it_is():
+    """Three signals, and three volumes: what an encoder takes, and what attribute_pair returns."""
+    for convolution, pool, size in (
+        (nn.Conv1d, nn.AdaptiveAvgPool1d, (40,)),
+        (nn.Conv3d, nn.AdaptiveAvgPool3d, (6, 7, 8)),
+    ):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(convolution(1, 8, 3, stride=2), nn.ReLU(), pool(1), nn.Flatten()).eval()
+        images, others = torch.rand(2, 3, 1, *size)
+        fam = FeatureActivationMap(encoder, encoder[1])
+        maps = fam.attribute_pair(images, others)
+        figure, axes = visualize_pair(images, others, *maps, scores=[0.1, 0.2, 0.3], use_pyplot=False)
+        assert axes.shape == (3, 4)
+        assert [bool(axis.lines) for axis in axes.flat] == [len(size) == 1] * 12
+        (bar,) = set(figure.axes) - set(axes.flat)
+        assert bar.get_ylim()[1] == pytest.approx(max(m.max().item() for m in maps))
+        rendered(figure)
+
+
 # Volumes
 
 
@@ -334,7 +354,7 @@ def test_volumes_of_any_size_are_drawn_with_the_strongest_of_maps_that_are_odd(s
         assert "strongest" not in axis.get_xlabel()
         assert not any(tile[..., 3].any() for tile in shown(axis)[2])
     assert "no value is finite" in axes[0, 1].get_xlabel()
-    assert "(the map is zero)\n(the map has 1 x 1 x 1 locations)" in axes[0, 3].get_xlabel()
+    assert "(the map is zero)\n(1 x 1 x 1 locations)" in axes[0, 3].get_xlabel()
     rendered(figure, 40)
 
 

@@ -120,7 +120,8 @@ def _lacks(values: Tensor, limit: float) -> list[str]:
     elif values.min() == values.max():
         said.append("the map is constant")
     if min(values.shape) <= COARSE:
-        said.append(f"the map has {' x '.join(map(str, values.shape))} locations")
+        size = f"{' x '.join(map(str, values.shape))} locations"
+        said.append(size if values.ndim > 2 else f"the map has {size}")  # in the width of a panel
     if count := beyond(values, limit):
         said.append(f"{count} of {values.numel()} beyond the scale")
     return [f"({line})" for line in said]
