@@ -174,9 +174,12 @@ def test_lists_of_other_lengths_are_padded_and_padding_counts_for_nothing():
         close(found[b][k].map, one.map)
         close(found[b][k].rest, one.rest)
         close(found[b][k].token_scores[len(queries[b]) :], np.zeros(5 - len(queries[b])))
+    as_lists = explain_maxsim([q.tolist() for q in queries], [p.tolist() for p in pages], (2, 3), patches=marks)
+    assert torch.equal(as_lists.token_maps, found.token_maps)
     masks = [[1, 1, 0], [1, 0, 1, 1, 1]]
-    found = explain_maxsim(queries, pages, (2, 3), patches=marks, query_mask=[torch.tensor(m) for m in masks])
-    close(found[0][1].score, explain_maxsim(queries[0][:2], pages[1], (2, 3)).score)
+    for given in (masks, [torch.tensor(mask) for mask in masks]):
+        found = explain_maxsim(queries, pages, (2, 3), patches=marks, query_mask=given)
+        close(found[0][1].score, explain_maxsim(queries[0][:2], pages[1], (2, 3)).score)
 
 
 def test_a_mask_for_one_is_that_of_all():
@@ -266,6 +269,24 @@ def test_rows_of_zeros_count_in_a_page_as_transformers_has_it_and_it_is_said():
         close(explain_maxsim(query, page, (1, 2), patches=patches, page_mask=[1, 1, 0]).token_scores, [3, -1])
         explain_maxsim(query, page, (1, 2), patches=patches, page_mask=[1, 1, 1])  # it was said by the mask
         close(explain_maxsim(query, above, (1, 2), patches=patches).token_scores, [3, 2])
+
+
+@pytest.mark.parametrize("distance", ["DOT", "COSINE"])
+def test_hits_of_qdrant_as_they_come(distance):
+    models = pytest.importorskip("qdrant_client").models
+    client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
+    late = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+    params = models.VectorParams(size=8, distance=models.Distance[distance], multivector_config=late)
+    client.create_collection("pages", vectors_config=params)
+    pages = [normal(n, 8, seed=n) for n in (12, 14, 13)]
+    points = [models.PointStruct(id=k, vector=page.tolist()) for k, page in enumerate(pages)]
+    client.upsert("pages", points)
+    query = normal(4, 8)
+    hits = client.query_points("pages", query=query.tolist(), with_vectors=True).points
+    query = F.normalize(query, dim=-1) if distance == "COSINE" else query
+    patches = [torch.arange(len(hit.vector)) < 12 for hit in hits]
+    found = explain_maxsim(query, [hit.vector for hit in hits], (3, 4), patches=patches)
+    close(found.score, [hit.score for hit in hits])
 
 
 def tokenizer():
@@ -604,6 +625,11 @@ Q, P = normal(3, 4), normal(6, 4, seed=1)
         ({"query_embeddings": "red"}, TypeError, "`query_embeddings` to be a tensor, or a list of tensors"),
         ({"page_embeddings": None}, TypeError, "`page_embeddings` to be a tensor"),
         ({"page_embeddings": [P, normal(6, 3)]}, TypeError, "`page_embeddings` to be a tensor, or a list of tensors"),
+        (
+            {"query_embeddings": [[1.0, 2, 3, 4], [1.0, 2, 3]]},
+            ValueError,
+            "`query_embeddings` of one number of dimensions",
+        ),
         ({"page_embeddings": normal(0, 4)}, ValueError, "`page_embeddings` to be numbers"),
         ({"page_embeddings": P > 0}, ValueError, "`page_embeddings` to be numbers .* got a bool tensor"),
         ({"page_embeddings": normal(6, 5)}, ValueError, "of the 4 dimensions of `query_embeddings`, but got 5"),

@@ -23,6 +23,12 @@ def as_vectors(name: str, given: Any, mask_name: str, mask: Any) -> tuple[Tensor
         raise ValueError(
             f"Expected `{name}` to be numbers (tokens, dimensions), or a batch or list of them, but got {describe(x)}."
         )
+    if x.ndim == 2 and lengths is not None:  # a list of tokens, no batch
+        if not lengths.all():
+            raise ValueError(
+                f"Expected `{name}` of one number of dimensions, but got {lengths.sum(1).unique().tolist()}."
+            )
+        lengths = None
     x = widen(x.detach() if x.is_floating_point() else x.float())
     batch = tuple(x.shape[:-2])
     x = x.reshape(-1, *x.shape[-2:])
@@ -38,11 +44,13 @@ def as_vectors(name: str, given: Any, mask_name: str, mask: Any) -> tuple[Tensor
 
 
 def as_batch(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
-    """A tensor of what is given; of a list of tensors or arrays, padded, and which of its rows are no padding."""
+    """A tensor of what is given; of a list of parts, padded, and which of their rows are no padding."""
     try:
-        if not isinstance(given, (list, tuple)) or not given or not isinstance(given[0], (Tensor, np.ndarray)):
+        if not isinstance(given, (list, tuple)) or not given:
             return _as_tensor(given), None
         parts = [_as_tensor(part) for part in given]
+        if not parts[0].ndim:
+            return torch.stack(parts), None
         padded = pad_sequence(parts, batch_first=True)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise TypeError(f"Expected `{name}` to be a tensor, or a list of tensors of one form, but: {error}.") from error
