@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from glob import glob
@@ -87,6 +88,8 @@ def _beginning(path: Path) -> bytes:
 
 
 def _missing(path: Path) -> str:
+    if re.match(r"[a-z0-9]{2,}:[\\/]", str(path)):  # a letter alone is a drive
+        return "it is an address; save the picture, and name its file"
     if not any(c in path.name for c in "*?["):
         return "check the path"
     found = len(glob(str(path)))

@@ -359,13 +359,28 @@ def test_a_map_and_a_margin_of_opposite_sign_come_with_a_word(run, figures, thre
     assert json.loads(run(*arguments, "--json")[1])["notes"] == [note]
 
 
+def test_a_row_that_does_not_explain_the_margin_has_no_such_word(run, figures, three, tmp_path, monkeypatch):
+    for kind in (SimilarityDecomposition, CorrespondenceMap):  # "self", and what looks alike less the others
+        name = "_maps" if kind is SimilarityDecomposition else "match"
+        made = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *a, made=made, **k: opposite(made(*a, **k)))
+    for options in (("--contrast", "rest"), ("--contrast", "2"), ("--threshold", "0.9"), ("--threshold", "-0.9")):
+        status, out, err = run("explain", *three, *options, "--size", SIZE, "-o", tmp_path / "out.png")
+        assert (status, err) == (0, "")
+        assert "adds up to the other sign" not in out
+
+
+def opposite(maps):
+    return [opposite(M) for M in maps] if isinstance(maps, list) else -M if (M := maps).mean() > 0 else M - 1
+
+
 @pytest.mark.parametrize(
     ("mean", "margin", "said"),
     [(1.0, -1.0, True), (-1.0, 1.0, True), (1.0, 1.0, False), (1.0, 0.0, False), (1e-6, -1.0, False)],
 )
 def test_a_sign_is_compared_where_there_is_one(mean, margin, said):
     method = SimilarityDecomposition(bundled_encoder(), bundled_encoder().features)
-    row = Row("a", method, None, "a", [torch.full((2, 2), mean), None], "a", [None, None])
+    row = Row("a", method, Asked(), None, "a", [torch.full((2, 2), mean), None], "a", [None, None])
     assert row.against([margin, -margin], [1.0, float("nan")]) == ([0] if said else [])
 
 

@@ -115,6 +115,11 @@ def test_a_pattern_that_nobody_expanded_is_said_to_be_one(tmp_path):
         read_image(tmp_path / "*.jpg")
     Image.new("L", (4, 4)).save(tmp_path / "photo[1].jpg")
     assert read_image(tmp_path / "photo[1].jpg").size == (4, 4)
+    for address in ("https://example.org/a.jpg", "s3://bucket/*.jpg"):  # a slash of which a path does not keep
+        with pytest.raises(
+            ValueError, match=r"^there is no image \w+:/.*: it is an address; save the picture, and name"
+        ):
+            read_image(Path(address))
     with pytest.raises(ValueError, match=r"nope\.jpg: check the path$"):
         read_image(tmp_path / "nope.jpg")
 

@@ -120,7 +120,7 @@ def explain(
             page, *_ = page_of(ready, [image, *pictures, *beside], names, len(pictures), similarity)
 
     margins = asked.margins(scores)
-    notes = _notes(rows, scores, margins, kept)
+    notes = _notes([row for row in rows if row.asked == asked], scores, margins, kept)
     if is_page:
         page.save(output)
     else:

@@ -86,6 +86,7 @@ class Row:
 
     name: str
     method: Any
+    asked: Asked
     route: str | None
     label: str
     here: Maps
@@ -211,7 +212,7 @@ def _row(
             there = found(images, compared.z, asked if asked.of_each_side else NOTHING, query, ("references", "query"))
             there = there.maps[0]
     mine, theirs = (_planes(maps, K, compared.layer_name) for maps in (here, there))
-    return Row(name, method, route, labels[0], mine, labels[1], theirs)
+    return Row(name, method, asked, route, labels[0], mine, labels[1], theirs)
 
 
 def _planes(maps: Any, count: int, layer: str) -> Maps:
