@@ -3,6 +3,7 @@
 from captum_fam import _interrupt  # noqa: F401  # first: Ctrl-C may come while torch is imported
 from captum_fam.adapters import explanation_func, to_input_space
 from captum_fam.comparison import compare_attributions
+from captum_fam.encoders import LoadedEncoder, load_encoder
 from captum_fam.explorer import PairExplorer, explore_pair
 from captum_fam.matches import visualize_matches
 from captum_fam.methods.class_activation_map import ClassActivationMap
@@ -20,8 +21,11 @@ from captum_fam.tasks.contrastive import NearestReferences, nearest_references
 from captum_fam.tasks.episode_explanation import EpisodeExplanation
 from captum_fam.tasks.few_shot import explain_episode
 from captum_fam.tasks.hits import Hits, explain_hits
+from captum_fam.tasks.late_interaction import MaxSimExplanation, explain_maxsim
 from captum_fam.tasks.retrieval import explain_retrieval
 from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
+from captum_fam.tasks.verification import explain_verification
+from captum_fam.tasks.verification_explanation import VerificationExplanation
 from captum_fam.tokens import channels_last, patch_tokens
 from captum_fam.visualization import visualize_comparison, visualize_pair
 
@@ -35,6 +39,8 @@ __all__ = [
     "Hits",
     "IntegratedDecomposition",
     "LabelFreeActivationMap",
+    "LoadedEncoder",
+    "MaxSimExplanation",
     "NearestReferences",
     "PairExplorer",
     "Relax",
@@ -43,15 +49,19 @@ __all__ = [
     "ScoreCam",
     "SimilarityDecomposition",
     "SimilarityScore",
+    "VerificationExplanation",
     "channel_contributions",
     "channels_last",
     "compare_attributions",
     "contribution_weights",
     "explain_episode",
     "explain_hits",
+    "explain_maxsim",
     "explain_retrieval",
+    "explain_verification",
     "explanation_func",
     "explore_pair",
+    "load_encoder",
     "nearest_references",
     "patch_tokens",
     "prototypes",
