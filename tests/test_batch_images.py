@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_batch import NAMES, contents, in_process, photos, read, run, stamps  # noqa: F401
 from test_batch_options import SIZE, close, small, tensor_of, the_map  # noqa: F401
+from test_cli_outside import damaged
 
 from captum_fam import FeatureActivationMap
 
@@ -193,6 +194,19 @@ def test_what_makes_no_pairs_is_one_line(album, run, arguments, advice):
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert advice in err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("pairs", [[], [("a.jpg", "b.jpg")], {"query": ["a"], "reference": ["b"]}, 3], ids=str)
+def test_pairs_in_python_are_paths(pairs):
+    with pytest.raises(TypeError, match="Expected `pairs` to be the path of a list or a folder, or a list of paths"):
+        batch.explain_pairs(pairs, "out")
+    assert not Path("out").exists()
+
+
+def test_a_warning_of_an_image_that_is_read_for_neighbours_and_for_maps_comes_once(album, run):
+    damaged(album / "damaged.jpg")
+    status, _, err = run("album", "-o", "out", "--neighbours", 1, *COMMAND)
+    assert (status, err.count("\n"), "Corrupt EXIF data" in err) == (0, 1, True)
 
 
 def test_more_pairs_than_anybody_wants_are_refused_with_a_way_out(album, in_process, monkeypatch):

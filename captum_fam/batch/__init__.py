@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
+import torch
 from tqdm.auto import tqdm
 
-from captum_fam._checks import check_positive
-from captum_fam._files import irregular
-from captum_fam.batch._engines import ENGINES, cpus
+from captum_fam._checks import check_positive, describe
+from captum_fam._files import irregular, recorded_warnings
+from captum_fam.batch._engines import ENGINES
 from captum_fam.batch._images import all_pairs, images_of, nearest
 from captum_fam.batch._job import digest, digest_of, locked, prepare, seal
 from captum_fam.batch._pairs import write_pairs, write_tables
@@ -169,7 +170,7 @@ def explain_pairs(
         >>> explain_pairs("photos", Path("maps"), neighbours=5, sides="both")  # doctest: +SKIP
         BatchResult(explained=4998, failed=2, error='there is no image ...', layer='features', failures={...})
     """
-    given = [Path(path) for path in ([pairs] if isinstance(pairs, (str, Path)) else pairs)]
+    given = _paths(pairs)
     output, root = Path(output), Path(root)
     weights, reference_embeddings, errors = (
         None if path is None else Path(path) for path in (weights, reference_embeddings, errors)
@@ -225,7 +226,8 @@ def explain_pairs(
             return write_pairs(given[0], to, part_size, numbers)
         if neighbours is None:
             return write_tables(all_pairs(images, once=sides == "both"), to, part_size)
-        embedded = PartExplainer(**options, threads=cpus()).embeddings(images)
+        with recorded_warnings():  # who explains these images says so again
+            embedded = PartExplainer(**options, threads=torch.get_num_threads()).embeddings(images)
         return write_tables(nearest(images, embedded, similarity, neighbours), to, part_size)
 
     with locked(output):
@@ -243,6 +245,16 @@ def explain_pairs(
         for text, path in warned.items():
             warnings.warn(f"{text} ({path}, for one)" if path else text, stacklevel=2)
         return _result([part_file(output, part) for part in parts], errors)
+
+
+def _paths(pairs: Any) -> list[Path]:
+    given = [pairs] if isinstance(pairs, (str, Path)) else pairs
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(path, (str, Path)) for path in given):
+        raise TypeError(
+            "Expected `pairs` to be the path of a list or a folder, or a list of paths of images, but got"
+            f" {describe(pairs)}; write pairs to a .csv or .parquet file with the columns query and reference."
+        )
+    return [Path(path) for path in given]
 
 
 def _check_method(

@@ -18,15 +18,17 @@ from captum_fam.batch._part import PartExplainer, Warned
 from captum_fam.encoders import one_line
 
 
-def cpus() -> int:
+def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _locally(left: list[int], options: dict[str, Any], workers: int | None, parts: int) -> Iterator[tuple[int, Warned]]:
-    one_each = torch.cuda.device_count() if options["device"] == "cuda" else cpus() if options["device"] == "cpu" else 1
+    one_each = (
+        torch.cuda.device_count() if options["device"] == "cuda" else _cpus() if options["device"] == "cpu" else 1
+    )
     workers = min(workers or one_each or 1, parts)
     context = multiprocessing.get_context("spawn")
-    options = options | {"threads": max(1, cpus() // workers)}
+    options = options | {"threads": max(1, _cpus() // workers)}
     futures: set[Future[tuple[int, Warned]]] = set()
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start, (options, context.Value("i"))) as pool:

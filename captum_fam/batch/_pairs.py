@@ -48,7 +48,9 @@ def reading(pairs: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a broken file makes Arrow raise many kinds
-        raise ValueError(f"cannot read {pairs} ({one_line(error)}): pass a .parquet or .csv file") from error
+        raise ValueError(
+            f"cannot read {pairs} ({one_line(error)}): pass a .parquet or .csv file, text in UTF-8"
+        ) from error
 
 
 def _read_pairs(pairs: Path, numbers: Numbers | None = None) -> Iterator[pa.Table]:

@@ -41,12 +41,19 @@ def numbered(file: Path, copy: Path | None) -> Numbers:
 
         def rows(references: pa.Array) -> pa.Array:
             """They are the rows' numbers themselves."""
-            numbers = (int(r) if r is not None and r.isdecimal() else count for r in references.to_pylist())
-            return pa.array([number if number < count else None for number in numbers], pa.int64())
+            found = [_number(reference, count) for reference in references.to_pylist()]
+            return pa.array(found, pa.int64())
 
         return rows
     ids = _copied(file, copy)
     return lambda references: pc.index_in(references, value_set=ids, skip_nulls=True).cast(pa.int64())
+
+
+def _number(reference: str | None, count: int) -> int | None:
+    """Of that many rows; a number of more digits than theirs is none, and need not be read."""
+    if reference is None or not reference.isdecimal() or len(reference) > len(str(count)):
+        return None
+    return number if (number := int(reference)) < count else None
 
 
 def _array(file: Path) -> Any:
