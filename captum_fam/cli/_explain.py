@@ -219,12 +219,10 @@ def _notes(
     if texts:
         notes.append("sentences have no places: there are no maps of them, and nothing that looks like them")
     for row in rows:
-        numbers = [kept[k].number for k in row.against(margins, scores)]
+        numbers = ", ".join(str(kept[k].number) for k in row.against(margins, scores))
         if numbers:
-            notes.append(
-                f"{row.label}: the map for {', '.join(map(str, numbers))} adds up to the other sign than the margin:"
-                f" {row.why_against}"
-            )
+            label = " ".join(row.label.split())
+            notes.append(f"{label}: the map for {numbers} adds up to the other sign than the margin: {row.why_against}")
     return notes
 
 

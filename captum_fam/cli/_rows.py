@@ -167,7 +167,7 @@ def rows_of(methods: Sequence[str], compared: Compared, asked: Asked, own_layer:
     """Those of methods; ``own_layer`` for one that finds its layer, where the user has named none."""
     rows = []
     for name in methods:
-        label = f"{name}: {asked.words}" if asked.option else name
+        label = f"{name}:\n{asked.words}" if asked.option else name
         both = asked.of_each_side or name == "CorrespondenceMap"
         rows.append(_row(name, compared, asked, name, (label, label if both else name), own_layer))
     return rows
@@ -208,6 +208,8 @@ def _row(
         elif matched:
             contrast = images[[asked.contrast]] if isinstance(asked.contrast, int) else None
             there = method.attribute(images, reference=query, contrast=contrast)
+            if contrast is not None:
+                there[asked.contrast] = 0  # less itself, as on the query
         else:
             there = found(images, compared.z, asked if asked.of_each_side else NOTHING, query, ("references", "query"))
             there = there.maps[0]
