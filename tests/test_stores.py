@@ -542,6 +542,20 @@ def test_hits_need_vectors_of_numbers_of_one_length():
     assert from_lancedb(rows([1, 2])).embeddings is None
 
 
+def test_hits_that_are_none_are_told():
+    with pytest.raises(ValueError, match=r"at least one hit.*got none"):
+        explain_hits(QUERY, Hits(ids=[[], [], []]), ENCODER, ENCODER.layer, GALLERY)
+    empty = explain_hits(QUERY[:0], Hits(ids=[]), ENCODER, ENCODER.layer, GALLERY)
+    assert empty.ids == []
+    assert len(empty.maps) == 0
+
+
+def test_another_order_than_that_of_the_scores_may_come_of_a_lossy_search():
+    hits = Hits([[0, 1, 2]], torch.tensor([[0.3, 0.2, 0.1]]), torch.from_numpy(np.stack([-Z[0], Z[0], -Z[0]]))[None])
+    with pytest.warns(UserWarning, match=r"in another way.*a lossy index does so by itself"):
+        explain_hits(QUERY[:1], hits, ENCODER, ENCODER.layer)
+
+
 # The page
 
 

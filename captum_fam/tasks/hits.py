@@ -170,6 +170,9 @@ def explain_hits(
     B, k = given.shape
     if len(query) != B:
         raise ValueError(f"Expected hits for each of the {len(query)} queries, but got those of {B}.")
+    if B and not k:
+        raise ValueError("Expected at least one hit of a query, but got none; look at what was searched.")
+    k = k or 1  # of no query
     ids = [list(row) for row in given.ids] if given.ids is not None else [list(range(k)) for _ in range(B)]
     there = torch.tensor([[number is not None for number in row] for row in ids], dtype=torch.bool).reshape(B, k)
     images = images_by_id(gallery, given.images, ids)
@@ -250,5 +253,5 @@ def _warnings_of_order(found: RetrievalExplanation) -> list[str]:
         return []
     return [
         "The similarities that are explained order the hits in another way than the scores of the search: pass the"
-        " search's own `similarity`, the same encoder, and its embeddings."
+        " search's own `similarity`, the same encoder, and its embeddings; a lossy index does so by itself."
     ]
