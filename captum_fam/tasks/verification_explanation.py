@@ -39,7 +39,6 @@ class VerificationExplanation:
 
     Examples::
 
-        >>> from captum_fam.tasks.verification import explain_verification
         >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> images, others = torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)
         >>> found = explain_verification(images, others, encoder, encoder[1], threshold=0.9)
@@ -120,7 +119,6 @@ class VerificationExplanation:
 
         Examples::
 
-            >>> from captum_fam.tasks.verification import explain_verification
             >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
             >>> images, others = torch.rand(9, 3, 16, 16), torch.rand(9, 3, 16, 16)
             >>> found = explain_verification(images, others, encoder, encoder[1], threshold=0.9)
@@ -144,6 +142,7 @@ class VerificationExplanation:
             std=std,
             label=f"contribution to {'threshold² - distance²' if self.measure == 'distance' else 'score - threshold'}",
             scale=scale,
+            signed=True,
             use_pyplot=use_pyplot,
         )
         for column, side, missing in zip(axes[:, 1::2].T, maps, self.missing):

@@ -57,6 +57,7 @@ def visualize_pair(
     std: Numbers = None,
     label: str = "attribution",
     scale: Scale = "all",
+    signed: bool = False,
     use_pyplot: bool = True,
 ) -> tuple[Figure, NDArray[Any]]:
     r"""
@@ -103,6 +104,9 @@ def visualize_pair(
                     their map; for a percentile below the share of the other maps, one extreme
                     map hides nothing: of 8 pairs, below 87.
                     Default: ``"all"``
+        signed (bool): Red for positive and blue for negative values even where no value is
+                    negative, as of maps of a difference.
+                    Default: False
         use_pyplot (bool): Makes the figure with pyplot, so that a notebook shows it. It is never
                     shown from here.
                     Default: True
@@ -141,7 +145,7 @@ def visualize_pair(
         for axis, panel, caption in zip(axes[:, 2 * side], sides[side], captions[side]):
             panel.draw(axis, caption)
     words = [[f"map of the {name}" for name in SIDES]] * rows
-    draw_rows(figure, axes[:, 1::2].tolist(), list(zip(*sides)), list(zip(*maps)), words, label, scale)
+    draw_rows(figure, axes[:, 1::2].tolist(), list(zip(*sides)), list(zip(*maps)), words, label, scale, signed)
     return figure, axes
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from numbers import Real
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -23,8 +22,11 @@ COARSE = 3  # a map with so few locations along a side is said to be coarse
 
 
 def check_scale(scale: object) -> None:
-    number = isinstance(scale, Real) and not isinstance(scale, bool)
-    if scale not in ("all", "row") if not number else not 1 <= scale <= 100:  # type: ignore[operator]
+    if isinstance(scale, str):
+        known = scale in ("all", "row")
+    else:
+        known = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool) and bool(1 <= scale <= 100)
+    if not known:
         raise ValueError(
             f'Expected `scale` to be "all", "row" or a percentile from 1 to 100, such as 99, but got {describe(scale)}.'
         )
@@ -56,9 +58,13 @@ def draw_rows(
     captions: Sequence[Sequence[str]],
     label: str,
     scale: Scale,
+    signed: bool = False,
 ) -> None:
-    """Draws rows of maps over their images on one colour scale, or on one for each row."""
-    signed = is_signed(chain(*maps))
+    """
+    Draws rows of maps over their images on one colour scale, or on one for each row; ``signed``, of red and blue even
+    where no value is negative.
+    """
+    signed = signed or is_signed(chain(*maps))
     if scale == "row":
         for row in zip(axes, panels, maps, captions):
             draw_maps(figure, *row, label, scale=scale, signed=signed)
