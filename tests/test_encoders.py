@@ -13,6 +13,7 @@ from encoders import HeadEncoder, seeded
 from PIL import Image
 from test_cli import photos, run  # noqa: F401
 from test_cli_encoders import LAYERS, save, save_quietly
+from torch import nn
 
 from captum_fam import FeatureActivationMap
 from captum_fam.cli._common import loaded as loaded_by_the_shell
@@ -581,6 +582,9 @@ PROCESSORS = {
         size={"height": 64, "width": 64}, rescale_factor=1 / 127.5, rescale_offset=True, include_top=False
     ),
     "a scale": lambda: transformers.ViTImageProcessor(size={"height": 64, "width": 64}, rescale_factor=1 / 100),
+    "levels of 8 bits": lambda: transformers.ViTImageProcessor(
+        size={"height": 64, "width": 64}, do_normalize=False, do_rescale=False
+    ),
     "no normalisation": lambda: transformers.ViTImageProcessor(size={"height": 64, "width": 64}, do_normalize=False),
 }
 
@@ -591,7 +595,7 @@ def test_images_are_normalised_as_the_processor_does_whatever_its_settings_are_c
     make().save_pretrained(tmp_path)
     loaded = load_encoder(f"hf:{tmp_path}")
     assert loaded.size == 64
-    torch.testing.assert_close(loaded.transform(picture(64, 64)), processed(make()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded.transform(picture(64, 64)), processed(make()).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_processor_that_turns_channels_is_refused(tmp_path):
@@ -620,3 +624,62 @@ def test_images_of_torchvision_are_resized_as_torchvision_does(tmp_path, name):
     loaded = load_encoder(f"torchvision:{name}", tmp_path / "state.pt")
     own = models.get_model_weights(name).DEFAULT.transforms(resize_size=loaded.size)
     torch.testing.assert_close(loaded.transform(picture(300, 300)), own(picture(300, 300)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_transform_gives_what_an_encoder_of_half_precision_takes(tmp_path):
+    def convnext():
+        sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+        return transformers.ConvNextModel(transformers.ConvNextConfig(**sizes, image_size=32))
+
+    save_quietly(save(convnext, tmp_path).half(), tmp_path)
+    loaded = load_encoder(f"hf:{tmp_path}")
+    image = loaded.transform(picture())
+    assert image.dtype == torch.float16
+    maps = FeatureActivationMap(loaded.model, loaded.layer).attribute(image[None], reference=image[None])
+    assert maps.dtype == torch.float16
+    files = [picture()] * 2
+    options = {"weights": None, "device": "cpu", "mean": None, "std": None}
+    with loaded_by_the_shell(files, f"hf:{tmp_path}", None, None, **options) as shell:
+        assert torch.equal(image, shell.tensors[0])
+
+
+def test_a_model_of_timm_that_transformers_saved_has_the_images_of_timm(tmp_path):
+    own = timm.create_model("test_vit", num_classes=0)
+    settings = {**own.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "interpolation": "bicubic"}
+    config = transformers.TimmWrapperConfig(architecture="test_vit", num_classes=0, pretrained_cfg=settings)
+    save(lambda: transformers.TimmWrapperModel(config), tmp_path, processor=False)
+    loaded = load_encoder(f"hf:{tmp_path}")
+    assert loaded.mean == (0.1, 0.2, 0.3)
+    whole = {**timm.data.resolve_model_data_config(own), "mean": (0.1, 0.2, 0.3), "crop_pct": 1.0}
+    torch.testing.assert_close(
+        loaded.transform(picture(300, 300)), timm.data.create_transform(**whole)(picture(300, 300))
+    )
+    assert loaded.layer_name == "timm_model.blocks.5.norm1"
+
+
+@pytest.mark.parametrize("kind", ["hf", "open_clip", "sentence-transformers"])
+def test_positions_are_interpolated_for_images_of_another_size(tmp_path, kind):
+    (name,) = named(kind, tmp_path)
+    loaded = load_encoder(name, size=96)
+    image = loaded.transform(picture())[None]
+    grid = 6 if kind == "open_clip" else 12
+    assert FeatureActivationMap(loaded.model, loaded.layer).attribute(image, reference=image).shape == (
+        1,
+        1,
+        grid,
+        grid,
+    )
+
+
+def test_a_state_dict_replaces_the_weights_of_a_sentence_transformer(tmp_path):
+    save_sentence_transformer(tmp_path, "CLIP")
+    state = {k: v + 1 for k, v in load_encoder(f"sentence-transformers:{tmp_path}").model.state_dict().items()}
+    torch.save(state, tmp_path / "state.pt")
+    loaded = load_encoder(f"sentence-transformers:{tmp_path}", tmp_path / "state.pt").model.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+
+
+def test_an_encoder_without_a_map_says_how_to_name_a_layer():
+    loaded = LoadedEncoder(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), size=8)
+    with pytest.raises(ValueError, match=r"name one with --layer, in Python with model.get_submodule\(name\)"):
+        _ = loaded.layer

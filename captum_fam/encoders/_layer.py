@@ -22,7 +22,7 @@ def find_layer(model: nn.Module, name: str | None, image: Tensor) -> tuple[str, 
         if name is None:
             raise ValueError(
                 "no layer of the encoder returns a map (B, C, h, w), or tokens of patches, on which the embedding"
-                " depends: name one with --layer"
+                " depends: name one with --layer, in Python with model.get_submodule(name)"
             )
     if name not in modules:
         raise ValueError(f"the encoder has no layer {name!r}{near(name, modules)}")

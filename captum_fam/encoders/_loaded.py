@@ -1,5 +1,6 @@
 """What is loaded by name: an encoder, the pictures that it takes, its layer and its text tower."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -51,10 +52,17 @@ class LoadedEncoder:
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """
-        From a PIL image of any mode and size, the whole of it, upright, to a tensor (3, size, size), float32: as the
-        command line makes it. A ``TypeError`` says that something else came.
+        From a PIL image of any mode and size, the whole of it, upright, to a tensor (3, size, size) of the encoder's
+        dtype, on the CPU: as the command line makes it. A ``TypeError`` says that something else came.
         """
-        return partial(_to_tensor, size=self.size, mean=self.mean, std=self.std, resample=self.resample)
+        return partial(
+            _to_tensor, size=self.size, mean=self.mean, std=self.std, resample=self.resample, dtype=self.dtype
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images that the encoder takes, that of its parameters."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def layer(self) -> nn.Module:
@@ -71,10 +79,10 @@ class LoadedEncoder:
 
     @cached_property
     def _named_layer(self) -> tuple[str, nn.Module]:
-        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         noise = torch.rand(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
         mean, std = (torch.tensor(tuple(values)).view(3, 1, 1) for values in (self.mean, self.std))
-        return find_layer(self.model, None, ((noise - mean) / std).to(parameter.device, parameter.dtype))
+        return find_layer(self.model, None, ((noise - mean) / std).to(device, self.dtype))
 
     def embed_text(self, sentences: Sequence[str]) -> Tensor:
         """
@@ -136,11 +144,16 @@ class SameModules(nn.Module):
 
 
 def _to_tensor(
-    image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float], resample: Image.Resampling
+    image: Image.Image,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resample: Image.Resampling,
+    dtype: torch.dtype,
 ) -> Tensor:
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL image, got {type(image).__name__}: PIL.Image.open(path) gives one")
-    return to_tensor(as_rgb(ImageOps.exif_transpose(image)), size, mean, std, resample)
+    return to_tensor(as_rgb(ImageOps.exif_transpose(image)), size, mean, std, resample).to(dtype)
 
 
 def resampling(interpolation: Any) -> Image.Resampling:
@@ -175,16 +188,17 @@ def pictures(
             f"{name} has images that are more than scaled (of other channels than RGB, for one): write a factory whose"
             " module takes RGB images and does it"
         )
+    timm = settings.get("data_config", {})  # of a model of timm that transformers saved
     return {
         "size": int(image.shape[2]),
-        "mean": _as_written(mean, settings.get("image_mean")),
-        "std": _as_written(std, settings.get("image_std")),
-        "resample": resampling(settings.get("resample", settings.get("interpolation"))),
+        "mean": _as_written(mean, settings.get("image_mean", timm.get("mean"))),
+        "std": _as_written(std, settings.get("image_std", timm.get("std"))),
+        "resample": resampling(settings.get("resample", timm.get("interpolation"))),
     }
 
 
 def _as_written(found: Tensor, written: Any) -> tuple[float, ...]:
     """The numbers of the settings where they are those that were found, which are rounded."""
-    values = found.tolist()
+    values = [float(f"{f:.6g}") + 0.0 for f in found.tolist()]  # no -0.0
     numbers = tuple(written) if isinstance(written, (list, tuple)) and len(written) == 3 else values
-    return tuple(w if abs(w - f) < 1e-4 else round(f, 6) + 0.0 for w, f in zip(numbers, values))
+    return tuple(w if math.isclose(w, f, rel_tol=1e-4, abs_tol=1e-6) else f for w, f in zip(numbers, values))

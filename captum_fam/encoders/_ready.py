@@ -21,7 +21,6 @@ class ReadyEncoder(LoadedEncoder):
     """An encoder on its device, and images as it sees them."""
 
     device: str
-    dtype: torch.dtype
 
     def tensor(self, image: Image.Image) -> Tensor:
         """Of an RGB image, (3, size, size), on the CPU"""
@@ -53,7 +52,6 @@ def ready_encoder(
         raise ValueError("--mean must be finite and --std positive: give three numbers for each")
     loaded = load_encoder(encoder, weights, size)
     model = _to_device(loaded.model, device)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return ReadyEncoder(
         model,
         loaded.size,
@@ -62,7 +60,6 @@ def ready_encoder(
         loaded.resample,
         loaded.name,
         device=device,
-        dtype=dtype,
     )
 
 
