@@ -51,7 +51,8 @@ def explain_retrieval(
         query (Tensor): B images, (B, C, H, W).
         index (faiss.Index): Of the gallery's embeddings, with inner products or L2 distances, such as
                     ``IndexFlatIP``, ``IndexFlatL2``, ``IndexHNSWFlat``, ``IndexIVFFlat`` or ``IndexIDMap``,
-                    that gives back its vectors.
+                    that gives back its vectors. One that is lossy is explained by the vectors that it
+                    holds; :func:`~captum_fam.tasks.stores.from_faiss` is for your own.
         forward_func (Callable or torch.nn.Module): The encoder, from images to embeddings (B, D).
         layer (torch.nn.Module): As in :func:`~captum_fam.explain_hits`.
         gallery (optional): The images by their number in the index, ready for the encoder: a tensor

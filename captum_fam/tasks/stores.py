@@ -196,8 +196,9 @@ def from_lancedb(answer: Any, *, id: str = "id", vector: str | None = None) -> H
                     f'Expected the answer to have a column "{id}" of ids, but got {sorted(row)}; pass its name, as'
                     ' from_lancedb(answer, id="path").'
                 )
-            score = row.get("_relevance_score", row.get("_distance"))
-            hits[number].append(_Hit(row[id], score, {name: value for name, value in row.items() if name != id}))
+            hits[number].append(
+                _Hit(row[id], row.get("_distance"), {name: value for name, value in row.items() if name != id})
+            )
         found += hits
     return _hits(found, vector)
 
