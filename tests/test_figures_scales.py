@@ -183,7 +183,26 @@ def test_of_a_comparison_the_percentile_is_each_methods_own():
 
 
 @pytest.mark.parametrize(
-    "scale", ["rows", "", None, True, 0, 0.99, -1, 101, NAN, INF, "99", [99], torch.tensor(99)], ids=repr
+    "scale",
+    [
+        "rows",
+        "",
+        None,
+        True,
+        0,
+        0.99,
+        -1,
+        101,
+        NAN,
+        INF,
+        "99",
+        [99],
+        torch.tensor(99),
+        np.array([99, 1]),
+        99j,
+        np.complex64(99),
+    ],
+    ids=repr,
 )
 @pytest.mark.parametrize("draw", [pair, lambda m, **o: compared({"a": m}, **o), lambda m, **o: matched(m, **o)])
 def test_another_scale_is_refused_and_leaves_no_figure(draw, scale):

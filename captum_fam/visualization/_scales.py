@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ CHARACTERS = 13  # of small text to an inch
 COARSE = 3  # a map with so few locations along a side is said to be coarse
 
 
-def check_scale(scale: object) -> None:
+def check_scale(scale: Any) -> None:
     if isinstance(scale, str):
         known = scale in ("all", "row")
     else:
-        known = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool) and bool(1 <= scale <= 100)
+        number = isinstance(scale, (int, float, np.integer, np.floating)) and not isinstance(scale, bool)
+        known = number and bool(1 <= scale <= 100)
     if not known:
         raise ValueError(
             f'Expected `scale` to be "all", "row" or a percentile from 1 to 100, such as 99, but got {describe(scale)}.'
