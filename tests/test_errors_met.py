@@ -413,6 +413,28 @@ def test_an_error_of_the_image_tower_is_its_own():
         fam.embed(torch.rand(3, 3, 40, 40))
 
 
+class TextsOptional(nn.Module):
+    """Takes texts, too, but needs none; its layer runs twice, so that a path's points cannot go on in one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = seeded(PooledEncoder)
+
+    def get_image_features(self, pixel_values):
+        return self.encoder(pixel_values)
+
+    def forward(self, pixel_values, input_ids=None):
+        return self.get_image_features(pixel_values) + self.get_image_features(pixel_values)
+
+
+def test_what_only_turns_a_call_to_another_way_is_no_error():
+    model = TextsOptional().eval()
+    layer = model.encoder.layer
+    with pytest.warns(UserWarning, match="called several times"):
+        maps = SimilarityDecomposition(model, layer, n_steps=2, baseline="zero").attribute(X, 1, reference_embedding=S)
+    assert maps.any()
+
+
 def test_a_user_of_open_clip_reaches_a_map():
     open_clip = pytest.importorskip("open_clip").model
     vision = open_clip.CLIPVisionCfg(layers=2, width=64, head_width=32, patch_size=8, image_size=32)
