@@ -567,24 +567,26 @@ def test_each_page_has_a_picture_of_its_own_in_the_explorer_and_all_have_one_que
 
 
 def test_the_figure_has_the_map_of_the_score_and_each_token_that_counts():
-    query = torch.tensor([[1.0, 0], [0, 1], [5, 5], [0, 0], [0.5, 1]])
+    query = torch.tensor([[1.0, 0], [0, 1], [5, 5], [0, 0], [0.5, 1], [-1, -1]])
     page = torch.tensor([[0.0, 3], [2, 0], [1, 1], [0, 0], [2, 0]])
     patches = torch.tensor([False, True, True, True, True])
-    found = explain_maxsim(query, page, (2, 2), query_mask=[1, 1, 0, 1, 1], patches=patches)
-    figure, axes = found.visualize(image(40, 40), ["a", "$red", "off", "<pad>", "e"], use_pyplot=False)
+    found = explain_maxsim(query, page, (2, 2), query_mask=[1, 1, 0, 1, 1, 1], patches=patches)
+    figure, axes = found.visualize(image(40, 40), ["a", "$red", "off", "<pad>", "e", "f"], use_pyplot=False)
     figure.draw_without_rendering()
-    assert [axis.get_title() for axis in axes] == ["", "the score", "a", "$red", "e"]
+    assert [axis.get_title() for axis in axes] == ["", "the score", "a", "$red", "e", "f"]
     assert [axis.get_xlabel() for axis in axes] == [
         "page",
         "8, of it 6 at no patch\n(the map has 2 x 2 locations)",
         "+2\n(the map has 2 x 2 locations)",
         "+3\nat no patch\n(the map has 2 x 2 locations)",
         "+3\nat no patch\n(the map has 2 x 2 locations)",
+        "+0\n(the map has 2 x 2 locations)",
     ]
     side = axes[1].images[0].get_array().shape[0] / 2
     boxes = [[box.get_xy() for box in axis.patches] for axis in axes]
     tied = [(-0.5, -0.5), (side - 0.5, side - 0.5)]  # of "a", patches 0 and 3
-    assert boxes == [[], tied, tied, [], []]
+    lower = (-0.5, side - 0.5)  # of "f", patch 2
+    assert boxes == [[], [tied[0], lower, tied[1]], tied, [], [], [lower]]
     labels = [axis.get_ylabel() for axis in figure.axes if axis.get_label() == "<colorbar>"]
     assert labels == ["adds to the score", "similarity"]
 
@@ -653,9 +655,9 @@ Q, P = normal(3, 4), normal(6, 4, seed=1)
         ({"page_mask": [0] * 6}, ValueError, "counts in each of `page_embeddings`"),
         ({"query_embeddings": 0 * Q, "query_mask": [1] * 3}, ValueError, "counts in each of `query_embeddings`"),
         (
-            {"page_embeddings": P / 0},
+            {"page_embeddings": P.clone().fill_diagonal_(torch.nan)},
             ValueError,
-            r"`page_embeddings` to be finite, but the tokens \[0, 1, 2, 3, 4, 5\]",
+            r"to be finite, but the tokens \[0, 1, 2, 3\] are not",
         ),
         ({"patches": torch.ones(5) > 0}, ValueError, r"`patches` to be a mask of shape \(1, 6\) or \(6,\)"),
         (

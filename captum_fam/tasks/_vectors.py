@@ -29,7 +29,7 @@ def as_vectors(name: str, given: Any, mask_name: str, mask: Any) -> tuple[Tensor
                 f"Expected `{name}` of one number of dimensions, but got {lengths.sum(1).unique().tolist()}."
             )
         lengths = None
-    x = widen(x.detach() if x.is_floating_point() else x.float())
+    x = widen(x if x.is_floating_point() else x.float())
     batch = tuple(x.shape[:-2])
     x = x.reshape(-1, *x.shape[-2:])
     if mask is None:
