@@ -396,7 +396,7 @@ def test_embeddings_of_zeros_are_said_by_the_sides_names_and_their_maps_are_zero
     assert found.accepted.tolist() == [True, False, False]
     assert not found.maps[1:].any()
     assert not found.other_maps[1:].any()
-    assert [t for t in texts if "not finite" in t] == [
+    assert texts == [
         "Embeddings are zero or not finite (images [1], others [2]): the maps that depend on them are zero."
     ]
 
@@ -497,6 +497,14 @@ def test_a_figure_shows_both_parts_on_both_images_and_the_decision():
             red, blue = colours(axis)
             assert (red > 0) == (M.max() > 0)
             assert (blue > 0) == (M.min() < 0)
+
+
+def test_rounding_of_half_precision_is_no_share_that_no_place_has():
+    encoder, sides = seeded(PooledEncoder).half(), [x.sigmoid().half() for x in (X, Y)]
+    found = explain(encoder, 0.5, *sides)
+    assert found.missing[0].abs().max() > 1e-6
+    _, axes = found.visualize([0, 1], use_pyplot=False)
+    assert not any("no place" in axis.get_xlabel() for axis in axes.flat)
 
 
 @pytest.mark.parametrize("scale", ["all", "row", 90])
