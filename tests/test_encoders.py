@@ -683,3 +683,26 @@ def test_an_encoder_without_a_map_says_how_to_name_a_layer():
     loaded = LoadedEncoder(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), size=8)
     with pytest.raises(ValueError, match=r"name one with --layer, in Python with model.get_submodule\(name\)"):
         _ = loaded.layer
+
+
+def test_models_that_read_no_images_of_one_size_are_refused(tmp_path, monkeypatch):
+    vision = {k: v for k, v in LAYERS.items() if k != "image_size"}
+    config = transformers.Siglip2Config(text_config=READER, vision_config={**vision, "num_patches": 16})
+    save(lambda: transformers.Siglip2Model(config), tmp_path, processor=False)
+    transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"hf:.* takes no images \(B, 3, H, W\): write a factory"):
+        load_encoder(f"hf:{tmp_path}")
+
+    def broken(*_, **__):
+        raise RuntimeError("no backend")
+
+    monkeypatch.setattr("transformers.Siglip2ImageProcessor.preprocess", broken)
+    with pytest.raises(ValueError, match=r"hf:.* cannot read an image \(RuntimeError: no backend\)"):
+        load_encoder(f"hf:{tmp_path}")
+
+
+def test_a_chat_model_of_sentence_transformers_is_refused(tmp_path, monkeypatch):
+    save_sentence_transformer(tmp_path, "CLIP")
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer.supports", lambda *_: True)
+    with pytest.raises(ValueError, match="reads images within a text: pass a model"):
+        load_encoder(f"sentence-transformers:{tmp_path}")

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from captum_fam.encoders._layer import find_layer
+from captum_fam.encoders._loading import one_line
 from captum_fam.images import as_rgb, to_tensor
 
 IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -171,12 +172,16 @@ def pictures(
     a colour, whatever its settings are called.
 
     Raises:
-        ValueError: it makes no images (1, 3, H, W), or others than by a mean and a standard deviation for each channel.
+        ValueError: it fails, makes no images (1, 3, H, W), or more of them than a mean and a standard deviation for
+            each channel do.
     """
     colour = (40, 120, 220)
     made = []
     for rgb in ((0, 0, 0), (255, 255, 255), colour):
-        image = process(Image.new("RGB", (side or IMAGENET_SIZE,) * 2, rgb))
+        try:
+            image = process(Image.new("RGB", (side or IMAGENET_SIZE,) * 2, rgb))
+        except Exception as error:  # of any of three libraries
+            raise ValueError(f"{name} cannot read an image ({one_line(error)}): pass a model that does") from error
         if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[:2] != (1, 3):
             raise ValueError(f"{name} takes no images (B, 3, H, W): write a factory that returns a module that does")
         made.append(image[0, :, image.shape[2] // 2, image.shape[3] // 2].double())

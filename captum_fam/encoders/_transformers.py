@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_fam._files import FOLDER, irregular
 from captum_fam.encoders._loaded import IMAGENET_SIZE, LoadedEncoder, SameModules, pictures
-from captum_fam.encoders._loading import first_sentence, load_state, load_tokenizer, one_line, optional, quiet
+from captum_fam.encoders._loading import first_sentence, load_state, load_tokenizer, optional, quiet
 
 
 class _TransformersEncoder(SameModules):
@@ -154,10 +154,7 @@ def sentence_transformers(name: str, path: str, weights: Path | None) -> LoadedE
     images = [getattr(p, "image_processor", p) for p in processors]
     settings: dict[str, Any] = next((i.to_dict() for i in images if hasattr(i, "image_mean")), {})
     encoder = (_SentenceEncoderOfText if model.supports("text") else _SentenceEncoder)(model, name)
-    try:
-        seen = pictures(name, process, settings, None)
-    except Exception as error:
-        raise ValueError(f"{name} cannot read an image ({one_line(error)}): pass a model that does") from error
+    seen = pictures(name, process, settings, None)
     encoder.native = seen["size"]
     return LoadedEncoder(encoder, **seen)
 
