@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_cli import is_png, photos, run  # noqa: F401
+from test_cli import BAD_ENCODERS, is_png, photos, run  # noqa: F401
 
 from captum_fam import (
     CorrespondenceMap,
@@ -222,7 +222,7 @@ def test_rows_are_in_the_order_of_the_options_and_each_once(run, figures, three,
         "CorrespondenceMap:\ncontrast to the rest",
     ]
     assert captions[0].startswith("for 1: cosine 0.")
-    assert ", margin " in captions[0]
+    assert "\nmargin " in captions[0]
     assert names == ["1: cat.jpg", "2: coffee.png"]
     assert "weights" not in out
 
@@ -315,6 +315,18 @@ def test_what_cannot_be_answered_is_one_line_before_anything_is_computed(
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
     assert not any(word in err for word in ("`contrast`", "`threshold`", "contrast=", "method="))
+
+
+def test_a_method_that_fails_on_an_encoder_is_named(run, three, tmp_path, monkeypatch):
+    (tmp_path / "bad_encoders.py").write_text(BAD_ENCODERS)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--encoder", "bad_encoders:tokens", "--layer", "patches", "--size", 64, "-o", "out.png")
+    for name in ("FeatureActivationMap", "RelevanceCam"):  # which has no rule for what comes after the layer
+        status, out, err = run("explain", *three, *arguments, "--method", name)
+        assert (status == 0) == (name == "FeatureActivationMap")
+    assert (status, out) == (2, "")
+    assert "RelevanceCam failed on bad_encoders:tokens (TypeError: " in err
+    assert err.endswith("): take another --method or --layer\n")
 
 
 def test_nothing_to_compare_with_is_said(run, three):

@@ -109,7 +109,7 @@ def explain(
             [reference.number for reference in kept],
         )
         scores = channel_contributions(widen(z), widen(s), similarity).sum(1).tolist()
-        rows = rows_of(methods, compared, asked, own_layer=not layer) if methods else usual_rows(compared, asked)
+        rows = rows_of(methods, encoder, compared, asked, not layer) if methods else usual_rows(compared, asked)
         found = {
             row.name: row.method.layer_of(compared.query)
             for row in rows
@@ -125,7 +125,7 @@ def explain(
         page.save(output)
     else:
         captions = [
-            f"for {reference.number}: {similarity} {scores[k]:.3f}" + (f", margin {margins[k]:+.3f}" if margins else "")
+            f"for {reference.number}: {similarity} {scores[k]:.3f}" + (f"\nmargin {margins[k]:+.3f}" if margins else "")
             for k, reference in enumerate(kept)
         ]
         shown = [str(reference.name) if reference.image is None else reference.image for reference in kept]

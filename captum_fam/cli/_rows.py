@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam._checks import did_you_mean, warn_once
+from captum_fam.encoders import one_line
 from captum_fam.engine.question import Less, Question, less_of
 from captum_fam.methods.by_name import OF_SIMILARITIES, explain_references, make_method
 from captum_fam.methods.correspondence_map import CorrespondenceMap, less_the_others
@@ -163,13 +164,25 @@ def usual_rows(compared: Compared, asked: Asked) -> list[Row]:
     return rows
 
 
-def rows_of(methods: Sequence[str], compared: Compared, asked: Asked, own_layer: bool) -> list[Row]:
-    """Those of methods; ``own_layer`` for one that finds its layer, where the user has named none."""
+def rows_of(methods: Sequence[str], encoder: str, compared: Compared, asked: Asked, own_layer: bool) -> list[Row]:
+    """
+    Those of methods; ``own_layer`` for one that finds its layer, where the user has named none.
+
+    Raises:
+        ValueError: one of them cannot explain this encoder.
+    """
     rows = []
     for name in methods:
         label = f"{name}:\n{asked.words}" if asked.option else name
         both = asked.of_each_side or name == "CorrespondenceMap"
-        rows.append(_row(name, compared, asked, name, (label, label if both else name), own_layer))
+        try:
+            rows.append(_row(name, compared, asked, name, (label, label if both else name), own_layer))
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a method raises for an encoder that it does not fit
+            raise ValueError(
+                f"{name} failed on {encoder} ({one_line(error)}): take another --method or --layer"
+            ) from error
     return rows
 
 
