@@ -570,7 +570,7 @@ def test_the_figure_has_the_map_of_the_score_and_each_token_that_counts():
     query = torch.tensor([[1.0, 0], [0, 1], [5, 5], [0, 0], [0.5, 1], [-1, -1]])
     page = torch.tensor([[0.0, 3], [2, 0], [1, 1], [0, 0], [2, 0]])
     patches = torch.tensor([False, True, True, True, True])
-    found = explain_maxsim(query, page, (2, 2), query_mask=[1, 1, 0, 1, 1, 1], patches=patches)
+    found = explain_maxsim(query, page, (2, 2), query_mask=[1, 1, 0, 1, 1, 1], page_mask=[1] * 5, patches=patches)
     figure, axes = found.visualize(image(40, 40), ["a", "$red", "off", "<pad>", "e", "f"], use_pyplot=False)
     figure.draw_without_rendering()
     assert [axis.get_title() for axis in axes] == ["", "the score", "a", "$red", "e", "f"]
