@@ -115,7 +115,7 @@ FEW = [(NAMES[0], NAMES[1]), (NAMES[2], NAMES[1]), (NAMES[0], NAMES[3])]  # one 
 @pytest.mark.parametrize("name", METHODS, ids=str)
 def test_every_method_gives_what_its_own_call_does_on_both_sides(photos, small, in_process, name):
     make, layer = METHODS[name]
-    found = explain(FEW, photos, method=name, sides="both")
+    found = explain(FEW, photos, method=name, sides="both", batch_size=4)
     assert (found.explained, found.layer) == (3, layer)
     encoder = small.small().eval()
     method = make(encoder)
@@ -126,7 +126,7 @@ def test_every_method_gives_what_its_own_call_does_on_both_sides(photos, small, 
         assert row["score"] == pytest.approx(torch.cosine_similarity(encoder(query), encoder(reference)).item())
     before = stamps(Path("out"))
     (Path("out") / "part-000000.parquet").unlink()
-    assert explain(FEW, photos, method=name, sides="both") == found  # at the layer of then
+    assert explain(FEW, photos, method=name, sides="both", batch_size=4) == found  # at the layer of then
     assert before.keys() == stamps(Path("out")).keys()
 
 
@@ -318,7 +318,11 @@ def test_queries_of_few_pairs_are_explained_together_and_one_of_many_alone(photo
     monkeypatch.setattr(_work, "explain_references", watched)
     pairs = [*[(NAMES[0], name) for name in NAMES], *[(name, NAMES[0]) for name in NAMES[1:]]]
     explain(pairs, photos, batch_size=4)
-    assert sizes == [4, 1]  # one of five does not make four times five maps
+    assert sizes == [4, 1]
+    sizes.clear()
+    pairs = [(query, name) for query in NAMES[:2] for name in NAMES[:3]]
+    explain(pairs, photos, "three", batch_size=4)
+    assert sizes == [1, 1]  # two of three do not make six maps at once
 
 
 def test_an_image_that_is_lost_between_two_readings_costs_its_own_rows(photos, small, in_process, monkeypatch):
