@@ -116,7 +116,6 @@ FORMS = {
     "a signal without channels in every row": ((50,), (3, 1, 9), Signal, 1),
     "maps of eight signals without a channel": ((8, 22, 50), (8, 9), Signal, 8),
     "a signal and its map without channels": ((50,), (1, 9), Signal, 1),
-    "a signal and maps without channels": ((50,), (3, 9), Signal, 1),
     "maps as long as their signals": ((2, 3, 50), (2, 1, 50), Signal, 2),
     "grey images, batched": ((3, 1, 28, 28), (3, 1, 7, 7), Photo, 3),
     "grey images": ((5, 28, 28), (5, 1, 7, 7), Photo, 5),

@@ -75,7 +75,7 @@ def _are_signals(name: str, shape: tuple[int, ...], images: Pictures) -> bool:
     if isinstance(images, (Tensor, np.ndarray)):
         batch = images.ndim == 3 and images.shape[0] == B
         alone = images.ndim == 2 and (B == 1 or (images.shape[0] == B and tuple(images.shape) != tuple(shape)))
-        signals = images.ndim == 1 or alone or batch
+        signals = (images.ndim == 1 and B == 1) or alone or batch
         picture = alone or (batch and not {B, images.shape[2]}.isdisjoint((1, *COLOURS)))
     else:
         signals = isinstance(images, Sequence) and len(images) == B and _are_flat(images)
