@@ -198,7 +198,9 @@ class RetrievalExplanation(Explanation):
             return visualize_comparison(first, named, **options)[0]
         hits = origin.others(query, there) if shown is None else shown[1:]
         hit_maps = self.hit_maps[query, there][:, None]
-        return visualize_pair(first, hits, maps, hit_maps, reference_titles=names, scores=similar, **options)[0]
+        signed = bool((self.maps < 0).any() or (self.hit_maps < 0).any())  # of any query: all figures read alike
+        options |= {"reference_titles": names, "scores": similar, "signed": signed}
+        return visualize_pair(first, hits, maps, hit_maps, **options)[0]
 
     def _shown(self, query: int, what: str) -> tuple[Origin, Any, Tensor, list[int]]:
         origin, image = self._explored(query, what)
