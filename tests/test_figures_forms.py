@@ -266,6 +266,14 @@ def test_maps_of_a_picture_with_one_row_need_their_channel_or_a_picture():
     assert {type(f) for f in found} == {Photo}
 
 
+def test_a_list_of_one_array_with_a_map_of_one_row_may_be_two_things_and_with_as_many_signals_as_maps_is_not():
+    with pytest.raises(ValueError, match=r"`query_map` of shape \(1, 5\) may be maps of 1 signals"):
+        taken([numbered(8, 40)], np.ones((1, 5)))
+    found, values = taken(list(numbered(2, 8, 40)), np.ones((2, 5)))
+    assert {type(f) for f in found} == {Signal}
+    assert {v.shape for v in values} == {(5,)}
+
+
 def test_matches_take_the_number_of_images_from_the_matrix():
     images = numbered(5, 28, 30)
     _, axes = visualize_matches(images, images, torch.eye(4).expand(5, 4, 4), use_pyplot=False)
