@@ -643,7 +643,7 @@ def forked_duration(job, undisturbed, forked, tmp_path_factory):
     return time.monotonic() - began
 
 
-def until(condition, seconds=60.0, pause=0.0005):
+def until(condition, seconds=240.0, pause=0.0005):
     """Whether it came true in time."""
     end = time.monotonic() + seconds
     while not condition():

@@ -210,7 +210,8 @@ class Work:
         )
         found.report.unusable.clear()  # those have an error each
         warn_once(found.report.texts())
-        z, wide, similarity = widen(found.embedding), widen(s), method.similarity or "cosine"
+        z, similarity = widen(found.embedding), method.similarity or "cosine"
+        wide = s.to(z)
         row, column = torch.arange(own.numel()) // own.shape[1], own.flatten()
         scores = torch.cat(
             [
