@@ -22,7 +22,6 @@ from PIL.Image import MODES as MODES_OF_PILLOW
 
 from captum_fam import SimilarityScore, compare_attributions, visualize_comparison, visualize_pair
 from captum_fam.images import read_image
-from captum_fam.visualization import explanation_figure
 
 # What matplotlib or numpy warn of is an error here.
 pytestmark = [pytest.mark.filterwarnings("error::UserWarning"), pytest.mark.filterwarnings("error::RuntimeWarning")]
@@ -827,20 +826,9 @@ MODES = {
 }
 
 
-def explained(image, values):
-    """Both places of a picture in the figure of the command line."""
-    maps = {"map": torch.as_tensor(values)[None]}
-    figure = explanation_figure(image, [image], maps, maps, ["query"], ["reference"])
-    return figure, np.asarray(figure.axes[:4]).reshape(2, 2)
-
-
-each_figure = pytest.mark.parametrize("draw", [DRAWINGS["pair"], explained], ids=["pair", "explanation"])
-
-
-@each_figure
 @pytest.mark.parametrize(("image", "expected", "rounding"), MODES.values(), ids=MODES)
-def test_a_picture_of_any_mode_is_drawn_right(draw, image, expected, rounding):
-    _, axes = draw(image, MAP)
+def test_a_picture_of_any_mode_is_drawn_right(image, expected, rounding):
+    _, axes = DRAWINGS["pair"](image, MAP)
     means = photo(axes[0, 0]).mean((0, 1))
     np.testing.assert_allclose(means, expected, atol=rounding + 1e-9)
     gray = float(np.dot(means, (0.299, 0.587, 0.114)))  # below its map
@@ -873,13 +861,12 @@ UNKNOWN = {
 }
 
 
-@each_figure
 @pytest.mark.parametrize(("dtype", "values"), UNKNOWN.values(), ids=UNKNOWN)
-def test_a_picture_of_no_known_range_is_refused_with_what_to_pass(draw, dtype, values):
+def test_a_picture_of_no_known_range_is_refused_with_what_to_pass(dtype, values):
     image = Image.fromarray(np.array([values], dtype))
     said = rf"mode {image.mode}.*values from {values[0]:g} to {values[1]:g}.*from 0 to 1"
     with pytest.raises(ValueError, match=said):
-        draw(image, MAP)
+        DRAWINGS["pair"](image, MAP)
 
 
 @pytest.mark.parametrize(("dtype", "values"), UNKNOWN.values(), ids=UNKNOWN)

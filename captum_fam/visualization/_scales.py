@@ -1,6 +1,6 @@
 """Maps in their colours: what a colour stands for, and what a map lacks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_fam._checks import describe
-from captum_fam.images import as_rgb
-from captum_fam.visualization._panels import Colours, Panel, Photo, finite, show
+from captum_fam.visualization._panels import Colours, Panel, Photo, finite
 
 Scale: TypeAlias = Literal["all", "row"] | float
 
@@ -137,32 +136,6 @@ def _lacks(values: Tensor, limit: float) -> list[str]:
 def value_range(values: Tensor) -> str:
     known = values[values.isfinite()]
     return f"{known.min():.3g} to {known.max():.3g}" if len(known) else ""
-
-
-def explanation_figure(
-    query: Image.Image,
-    references: Sequence[Image.Image],
-    maps: Mapping[str, Tensor],
-    reference_maps: Mapping[str, Tensor],
-    captions: Sequence[str],
-    reference_captions: Sequence[str],
-) -> Figure:
-    """
-    The query, its maps (K, h, w) for K references in rows by their labels, and below these the references with their
-    own.
-    """
-    query, references = as_rgb(query), [as_rgb(image) for image in references]
-    columns, rows = len(references) + 1, len(maps) + len(reference_maps)
-    figure = new_figure(columns, rows, use_pyplot=False)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    show(axes[0, 0], query, "query")
-    for axis in axes[1:, 0]:
-        axis.axis("off")
-    for row, (label, values) in enumerate(maps.items()):
-        draw_maps(figure, axes[row, 1:], [query] * len(references), list(values), captions, label)
-    for row, (label, values) in enumerate(reference_maps.items(), len(maps)):
-        draw_maps(figure, axes[row, 1:], references, list(values), reference_captions, label)
-    return figure
 
 
 def new_figure(columns: int, rows: int, use_pyplot: bool, foot: Sequence[str] = ()) -> Figure:
