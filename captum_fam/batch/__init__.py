@@ -113,7 +113,7 @@ def explain_pairs(
                     what is in ``weights``; what a factory does is not looked at), layer, method, similarity,
                     contrast, threshold, sides, neighbours, embeddings, size, mean, std, root, part_size or pairs
                     are another job.
-        encoder, weights, size: As in :func:`~captum_fam.encoders.load_encoder`.
+        encoder, weights, size: As in :func:`~captum_fam.load_encoder`.
         layer (str, optional): Dotted name.
                     Default: None, the last module with a map that the embedding depends on, or what the method finds
         method (str or type): A method of similarities by name or class: FeatureActivationMap,

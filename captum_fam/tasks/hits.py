@@ -25,7 +25,7 @@ _ROUNDING = 1e-3  # how far scores and similarities may be out of order, as a sh
 class Hits:
     r"""
     What a search found for B queries, k hits each, best first, as :func:`~captum_fam.explain_hits` takes it. The
-    functions ``from_...`` of :mod:`captum_fam.tasks.stores` make it of a store's answer.
+    functions ``from_...`` of ``captum_fam.tasks.stores`` make it of a store's answer.
 
     Args:
         ids (list of lists, optional): The B x k ids of the hits, numbers or strings; None where fewer were found.
