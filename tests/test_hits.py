@@ -76,7 +76,7 @@ def test_embeddings_alone_explain_the_query():
     assert found.hit_maps is None
     with pytest.raises(ValueError, match="A page shows the images of the hits: pass them, or a `gallery`"):
         found.explore()
-    assert len(found.visualize(use_pyplot=False).axes) == 1 + 3 + 1
+    assert len(found.visualize(use_pyplot=False).axes) == 3 * 2 + 1
 
 
 def test_each_image_is_embedded_once_where_its_embedding_is_given():
@@ -136,17 +136,34 @@ def test_no_query_at_all():
 
 
 def test_numbers_and_names():
-    numbers = explain(Hits(ids=[[5, None, 2]] * 2, embeddings=VECTORS))
-    assert numbers.indices.tolist() == [[5, -1, 2]] * 2
+    for ids in (
+        [[5, None, 2]] * 2,
+        [[5, -1, 2]] * 2,
+        np.array([[5, -1, 2]] * 2),
+        [[np.int64(5), None, torch.tensor(2)]] * 2,
+    ):
+        numbers = explain(Hits(ids=ids, embeddings=VECTORS))
+        assert numbers.ids == [[5, None, 2]] * 2
+        assert numbers.indices.tolist() == [[5, -1, 2]] * 2
+        assert not numbers.maps[:, 1].any()
     with pytest.raises(ValueError, match="no numbers; take `ids`"):
         explain(Hits(ids=IDS, embeddings=VECTORS)).indices  # noqa: B018
 
 
-@pytest.mark.parametrize(("scores", "warned"), [("similarity", False), ("distance", False), ("others", True)])
+@pytest.mark.parametrize(
+    ("scores", "warned"), [("similarity", False), ("distance", False), ("others", True), ("worst first", True)]
+)
 def test_scores_of_another_order_are_told(scores, warned):
     similar = torch.cosine_similarity(embed(QUERY)[:, None], VECTORS, dim=2)
-    given = {"similarity": similar, "distance": 1 - similar, "others": torch.tensor([[1.0, 2, 3], [3, 1, 2]])}[scores]
-    hits = Hits(ids=IDS, scores=given, embeddings=VECTORS)
+    order = similar.argsort(1, descending=scores != "worst first")  # as a search returns them
+    s, similar = VECTORS.gather(1, order[..., None].expand_as(VECTORS)), similar.gather(1, order)
+    given = {
+        "similarity": similar,
+        "distance": 1 - similar,
+        "others": torch.tensor([[1.0, 3, 2], [3, 1, 2]]),
+        "worst first": torch.tensor([[3.0, 2, 1]] * 2),
+    }[scores]
+    hits = Hits(ids=IDS, scores=given, embeddings=s)
     if warned:
         with pytest.warns(UserWarning, match="order the hits in another way than the scores"):
             found = explain(hits)
@@ -154,6 +171,13 @@ def test_scores_of_another_order_are_told(scores, warned):
         with helpers.silent():
             found = explain(hits)
     close(found.scores, given)
+
+
+def test_hits_that_are_listed_in_any_order_need_scores_of_that_order():
+    similar = torch.cosine_similarity(embed(QUERY)[:, None], VECTORS, dim=2)
+    for given in (similar, 2 - 2 * similar):
+        with helpers.silent():
+            explain(Hits(scores=given, embeddings=VECTORS))
 
 
 def test_scores_that_are_alike_but_for_rounding_have_no_order():
@@ -188,6 +212,13 @@ def test_images_of_other_embeddings_are_told():
         (lambda: explain(VECTORS), TypeError, r"embeddings go in as Hits\(embeddings=...\)"),
         (lambda: explain(Hits(ids=[["z"]] * 2), PHOTOS), ValueError, r"gallery\['z'\], but that failed: KeyError"),
         (lambda: explain(Hits(ids=IDS), dict.fromkeys("abcdef", "x.jpg")), TypeError, "apply the encoder's transform"),
+        (
+            lambda: explain(Hits(images=IMAGES), PHOTOS),
+            ValueError,
+            "ids and without images, but got hits with images",
+        ),
+        (lambda: explain(Hits(scores=VECTORS[..., 0]), PHOTOS), ValueError, r"without ids; pass Hits\(ids=...\)"),
+        (lambda: explain(Hits(ids=IDS), {n: x[None] for n, x in PHOTOS.items()}), TypeError, "leave out its batch dim"),
         (lambda: explain(IMAGES, contrast=3), ValueError, "`contrast` to be a rank from 0 to 2, but got 3"),
         (lambda: explain(IMAGES, contrast="best"), ValueError, "`contrast` to be a rank from 0 to 2, but got 'best'"),
         (
@@ -222,6 +253,7 @@ def test_a_page_and_a_figure_say_what_was_found():
     found = explain(Hits(ids=IDS, embeddings=VECTORS), PHOTOS)
     (data,) = re.findall(r'id="data">(.*?)</script>', found.explore(1).html, re.S)
     assert [one["name"] for one in json.loads(data)["references"]] == ["1: image b", "2: image c", "3: image e"]
+    close(found.contrast(np.int64(1), np.int64(0)), found.contrast(1, 0))
     texts = [axis.get_xlabel() for axis in found.visualize(1, use_pyplot=False).axes]
     for rank, name in enumerate("bce"):
         assert any(f"{rank + 1}: image {name}" in t and f"{found.similarities[1, rank]:.4g}" in t for t in texts)
@@ -246,3 +278,10 @@ def test_an_index_and_its_hits_are_explained_alike():
     close(one.scores, two.scores)
     assert one.ids == two.ids
     close(one.indices, two.indices)
+
+
+def test_a_threshold_that_no_cosine_reaches_comes_with_a_word():
+    with pytest.warns(UserWarning, match=r"between -1 and 1, so a threshold of 1.2 decides nothing; .* 1 - d \* d / 2"):
+        explain(IMAGES, threshold=1.2)
+    with helpers.silent():
+        explain(IMAGES, threshold=1.2, similarity="dot", method=SimilarityDecomposition)

@@ -29,6 +29,7 @@ TERMS = ["FeatureActivationMap", "SimilarityDecomposition", "IntegratedDecomposi
 ENCODER = seeded(PooledEncoder)
 HEAD = seeded(HeadEncoder)
 each_method = pytest.mark.parametrize("name", OF_SIMILARITIES)
+each_contrasting = pytest.mark.parametrize("name", [n for n in OF_SIMILARITIES if n != "LabelFreeActivationMap"])
 quiet = pytest.mark.filterwarnings("ignore:The mean of a contrast", "ignore:The places of layer", "ignore:Setting")
 
 
@@ -66,7 +67,7 @@ def test_an_episode_has_the_maps_of_its_method(name):
 
 
 @quiet
-@each_method
+@each_contrasting
 @pytest.mark.parametrize("other", [9, "rest"])
 def test_contrasts_of_an_episode_are_those_of_its_method(name, other):
     options = OPTIONS.get(name, {})
@@ -134,7 +135,7 @@ def test_hits_less_what_each_side_has_with_itself(name, asked):
 
 
 @quiet
-@each_method
+@each_contrasting
 @pytest.mark.parametrize("contrast", [1, "rest"])
 def test_hits_rather_than_others(name, contrast):
     options = OPTIONS.get(name, {})
@@ -145,7 +146,24 @@ def test_hits_rather_than_others(name, contrast):
         expected = by_hand(method, QUERIES[b : b + 1], s[b], HITS[b], contrast=contrast)[0]
         close(found.maps[b], expected)
         close(plain.contrast(3, contrast)[b, 0], expected[3])
-    close(found.hit_maps, plain.hit_maps)  # a hit knows of no other
+    assert found.hit_maps is None  # a hit knows of no other
+    assert plain.hit_maps.shape[:2] == (3, 4)
+
+
+@pytest.mark.parametrize("asked", [{"contrast": 1}, {"contrast": "rest"}, {"contrast": "self"}, {"threshold": 0.4}])
+def test_a_method_that_knows_of_no_reference_has_no_contrast(asked):
+    options = {"method": "LabelFreeActivationMap"}
+    with pytest.raises(ValueError, match="knows of no reference, so it has neither"):
+        explain_hits(QUERIES, HITS, ENCODER, ENCODER.layer, **options, **asked)
+    found = explain_hits(QUERIES, HITS, ENCODER, ENCODER.layer, **options)
+    other = {"other": asked["contrast"]} if "contrast" in asked else asked
+    with pytest.raises(ValueError, match="knows of no reference, so it has neither"):
+        found.contrast(0, **other)
+    episode = explain_episode(ENCODER, ENCODER.layer, QUERIES, SUPPORT, LABELS, **options)
+    with pytest.raises(ValueError, match="knows of no reference, so it has neither"):
+        episode.contrast(
+            4, **({"other": 7 if asked.get("contrast") == 1 else asked["contrast"]} if "contrast" in asked else asked)
+        )
 
 
 def test_a_method_that_compares_places_needs_images():

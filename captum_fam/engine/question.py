@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from captum_fam._checks import check_dimensions, describe, reference_index
+from captum_fam._checks import check_dimensions, describe, reference_index, warn
 from captum_fam.engine import formula
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.recording import Recording
@@ -213,6 +213,11 @@ def less_of(contrast: Any, threshold: Any, similarity: Similarity | None, refere
             raise ValueError(
                 f'{what} needs a similarity by which an embedding is similar to itself; for "euclidean" that score is'
                 ' 0. Pass similarity="cosine" or "dot", or contrast with another reference.'
+            )
+        if threshold is not None and similarity == "cosine" and abs(threshold) > 1:
+            warn(
+                f"A cosine lies between -1 and 1, so a threshold of {threshold:g} decides nothing; of embeddings of"
+                " length 1, a distance d is the cosine 1 - d * d / 2."
             )
         return "self" if contrast is not None else float(threshold)
     if references < 2:

@@ -123,8 +123,9 @@ def explain_references(
 
     def asked(z: Tensor, rows: slice) -> Question:
         question = ask(z, rows)
-        if isinstance(question.less, float) or (isinstance(question.less, str) and question.less == "self"):
-            method.check_own_share(question.less, question.less if isinstance(question.less, float) else None)
+        less = question.less if question.other is None else None
+        if less is not None and not (isinstance(less, str) and less == "rest"):
+            method.check_own_share(less, None if isinstance(less, str) else less)
         return question
 
     if isinstance(method, CorrespondenceMap):

@@ -14,6 +14,7 @@ from captum_fam.methods.by_name import explain_references, matched
 from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.layer_explanation import Explained
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.similarity import widen
@@ -111,6 +112,8 @@ class Explanation:
 
     def _contrasted(self, own: Tensor, other: Tensor | Literal["rest"]) -> tuple[Tensor, str]:
         """Contrast maps (B, 1, *spatial), and what is to be told of them."""
+        if self._origin is not None:
+            check_asked(self._origin.method, other, None)
         rows = torch.arange(len(own), device=own.device)
         valid = self.explainable[rows, own]
         if isinstance(other, Tensor):
@@ -157,6 +160,7 @@ def beyond(found: Explanation, own: Tensor, contrast: str | None, threshold: flo
     to be told of them.
     """
     origin = found._made_of('contrast with "self"' if threshold is None else "a threshold")
+    check_asked(origin.method, contrast, threshold)
     s, (B, P) = origin.references, own.shape
     less = less_of(contrast, threshold, origin.method._similarity(), s.shape[-2], B)
     numbers = own  # of each query its own references
@@ -189,6 +193,16 @@ def contrasted(found: Explanation, other: Any, contrast: Any, threshold: float |
         [told[0] + (f" So it is with {len(told)} of the {K} references." if len(told) > 1 else "")] if told else []
     )
     return maps
+
+
+def check_asked(method: Any, contrast: Any, threshold: Any) -> None:
+    """Refuses, before anything is computed, what a method cannot be asked."""
+    method.check_own_share(contrast, threshold)
+    if isinstance(method, LabelFreeActivationMap) and (contrast is not None or threshold is not None):
+        raise ValueError(
+            "LabelFreeActivationMap knows of no reference, so it has neither a contrast nor a threshold; pass another"
+            " `method`."
+        )
 
 
 def check_beyond(other: object, threshold: object) -> bool:

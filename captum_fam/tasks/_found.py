@@ -12,7 +12,7 @@ from captum_fam.engine.question import Question, less_of
 from captum_fam.methods.by_name import explain_references
 from captum_fam.methods.layer_explanation import Explained
 from captum_fam.similarity import unit, widen
-from captum_fam.tasks._explanation import Origin, contrasted, explained
+from captum_fam.tasks._explanation import Origin, check_asked, contrasted, explained
 from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
 
 _SAME = 0.05  # how far an image's embedding may be from the one that was searched, in units of its length
@@ -50,7 +50,7 @@ def explain_found(
     Explains what ``search`` finds for the embeddings (B, D) of queries in some rows. ``images`` gives those of a
     query's hits of these ranks; ``check`` says what is doubtful of a result, its embeddings (B, D) and the hits'.
     """
-    method.check_own_share(contrast, threshold)
+    check_asked(method, contrast, threshold)
     parts: dict[int, Found] = {}
 
     def ask(z: Tensor, rows: slice) -> Tensor:
@@ -95,7 +95,7 @@ def explain_found(
         other = None if own or threshold is not None else result._other(contrast, "contrast")
         maps = contrasted(result, other, contrast, threshold)
         result = replace(result, maps=torch.where(shown, maps, torch.zeros_like(maps)))
-    if images is not None:
+    if images is not None and (contrast is None or own or threshold is not None):
         hit_maps, strange = [], []
         for b, row in enumerate(ranks()):
             side = _of_hits(method, query[b : b + 1], images, b, row, z[b : b + 1], own, threshold, internal_batch_size)
@@ -156,16 +156,16 @@ def _distances(embedded: Tensor, s: Tensor, of_units: bool) -> list[float]:
 
 
 def images_by_id(
-    gallery: Any, images: Tensor | None, ids: list[list[Any]]
+    gallery: Any, images: Tensor | None, ids: list[list[Any]], ndim: int
 ) -> Callable[[int, list[int]], Tensor] | None:
-    """The images (n, C, *spatial) of a query's hits of these ranks, from a gallery or as they were given."""
+    """The images (n, C, *spatial), each of ``ndim`` dimensions, of a query's hits of these ranks."""
     if gallery is None:
         return None if images is None else lambda query, ranks: images[query, ranks]
-    return lambda query, ranks: _images(gallery, [ids[query][rank] for rank in ranks])
+    return lambda query, ranks: _images(gallery, [ids[query][rank] for rank in ranks], ndim)
 
 
-def _images(gallery: Any, ids: list[Any]) -> Tensor:
-    images = [_image(gallery, number) for number in ids]
+def _images(gallery: Any, ids: list[Any], ndim: int) -> Tensor:
+    images = [_image(gallery, number, ndim) for number in ids]
     if len({image.shape for image in images}) > 1:
         raise ValueError(
             f"Expected images of one shape in `gallery`, but got {sorted({tuple(i.shape) for i in images})};"
@@ -174,19 +174,19 @@ def _images(gallery: Any, ids: list[Any]) -> Tensor:
     return torch.stack(images)
 
 
-def _image(gallery: Any, number: Any) -> Tensor:
+def _image(gallery: Any, number: Any, ndim: int) -> Tensor:
     try:
         image = gallery[number]
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError(
-            f"Expected `gallery` to give image {number} of the index as gallery[{number!r}], but that failed:"
-            f" {type(error).__name__}: {error}; pass all images, by their numbers in the index."
+            f"Expected `gallery` to give image {number} as gallery[{number!r}], but that failed:"
+            f" {type(error).__name__}: {error}; pass all images, by the ids of the hits, or their numbers in the index."
         ) from error
     image = image[0] if isinstance(image, (tuple, list)) else image
-    if not isinstance(image, Tensor) or image.ndim < 2:
+    if not isinstance(image, Tensor) or image.ndim != ndim:
         raise TypeError(
-            f"Expected gallery[{number!r}] to be an image (C, H, W) or a tuple that begins with it, but got"
-            f" {describe(image)}; apply the encoder's transform."
+            f"Expected gallery[{number!r}] to be an image of {ndim} dimensions, or a tuple that begins with it, but got"
+            f" {describe(image)}; apply the encoder's transform, and leave out its batch dimension."
         )
     return image
 

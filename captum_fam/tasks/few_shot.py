@@ -18,7 +18,7 @@ from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import prototypes
 from captum_fam.similarity import Similarity
 from captum_fam.tasks._easyfsl import Decision, decision_of, is_classifier
-from captum_fam.tasks._explanation import Origin, contrasted, explained
+from captum_fam.tasks._explanation import Origin, check_asked, contrasted, explained
 from captum_fam.tasks.episode_explanation import EpisodeExplanation, groups_of
 
 
@@ -127,7 +127,7 @@ def explain_episode(
     else:
         explainer = make(forward_func, layer, similarity=similarity, **options)
         decision = _of_prototypes(explainer, support_images, support_labels, internal_batch_size)
-    explainer.check_own_share(contrast, threshold)
+    check_asked(explainer, contrast, threshold)
 
     queries = format_inputs("query_images", query_images)
     references = decision.references

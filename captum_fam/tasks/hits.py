@@ -28,7 +28,8 @@ class Hits:
     functions ``from_...`` of ``captum_fam.tasks.stores`` make it of a store's answer.
 
     Args:
-        ids (list of lists, optional): The B x k ids of the hits, numbers or strings; None where fewer were found.
+        ids (list of lists, optional): The B x k ids of the hits, numbers or strings; None, or -1, where
+                    fewer were found.
                     Default: None, their ranks
         scores (Tensor, optional): What the search returned, similarities or distances, (B, k).
                     Default: None
@@ -70,7 +71,7 @@ class Hits:
                     "Expected `ids` of hits to be a list for each query, [[id, id, ...]], but got"
                     f" {describe(self.ids)} of {[describe(row) for row in rows][:3]}."
                 )
-            object.__setattr__(self, "ids", [list(row) for row in rows])
+            object.__setattr__(self, "ids", [[_plain(number) for number in row] for row in rows])
         sizes = {name: tuple(getattr(self, name).shape[:2]) for name in least if getattr(self, name) is not None}
         if self.ids is not None:
             lengths = {len(row) for row in self.ids}
@@ -95,6 +96,12 @@ class Hits:
 
     def __repr__(self) -> str:
         return f"Hits(queries={self.shape[0]}, hits={self.shape[1]})"
+
+
+def _plain(number: Any) -> Any:
+    """An id as Python has it; -1, as of faiss, is none."""
+    number = number.item() if isinstance(number, (np.generic, Tensor)) else number
+    return None if isinstance(number, int) and number == -1 else number
 
 
 @eagerly
@@ -133,9 +140,9 @@ def explain_hits(
                     :class:`~captum_fam.CorrespondenceMap` needs images of the hits.
                     Default: FeatureActivationMap
         contrast (int or str, optional): What the maps are. ``"self"``: what query and hit have in common beyond
-                    what each has with itself, on both sides. A rank, or ``"rest"``: why each hit rather than the one
-                    of this rank, or than the mean of the others; ``hit_maps`` stay what they are, as a hit
-                    knows of no other. The first takes one more pass.
+                    what each has with itself, on both sides; it takes one more pass. A rank, or ``"rest"``: why each
+                    hit rather than the one of this rank, or than the mean of the others; there are no ``hit_maps``
+                    then, as a hit knows of no other.
                     Default: None, what query and hit have in common
         threshold (float, optional): The maps explain why each similarity lies above or below it, on both sides. One
                     more pass.
@@ -175,7 +182,12 @@ def explain_hits(
     k = k or 1  # of no query
     ids = [list(row) for row in given.ids] if given.ids is not None else [list(range(k)) for _ in range(B)]
     there = torch.tensor([[number is not None for number in row] for row in ids], dtype=torch.bool).reshape(B, k)
-    images = images_by_id(gallery, given.images, ids)
+    if gallery is not None and (given.ids is None or given.images is not None):
+        raise ValueError(
+            "Expected a `gallery` for hits with ids and without images, but got hits"
+            f" {'without ids' if given.ids is None else 'with images'}; pass Hits(ids=...), or leave the gallery out."
+        )
+    images = images_by_id(gallery, given.images, ids, query.ndim - 1)
     s = given.embeddings
     if s is None:
         if images is None:
@@ -242,16 +254,19 @@ def _warnings_of_order(found: RetrievalExplanation) -> list[str]:
     """Of scores that order the hits of a query as no similarity, or distance, of theirs does."""
     if found.scores is None:
         return []
-    both = set()
     for scores, similarities in zip(found.scores.cpu().double(), found.similarities.cpu().double()):
         known = scores.isfinite() & similarities.isfinite()
         x, y = scores[known], similarities[known]
+        if len(x) < 2:
+            continue
+        best_first = (x.diff() <= 0).all() or (x.diff() >= 0).all()  # as searches return them
+        x = -torch.arange(len(x), dtype=x.dtype) if best_first and not (x.diff() == 0).any() else x
         steps = [v[:, None] - v for v in (x, y)]
-        clear = [step.abs() > _ROUNDING * v.abs().max() for step, v in zip(steps, (x, y)) if len(v)]
-        both |= set((steps[0] * steps[1]).sign()[clear[0] & clear[1]].tolist()) if clear else set()
-    if len(both) < 2:
-        return []
-    return [
-        "The similarities that are explained order the hits in another way than the scores of the search: pass the"
-        " search's own `similarity`, the same encoder, and its embeddings; a lossy index does so by itself."
-    ]
+        clear = [step.abs() > _ROUNDING * v.abs().max() for step, v in zip(steps, (x, y))]
+        signs = set((steps[0] * steps[1]).sign()[clear[0] & clear[1]].tolist())
+        if len(signs) > 1 or (best_first and -1 in signs):
+            return [
+                "The similarities that are explained order the hits in another way than the scores of the search: pass"
+                " the search's own `similarity`, the same encoder, and its embeddings; a lossy index does so by itself."
+            ]
+    return []

@@ -111,5 +111,5 @@ def explain_retrieval(
         return texts + warnings_of_scores(scores, found.similarities, there, searched(z, similarity), s)
 
     ids: list[list[Any]] = []
-    images = images_by_id(gallery, None, ids)
+    images = images_by_id(gallery, None, ids, query.ndim - 1)
     return explain_found(explainer, query, search, images, check, contrast, threshold, internal_batch_size)

@@ -1,5 +1,6 @@
 """What is known of a search that was explained."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +32,7 @@ class RetrievalExplanation(Explanation):
                     their differences are the contrast maps.
         explainable (Tensor): Which hits have embeddings that are finite and not zero, (B, k).
         hit_maps (Tensor or None): The map of each hit for its query, (B, k, \*spatial), if there were images
-                    of the hits.
+                    of the hits, and the maps explain no contrast with other hits.
         route (str): ``"aligned"`` or ``"jacobian"``; of a method without, ``""``.
 
     Examples::
@@ -159,7 +160,7 @@ class RetrievalExplanation(Explanation):
     ) -> Figure:
         r"""
         A figure of a query and its hits, a row for each: both images, and the map of each over it, with the
-        similarity. Without images of the hits, the query with its map for each of them.
+        similarity. Without maps of the hits, the query with its map for each of them.
 
         Args:
             query (int): Number of the query, from 0.
@@ -194,8 +195,8 @@ class RetrievalExplanation(Explanation):
             raise ValueError(f"Expected `photos` to be {1 + len(there)}, query and hits, but got {len(shown)}.")
         first = image if shown is None else shown[:1]
         if self.hit_maps is None:
-            named = {f"{name}\nscore {s:.4g}": M[None] for name, s, M in zip(names, similar.tolist(), maps)}
-            return visualize_comparison(first, named, **options)[0]
+            names = [f"{name}\nscore {s:.4g}" for name, s in zip(names, similar.tolist())]
+            return visualize_comparison(first, {"map of the query": maps}, titles=names, **options)[0]
         hits = origin.others(query, there) if shown is None else shown[1:]
         hit_maps = self.hit_maps[query, there][:, None]
         signed = bool((self.maps < 0).any() or (self.hit_maps < 0).any())  # of any query: all figures read alike
@@ -204,7 +205,7 @@ class RetrievalExplanation(Explanation):
 
     def _shown(self, query: int, what: str) -> tuple[Origin, Any, Tensor, list[int]]:
         origin, image = self._explored(query, what)
-        if self.hit_maps is None:
+        if origin.others is None:
             raise ValueError("A page shows the images of the hits: pass them, or a `gallery` that has them.")
         there = self._there(query)
         return origin, image, origin.others(query, there).to(image[0]), there
@@ -230,9 +231,13 @@ class RetrievalExplanation(Explanation):
 
     def _rank(self, name: str, value: Any) -> int:
         k = self.similarities.shape[1]
-        if not isinstance(value, int) or isinstance(value, bool) or value not in range(k):
+        try:
+            number = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = -1
+        if number not in range(k):
             raise ValueError(f"Expected `{name}` to be a rank from 0 to {k - 1}, but got {value!r}.")
-        return value
+        return number
 
     def _other(self, other: Any, name: str = "other") -> Tensor | Literal["rest"]:
         B, k = self.similarities.shape
