@@ -79,7 +79,8 @@ def figures(draw):
     maps = np.arange(rows * np.prod(places), dtype=float).reshape(rows, 1, *places)
     without = rank == 1 or places[0] > 1  # (B, 1, w) are maps of signals, (B, 1, h, w) of pictures
     # An image (1, H, W) with a map (h, w) is a picture, and (H, W) with a map of its own size.
-    without = without and (rank != 1 or (count == rows and np.shape(form) != (rows, *places)))
+    shape = (len(form), *form[0].shape) if isinstance(form, list) else tuple(form.shape)
+    without = without and (rank != 1 or (count == rows and shape != (rows, *places)))
     squeezed = maps[:, 0] if without and draw(st.booleans()) else maps
     if rank == 2 and rows == 1 and draw(st.booleans()):
         squeezed = maps[0, 0]

@@ -213,7 +213,7 @@ def test_images_of_other_embeddings_are_told():
         (lambda: explain(Hits(ids=[["z"]] * 2), PHOTOS), ValueError, r"gallery\['z'\], but that failed: KeyError"),
         (lambda: explain(Hits(ids=IDS), dict.fromkeys("abcdef", "x.jpg")), TypeError, "apply the encoder's transform"),
         (
-            lambda: explain(Hits(images=IMAGES), PHOTOS),
+            lambda: explain(Hits(ids=IDS, images=IMAGES), PHOTOS),
             ValueError,
             "ids and without images, but got hits with images",
         ),
