@@ -20,6 +20,7 @@ from captum_fam import (
     SimilarityDecomposition,
     SimilarityScore,
     explain_episode,
+    explain_hits,
     explain_retrieval,
     explore_pair,
 )
@@ -652,3 +653,10 @@ def test_what_was_explained_in_inference_mode_is_explored_outside(explain):
     with torch.inference_mode():
         found = explain(encoder=seeded(PooledEncoder))
     assert len(data_of(found.explore())["references"]) == 3
+
+
+def test_signals_have_no_page():
+    encoder = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 3), torch.nn.AdaptiveAvgPool1d(1), torch.nn.Flatten())
+    found = explain_hits(torch.rand(1, 3, 20), torch.rand(2, 3, 20), encoder, encoder[0])
+    with pytest.raises(ValueError, match=r"one image \(1, C, H, W\).*but got a float32 tensor of shape \(1, 3, 20\)"):
+        found.explore()

@@ -285,3 +285,57 @@ def test_a_threshold_that_no_cosine_reaches_comes_with_a_word():
         explain(IMAGES, threshold=1.2)
     with helpers.silent():
         explain(IMAGES, threshold=1.2, similarity="dot", method=SimilarityDecomposition)
+
+
+def test_bytes_are_no_images():
+    """As numbers up to 255 an encoder would see something else."""
+    for given in ((Hits(ids=IDS), {name: (255 * x).byte() for name, x in PHOTOS.items()}), (IMAGES.mul(255).byte(),)):
+        with pytest.raises((TypeError, ValueError), match="floating point, ready for the encoder"):
+            explain(*given)
+
+
+def test_a_negative_number_is_no_image():
+    photos = torch.stack([*PHOTOS.values()])
+    with pytest.raises(ValueError, match=r"gallery\[-2\], but that failed: IndexError: a negative number counts from"):
+        explain(Hits(ids=[[0, -2]] * 2), photos)
+    found = explain(Hits(ids=[[-7]] * 2), {-7: photos[0]})  # a name like another
+    assert found.maps[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("asked", "label"),
+    [
+        ({}, "in common"),
+        ({"contrast": "self"}, 'particular to the match ("self")'),
+        ({"contrast": 1}, "rather than hit 2"),
+        ({"contrast": "rest"}, "rather than the rest"),
+        ({"threshold": 0.5}, "above 0.5, or below"),
+    ],
+)
+def test_a_figure_says_what_its_maps_are(asked, label):
+    found = explain(Hits(ids=IDS), PHOTOS, method=SimilarityDecomposition, **asked)
+    figure = found.visualize(use_pyplot=False)
+    *panels, bar = figure.axes
+    assert bar.get_ylabel().startswith(label)
+    among = isinstance(asked.get("contrast"), int) or asked.get("contrast") == "rest"
+    assert len(panels) == 3 * (3 if among else 4)  # a hit that knows of no other has no map, and is shown
+    assert any(f"similarity {found.similarities[0, 0]:.4g}" in axis.get_xlabel() for axis in panels)
+    assert found.explore(mean=[0.5] * 3, std=[1] * 3)
+
+
+def test_long_names_of_hits_fit_under_a_picture():
+    name = "a/very/long/folder/" * 4 + "photo.jpg"
+    figure = explain(Hits(ids=[[name, "a", "b"]]), PHOTOS | {name: PHOTOS["c"]}, query=QUERY[:1]).visualize()
+    longest = max(len(line) for axis in figure.axes for line in axis.get_xlabel().splitlines())
+    assert longest <= 31
+    assert any("photo.jpg" in axis.get_xlabel() for axis in figure.axes)
+
+
+def test_a_hit_that_is_missing_has_no_margin_to_speak_of():
+    with helpers.silent():
+        explain(Hits(ids=[["a", None]] * 2), PHOTOS, threshold=0.1, method=SimilarityDecomposition)
+
+
+def test_titles_are_a_list():
+    with pytest.raises(ValueError, match="list of 3"):
+        explain(IMAGES).visualize(titles="abc", use_pyplot=False)

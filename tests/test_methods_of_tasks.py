@@ -252,3 +252,40 @@ def test_a_threshold_that_lies_on_the_other_side_of_the_map_comes_with_a_word():
     assert "SimilarityDecomposition do, pass it as `method`" in str(caught[0].message)
     with pytest.warns(UserWarning, match="So it is with [234] of the 4 references"):
         explain_hits(QUERIES, HITS, HEAD, HEAD.layer, threshold=theta)
+
+
+def test_margins_are_those_of_the_contrasts():
+    episode = explain_episode(HEAD, HEAD.layer, QUERIES, SUPPORT, LABELS, method=SimilarityDecomposition)
+    close(episode.margin(7, threshold=0.3), episode.similarities[:, 1] - 0.3)
+    assert not episode.margin(7, "self").any()
+    with pytest.raises(ValueError, match="`other` or `threshold`"):
+        episode.margin(7, 9, threshold=0.3)
+
+
+def test_the_reason_of_opposite_signs_is_arithmetic_that_holds():
+    options = {"similarity": "euclidean", "method": SimilarityDecomposition, "n_steps": 8, "baseline": "zero"}
+    support = torch.cat([SUPPORT, SUPPORT * 3])
+    episode = explain_episode(HEAD, HEAD.layer, QUERIES, support, [*LABELS, 1, 1, 2, 2, 3, 3], **options)
+    for one in (4, 7, 9):
+        for other in (1, 2, 3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                mean = episode.contrast(one, other).mean((1, 2, 3))
+            for warning in caught:
+                first = int(str(warning.message).partition("[")[2].partition("]")[0].split(",")[0])
+                rest = episode.margin(one, other)[first] - mean[first]
+                holds = abs(rest - episode.constant(one, other)[first]) < 0.1 * rest.abs()
+                assert ("belongs to the references alone" in str(warning.message)) == bool(holds)
+
+
+def test_a_classifier_that_decides_by_a_distance_is_not_sent_in_a_circle():
+    methods = pytest.importorskip("easyfsl.methods")
+    protonet, labels = methods.PrototypicalNetworks(HEAD), [0, 0, 1, 1, 2, 2]
+    for asked in ({"threshold": -1.0}, {"contrast": "self"}):
+        with pytest.raises(ValueError, match=r"PrototypicalNetworks decides by a distance, .* explain SimpleShot"):
+            explain_episode(protonet, HEAD.layer, QUERIES, SUPPORT, labels, **asked)
+    episode = explain_episode(protonet, HEAD.layer, QUERIES, SUPPORT, labels)
+    with pytest.raises(ValueError, match="decides by a distance"):
+        episode.contrast(0, "self")
+    own = explain_episode(methods.SimpleShot(HEAD), HEAD.layer, QUERIES, SUPPORT, labels, contrast="self")
+    close(own.maps, explain_episode(HEAD, HEAD.layer, QUERIES, SUPPORT, labels, contrast="self").maps)

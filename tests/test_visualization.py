@@ -616,11 +616,24 @@ def test_what_is_no_map_is_refused_by_its_name(name, values, as_type):
         pair(**{name: values}) if name != "attributions" else comparison(attributions={"mine": values})
 
 
-@pytest.mark.parametrize("values", [None, "map", MAP * 1j], ids=["none", "text", "complex"])
+@pytest.mark.parametrize("values", [["none"], "map", MAP * 1j], ids=["list", "text", "complex"])
 @pytest.mark.parametrize("name", ["query_map", "reference_map", "attributions"])
 def test_a_wrong_type_of_map_is_refused_by_its_name(name, values):
     with pytest.raises((TypeError, ValueError), match=f"`{name}"):
         pair(**{name: values}) if name != "attributions" else comparison(attributions={"mine": values})
+
+
+@pytest.mark.parametrize("values", [SIGNED, MAP], ids=["signed", "positive"])
+def test_a_reference_without_a_map_is_shown_beside_that_of_the_query(values):
+    figure, axes = pair(query_map=values, reference_map=None, reference_titles=["a hit"], scores=[0.5])
+    assert axes.shape == (1, 3)
+    assert axes[0, 2].get_xlabel() == "reference\na hit\nscore 0.5"
+    alone, other = photo(axes[0, 2]), pair(query_map=values)[1]
+    np.testing.assert_array_equal(alone, photo(other[0, 2]))
+    np.testing.assert_array_equal(
+        np.asarray(axes[0, 1].images[-1].get_array()), np.asarray(other[0, 1].images[-1].get_array())
+    )
+    assert len(figure.axes) == 4
 
 
 TWO = MAP.expand(2, -1, -1)

@@ -318,7 +318,8 @@ def _images(query: Any, reference: Any, control: Any) -> list[Tensor]:
         if not others:
             check_same_form(tensors, (images["query"],))
         if others or images[name].ndim != 4 or not len(images[name]) or (name != "reference" and len(images[name]) > 1):
-            raise ValueError(f"Expected `{name}` to be {count}, ready for the encoder, but got {describe(value)}.")
+            got = describe(value if others else tensors[0])
+            raise ValueError(f"Expected `{name}` to be {count}, ready for the encoder, but got {got}.")
     if control is not None and images["control"].shape[1:] != images["reference"].shape[1:]:
         raise ValueError(
             f"Expected `control` to have the size of `reference`, {tuple(images['reference'].shape[1:])}, but got"

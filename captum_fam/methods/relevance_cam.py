@@ -212,6 +212,13 @@ class _Scored(nn.Module):
             stack.enter_context(_rules(self.children()))
             try:
                 LRP(self).attribute(inputs, additional_forward_args=recording.additional_forward_args)
+            except TypeError as error:
+                if "rule" not in str(error):  # of Captum, for a module without one
+                    raise
+                raise ValueError(
+                    f"LRP has no rule for a module after layer {name} ({' '.join(str(error).split())}). Choose a later"
+                    " layer, set its `rule`, or explain with SimilarityDecomposition, which needs none."
+                ) from error
             except RuntimeError as error:
                 raise ValueError(
                     f"LRP cannot follow the encoder after layer {name} ({' '.join(str(error).split())}). It needs"

@@ -21,13 +21,14 @@ from captum_fam.similarity import widen
 
 # How small a margin, or the mean of a map, is rounding, as a share of the largest similarity.
 _ROUNDING = 1e-4
+_CLOSE = 0.05  # how far a map and what belongs to the references may be from adding up to a margin
 
 
 @dataclass(frozen=True)
 class Origin:
     """
     What an explanation was made of: the method, the queries, the embeddings of the references, (K, D) or (B, K, D),
-    and what else a page of its task shows.
+    what else a page of its task shows, and what the maps explain.
     """
 
     method: SimilarityAttribution
@@ -35,6 +36,7 @@ class Origin:
     references: Tensor
     internal_batch_size: int | None
     others: Any
+    explains: str = "in common"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -44,8 +46,9 @@ class Explanation:
 
     Attributes:
         similarities (Tensor): What is explained: the sums of the contributions, (B, K).
-        constants (Tensor): The part of them that no place of a query has, (B, K): minus the
+        constants (Tensor): The part of them that belongs to the references alone, (B, K): minus the
                     squared length of the reference, for SimilarityDecomposition of the squared distance, else zero.
+                    What biases, or the baseline of ``n_steps``, make of a score is neither on a map nor here.
         maps (Tensor): The map of each query for each of its references, (B, K, \*spatial).
         signed_maps (Tensor): Maps of the terms themselves, signed, in at least single precision,
                     (B, K, \*spatial); their differences are the contrast maps.
@@ -131,20 +134,20 @@ class Explanation:
             return ""
         means = maps.flatten(1).mean(1).to(margins)
         least = _ROUNDING * torch.where(self.similarities.isfinite(), self.similarities, 0).abs().amax(1)
-        opposite = (margins * means < 0) & (margins.abs() > least) & (means.abs() > least)
+        opposite = (margins * means < 0) & (margins.abs() > least) & (means.abs() > least) & margins.isfinite()
         if not opposite.any():
             return ""
         first = int(opposite.nonzero()[0])
-        if constants[first] != 0:
-            reason = f"the rest, {constants[first].item():.3g}, belongs to the references alone"
+        mean, constant, margin = (float(v[first]) for v in (means, constants, margins))
+        if constant and abs(mean + constant - margin) < _CLOSE * (abs(mean) + abs(constant)):
+            reason = f"the rest, {constant:.3g}, belongs to the references alone"
         elif isinstance(method, FeatureActivationMap):
             reason = "FAM's places do not add up to it; those of SimilarityDecomposition do, pass it as `method`"
         else:
             reason = "its places do not add up to the margin"
         return (
             f"The mean of a contrast map and the margin that it explains have opposite signs (queries"
-            f" {opposite.nonzero().flatten().tolist()}; the first: {means[first].item():.3g} and"
-            f" {margins[first].item():.3g}): {reason}."
+            f" {opposite.nonzero().flatten().tolist()}; the first: {mean:.3g} and {margin:.3g}): {reason}."
         )
 
     def _beyond(self, own: Tensor, contrast: str | None, threshold: float | None) -> Tensor:
@@ -252,3 +255,14 @@ def explained(
         "route": method.routes(found.aligned, found.sizes) if isinstance(method, DimensionAttribution) else "",
     }
     return attributes, found, s[0] if s[0].ndim == 2 else torch.cat(s)
+
+
+def words_of(contrast: Any, threshold: float | None, name: str) -> str:
+    """What maps explain, for figures; ``name`` is what a number counts."""
+    if threshold is not None:
+        return f"above {threshold}, or below"
+    if contrast is None:
+        return "in common"
+    if isinstance(contrast, str):
+        return 'particular to the match ("self")' if contrast == "self" else f"rather than the {contrast}"
+    return f"rather than {name} {contrast}"

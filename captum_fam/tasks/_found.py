@@ -1,6 +1,6 @@
 """What a search found, explained on both sides, and the images of its hits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,7 @@ from captum_fam.engine.question import Question, less_of
 from captum_fam.methods.by_name import explain_references
 from captum_fam.methods.layer_explanation import Explained
 from captum_fam.similarity import unit, widen
-from captum_fam.tasks._explanation import Origin, check_asked, contrasted, explained
+from captum_fam.tasks._explanation import Origin, check_asked, contrasted, explained, words_of
 from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
 
 _SAME = 0.05  # how far an image's embedding may be from the one that was searched, in units of its length
@@ -93,6 +93,8 @@ def explain_found(
     own = contrast if threshold is None and isinstance(contrast, str) and contrast == "self" else None
     if contrast is not None or threshold is not None:
         other = None if own or threshold is not None else result._other(contrast, "contrast")
+        rank = contrast if isinstance(contrast, (str, type(None))) else result._rank("contrast", contrast) + 1
+        origin = replace(origin, explains=words_of(rank, threshold, "hit"))
         maps = contrasted(result, other, contrast, threshold)
         result = replace(result, maps=torch.where(shown, maps, torch.zeros_like(maps)))
     if images is not None and (contrast is None or own or threshold is not None):
@@ -176,6 +178,8 @@ def _images(gallery: Any, ids: list[Any], ndim: int) -> Tensor:
 
 def _image(gallery: Any, number: Any, ndim: int) -> Tensor:
     try:
+        if isinstance(number, int) and number < 0 and not isinstance(gallery, Mapping):
+            raise IndexError("a negative number counts from the end")
         image = gallery[number]
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError(
@@ -183,6 +187,11 @@ def _image(gallery: Any, number: Any, ndim: int) -> Tensor:
             f" {type(error).__name__}: {error}; pass all images, by the ids of the hits, or their numbers in the index."
         ) from error
     image = image[0] if isinstance(image, (tuple, list)) else image
+    if isinstance(image, Tensor) and not image.is_floating_point():
+        raise TypeError(
+            f"Expected gallery[{number!r}] to be floating point, ready for the encoder, but got {describe(image)};"
+            " apply the encoder's transform."
+        )
     if not isinstance(image, Tensor) or image.ndim != ndim:
         raise TypeError(
             f"Expected gallery[{number!r}] to be an image of {ndim} dimensions, or a tuple that begins with it, but got"

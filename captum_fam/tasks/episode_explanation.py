@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,15 +104,24 @@ class EpisodeExplanation(Explanation):
         Warns where a map and the margin that it explains have opposite signs.
         """
         if check_beyond(other, threshold):
+            if self._origin is not None:
+                check_own_share(self._origin.others[0])
             return self._beyond(self._index(label), None if threshold is not None else "self", threshold)
         return self._contrast(*self._pair(label, other))
 
-    def margin(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
+    def margin(
+        self,
+        label: Labels = None,
+        other: Labels | Literal["rest", "self"] | str = None,
+        *,
+        threshold: float | None = None,
+    ) -> Tensor:
         r"""
-        The difference of two similarities, which :meth:`contrast` explains.
+        The difference of two similarities, or of a similarity and a threshold, which :meth:`contrast` explains; 0 for
+        ``"self"``.
 
         Args:
-            label, other: As in :meth:`contrast`.
+            label, other, threshold: As in :meth:`contrast`.
 
         Returns:
             *Tensor*: (B,).
@@ -119,6 +129,9 @@ class EpisodeExplanation(Explanation):
         Raises:
             ValueError: As in :meth:`contrast`.
         """
+        if check_beyond(other, threshold):
+            own = self.similarities.gather(1, self._index(label)[:, None])[:, 0]
+            return own - own if threshold is None else own - threshold
         return self._difference(self.similarities, *self._pair(label, other))
 
     def constant(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
@@ -238,7 +251,8 @@ class EpisodeExplanation(Explanation):
         if label is None:
             return self.scores.argmax(1)
         B, known, device = len(self.scores), self.classes.tolist(), self.classes.device
-        wanted = torch.tensor(label) if isinstance(label, int) and not isinstance(label, bool) else label
+        one = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        wanted = torch.tensor(int(label)) if one else label  # type: ignore[arg-type]  # it is a number
         if not isinstance(wanted, Tensor) or wanted.ndim:
             wanted = check_labels("label", wanted, B, "the queries", device)
         unknown = sorted(set(wanted.reshape(-1).tolist()) - set(known))
@@ -263,4 +277,15 @@ def _check_means(decision: Decision, z: Tensor, support: Tensor, groups: list[li
             "The references of this episode are not the means of its support images' embeddings, so the scores are no"
             " sums over these: the classifier rectifies or weighs them (FEAT, BDCSPN, LaplacianShot, MatchingNetworks),"
             " or the encoder has changed since. Pass the encoder itself to explain_episode, with its `similarity`."
+        )
+
+
+def check_own_share(decision: Decision, classifier: Any = None) -> None:
+    """Refuses "self" and thresholds for the distances of a classifier, whose similarity is its own."""
+    if decision.scores is not None and decision.similarity not in ("cosine", "dot"):
+        name = "This classifier" if classifier is None else type(classifier).__name__
+        raise ValueError(
+            f"{name} decides by a distance, by which an image is not similar to itself, so it has neither"
+            ' contrast="self" nor a threshold: contrast with another class, or explain SimpleShot, or its encoder with'
+            ' similarity="cosine".'
         )

@@ -18,8 +18,8 @@ from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import prototypes
 from captum_fam.similarity import Similarity
 from captum_fam.tasks._easyfsl import Decision, decision_of, is_classifier
-from captum_fam.tasks._explanation import Origin, check_asked, contrasted, explained
-from captum_fam.tasks.episode_explanation import EpisodeExplanation, groups_of
+from captum_fam.tasks._explanation import Origin, check_asked, contrasted, explained, words_of
+from captum_fam.tasks.episode_explanation import EpisodeExplanation, check_own_share, groups_of
 
 
 @eagerly
@@ -128,6 +128,8 @@ def explain_episode(
         explainer = make(forward_func, layer, similarity=similarity, **options)
         decision = _of_prototypes(explainer, support_images, support_labels, internal_batch_size)
     check_asked(explainer, contrast, threshold)
+    if threshold is not None or (isinstance(contrast, str) and contrast == "self"):
+        check_own_share(decision, forward_func)
 
     queries = format_inputs("query_images", query_images)
     references = decision.references
@@ -158,6 +160,7 @@ def explain_episode(
         s,
         internal_batch_size,
         (decision, support_images, support_labels),
+        words_of(contrast, threshold, "class"),
     )
     result._remember(origin)
     if contrast is not None or threshold is not None:

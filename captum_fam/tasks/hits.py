@@ -60,8 +60,12 @@ class Hits:
                 continue
             value = torch.as_tensor(value) if isinstance(value, (np.ndarray, list, tuple)) else value
             right = isinstance(value, Tensor) and (value.ndim == ndim if ndim < 4 else value.ndim >= ndim)
-            if not right or (name == "embeddings" and not value.is_floating_point()):
-                form = {"scores": "(B, k)", "embeddings": "(B, k, D), floating point", "images": "(B, k, C, *spatial)"}
+            if not right or (name != "scores" and not value.is_floating_point()):
+                form = {
+                    "scores": "(B, k)",
+                    "embeddings": "(B, k, D), floating point",
+                    "images": "(B, k, C, *spatial), floating point, ready for the encoder",
+                }
                 raise ValueError(f"Expected `{name}` of hits to be {form[name]}, but got {describe(value)}.")
             object.__setattr__(self, name, value)
         if self.ids is not None:

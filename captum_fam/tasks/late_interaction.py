@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -75,6 +76,7 @@ class MaxSimExplanation:
         return (self.token_scores * self.unplaced).sum(-1)
 
     def __getitem__(self, index: int | slice) -> "MaxSimExplanation":
+        index = int(index) if isinstance(index, np.integer) else index
         if self.token_scores.ndim < 2 or not isinstance(index, (int, slice)):
             raise TypeError(
                 f"Expected the number of a page, or a query, of an explanation of several, but got {index!r} of"

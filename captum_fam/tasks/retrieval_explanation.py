@@ -13,6 +13,8 @@ from captum_fam.explorer import PairExplorer, explore_groups
 from captum_fam.tasks._explanation import Explanation, Origin, check_beyond
 from captum_fam.visualization import Pictures, Scale, visualize_comparison, visualize_pair
 
+LONGEST = 30  # letters of a name under a picture
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class RetrievalExplanation(Explanation):
@@ -167,8 +169,8 @@ class RetrievalExplanation(Explanation):
                         Default: 0
             photos (list of pictures, optional): What is shown of the query and its hits, in this order.
                         Default: None, the images themselves
-            titles (list of str, optional): One for each hit.
-                        Default: None, as ``"1: image 17"``, rank and id
+            titles (list of str, optional): One for each hit, in place of its rank, id and similarity.
+                        Default: None, rank, id and similarity
             mean, std, scale, use_pyplot: As in :func:`~captum_fam.visualize_pair`.
 
         Returns:
@@ -186,22 +188,27 @@ class RetrievalExplanation(Explanation):
         """
         origin, (image,) = self._explored(query, "visualize")
         there = self._there(query)
-        names = self._names(query, there) if titles is None else list(titles)
-        maps, similar = self.maps[query, there][:, None], self.similarities[query, there]
-        options: Any = {"mean": mean, "std": std, "scale": scale, "use_pyplot": use_pyplot}
+        similar, maps = self.similarities[query, there].tolist(), self.maps[query, there][:, None]
+        names = [f"{_short(name)}\nsimilarity {s:.4g}" for name, s in zip(self._names(query, there), similar)]
+        signed = bool((self.maps < 0).any())  # of any query: all figures read alike
         given: Any = photos
         shown = None if photos is None else list(given)
         if shown is not None and len(shown) != 1 + len(there):
             raise ValueError(f"Expected `photos` to be {1 + len(there)}, query and hits, but got {len(shown)}.")
         first = image if shown is None else shown[:1]
-        if self.hit_maps is None:
-            names = [f"{name}\nscore {s:.4g}" for name, s in zip(names, similar.tolist())]
-            return visualize_comparison(first, {"map of the query": maps}, titles=names, **options)[0]
-        hits = origin.others(query, there) if shown is None else shown[1:]
-        hit_maps = self.hit_maps[query, there][:, None]
-        signed = bool((self.maps < 0).any() or (self.hit_maps < 0).any())  # of any query: all figures read alike
-        options |= {"reference_titles": names, "scores": similar, "signed": signed}
-        return visualize_pair(first, hits, maps, hit_maps, **options)[0]
+        options: Any = {"mean": mean, "std": std, "scale": scale, "use_pyplot": use_pyplot}
+        if origin.others is None and shown is None:
+            return visualize_comparison(first, {origin.explains: maps}, titles=titles or names, **options)[0]
+        return visualize_pair(
+            first,
+            origin.others(query, there) if shown is None else shown[1:],
+            maps,
+            None if self.hit_maps is None else self.hit_maps[query, there][:, None],
+            reference_titles=titles or names,
+            label=origin.explains,
+            signed=signed,
+            **options,
+        )[0]
 
     def _shown(self, query: int, what: str) -> tuple[Origin, Any, Tensor, list[int]]:
         origin, image = self._explored(query, what)
@@ -246,3 +253,9 @@ class RetrievalExplanation(Explanation):
         if isinstance(other, str) and other == "rest":
             return "rest"
         return torch.full((B,), self._rank(name, other), device=self.signed_maps.device)
+
+
+def _short(name: str) -> str:
+    """For a place under a picture."""
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"

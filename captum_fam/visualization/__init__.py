@@ -46,7 +46,7 @@ def visualize_pair(
     query: Pictures,
     reference: Pictures,
     query_map: Values,
-    reference_map: Values,
+    reference_map: Values | None,
     *,
     titles: Titles = None,
     reference_titles: Titles = None,
@@ -82,7 +82,7 @@ def visualize_pair(
                     be two of these is refused, with what to pass.
         query_map, reference_map (Tensor or array): Their maps, as ``attribute_pair`` returns
                     them: (B, 1, h, w), (B, h, w) or (h, w), any size; (B, 1, t) of signals,
-                    (B, 1, d, h, w) of volumes.
+                    (B, 1, d, h, w) of volumes. ``reference_map`` may be None: the references have none.
         titles (list, optional): One for each pair, written under its query.
                     Default: None
         reference_titles (list, optional): One for each pair, written under its reference.
@@ -110,7 +110,7 @@ def visualize_pair(
                     Default: True
 
     Returns:
-        *tuple*: the Figure and its Axes, an array (B, 4).
+        *tuple*: the Figure and its Axes, an array (B, 4), or (B, 3) without a ``reference_map``.
 
     Raises:
         TypeError, ValueError: an argument is not as described above.
@@ -127,23 +127,26 @@ def visualize_pair(
         ... )
     """
     check_scale(scale)
-    given = [as_maps("query_map", query_map, query), as_maps("reference_map", reference_map, reference)]
+    given = [as_maps("query_map", query_map, query)]
     rows = len(given[0])
+    given.append(given[0] if reference_map is None else as_maps("reference_map", reference_map, reference))
     if len(given[1]) != rows:
         raise ValueError(f"Expected `reference_map` to be {rows} maps, as `query_map` is, but got {len(given[1])}.")
     sides, maps = [], []
     for name, images, one in zip(SIDES, (query, reference), given):
-        shown, (values,) = panels(name, images, [one], mean, std)
-        sides.append(shown)
+        pictured, (values,) = panels(name, images, [one], mean, std)
+        sides.append(pictured)
         maps.append(values)
     captions = side_captions(titles, reference_titles, scores, rows)
-    figure = new_figure(4, rows, use_pyplot)
-    axes = figure.subplots(rows, 4, squeeze=False)
+    mapped = 2 if reference_map is not None else 1  # sides
+    figure = new_figure(2 + mapped, rows, use_pyplot)
+    axes = figure.subplots(rows, 2 + mapped, squeeze=False)
     for side in (0, 1):
         for axis, panel, caption in zip(axes[:, 2 * side], sides[side], captions[side]):
             panel.draw(axis, caption)
-    words = [[f"map of the {name}" for name in SIDES]] * rows
-    draw_rows(figure, axes[:, 1::2].tolist(), list(zip(*sides)), list(zip(*maps)), words, label, scale, signed)
+    words = [[f"map of the {name}" for name in SIDES[:mapped]]] * rows
+    shown, drawn = list(zip(*sides[:mapped])), list(zip(*maps[:mapped]))
+    draw_rows(figure, axes[:, 1::2].tolist(), shown, drawn, words, label, scale, signed)
     return figure, axes
 
 
