@@ -379,6 +379,9 @@ def test_a_user_of_clip_meets_the_encoder_then_the_layer_then_the_target(kind):
     with pytest.raises(ValueError, match=r"`layer`.*text_model.* was not called.*a map is 'vision_model\.[\w.]+'") as e:
         step(model.get_image_features, of_texts, pooled)
     advised = model.get_submodule(re.search(r"a map is '([\w.]+)'", str(e.value)).group(1))
+    if kind == "CLIP":  # embedded by the class token: after the last attention, no patch has a part in it
+        with pytest.raises(ValueError, match="has no map; choose a layer before the last attention, such as"):
+            step(model.get_image_features, model.vision_model.encoder.layers[-1], pooled)
     with pytest.raises(ValueError, match=r"`target` is needed to choose among 3 references for 2 inputs"):
         step(model.get_image_features, advised, pooled)
     assert step(model.get_image_features, advised, pooled, 1).shape == (2, 1, 4, 4)

@@ -10,7 +10,7 @@ from captum_fam._checks import check_positive, describe, format_inputs
 from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.path import Baseline, Path, paths
 from captum_fam.engine.places import Multiples, is_aligned, multiple_of_mean, place_maps, place_terms, stays_aligned
-from captum_fam.engine.question import Pairs, usable_inputs
+from captum_fam.engine.question import Pairs, Question, usable_inputs
 from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import Report
 from captum_fam.engine.untouched import eagerly
@@ -182,6 +182,16 @@ class DimensionAttribution(LayerSimilarityAttribution):
                 "The embedding of the baseline is not finite, so what depends on it is nan; pass another `baseline`."
             )
         return z
+
+    def _run(self, inputs: Tensors, additional_forward_args: Any) -> None:
+        if self.n_steps is not None:  # many passes, for the sake of an error
+            super()._run(inputs, additional_forward_args)
+            return
+
+        def ask(z: Tensor, rows: slice) -> Question:
+            return Question(torch.ones_like(z[:1]), torch.zeros(1, 1, dtype=torch.long, device=z.device))
+
+        self.explain(inputs, ask, additional_forward_args).report.texts()
 
     def _aligned(self, recording: Recording) -> list[bool]:
         path = recording.path
