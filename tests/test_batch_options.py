@@ -225,7 +225,7 @@ def test_the_command_has_the_options(photos, small, run):
     pairs = write(Path("pairs.csv"), [*FEW, ("nope.jpg", NAMES[0])])
     status, out, err = run(
         *(pairs, "-o", "out", "--root", photos, "--encoder", "batch_small:small", "--size", SIZE, "--sides", "both"),
-        *("--method", "SimilarityDecomposition", "--contrast", "self", "--errors", "errors.csv"),
+        *("--method", "SimilarityDecomposition", "--threshold", "-1", "--errors", "errors.csv"),
     )
     assert (status, "explained 3 pairs, 1 failed (1 no such file); the first:" in out) == (1, True)
     encoder = small.small().eval()
@@ -233,9 +233,42 @@ def test_the_command_has_the_options(photos, small, run):
     row = read(Path("out"))[0]
     query, reference = (tensor_of(photos / row[side]) for side in ("query", "reference"))
     with pytest.warns(UserWarning, match="add up"):
-        close(the_map(row), method.attribute(query, reference=reference, contrast="self")[0, 0])
+        close(the_map(row), method.attribute(query, reference=reference, threshold=-1.0)[0, 0])
     assert err.count("captum-fam: warning:") == 1  # of those that some failed, too
     assert "add up" in err
+
+
+def test_of_what_is_beyond_the_own_share_it_is_not_said_that_it_does_not_add_up(photos, small, run):
+    pairs = write(Path("pairs.csv"), FEW)
+    options = (pairs, "-o", "out", "--root", photos, "--encoder", "batch_small:small", "--size", SIZE)
+    assert run(*options, "--contrast", "self", "--method", "SimilarityDecomposition")[::2] == (0, "")
+
+
+@pytest.mark.parametrize("sides", ["query", "reference", "both"])
+def test_maps_and_margins_of_opposite_sign_are_counted_on_each_side(photos, small, in_process, sides):
+    options = {"threshold": 0.99, "sides": sides, "part_size": 2}
+    with pytest.warns(UserWarning, match=r"^") as warned:
+        explain(PAIRS, photos, **options)
+    counts = []
+    for prefix, name in (("", "query"), ("reference_", "reference")):
+        rows = [row for row in read(Path("out")) if f"{prefix}map" in row]
+        opposite = [(row["score"] - 0.99) * the_map(row, prefix).mean() < -1e-7 for row in rows]
+        assert not rows or 0 < sum(opposite) < len(opposite)
+        counts += [f"{sum(opposite)} maps of the {name}"] if rows else []
+    (text,) = [str(w.message) for w in warned if "other sign" in str(w.message)]
+    assert text.startswith(f"{' and '.join(counts)}, of {len(PAIRS)} pairs, add up to the other sign than score -")
+    # Said of the whole job by the run that finishes it, whichever parts that makes.
+    Path("out/part-000001.parquet").unlink()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"^") as warned:
+            explain(PAIRS, photos, **options)
+        assert text in [str(w.message) for w in warned]
+
+
+def test_where_no_map_is_opposite_nothing_is_said(photos, small, in_process, recwarn):
+    explain(PAIRS, photos, threshold=-5.0, similarity="dot", method="SimilarityDecomposition")
+    explain(PAIRS, photos, out="plain")
+    assert not [w for w in recwarn if "other sign" in str(w.message)]
 
 
 # How often an image goes through the encoder

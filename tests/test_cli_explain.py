@@ -221,8 +221,9 @@ def test_rows_are_in_the_order_of_the_options_and_each_once(run, figures, three,
         "FeatureActivationMap",
         "CorrespondenceMap:\ncontrast to the rest",
     ]
-    assert captions[0].startswith("for 1: cosine 0.")
-    assert "\nmargin " in captions[0]
+    for words in captions:
+        assert words[0].startswith("for 1: cosine 0.")
+        assert "\nmargin " in words[0]
     assert names == ["1: cat.jpg", "2: coffee.png"]
     assert "weights" not in out
 
@@ -234,6 +235,9 @@ def test_without_a_method_the_first_row_takes_contrast_and_threshold(run, figure
         rows = figures[-1][2]
         labels.append((rows[0].label, rows[0].there_label))
         assert [row.name for row in rows] == ["map", "self", "alike"]
+        has_margin = [["margin" in words for words in captions] for captions in figures[-1][3]]
+        # "self" and what looks alike explain no such margin.
+        assert has_margin == [[len(options) > 1 and options[1] != "self"] * 2, [False] * 2, [False] * 2]
     assert labels == [
         ("in common: FAM", "in common: FAM"),
         ("contrast to reference 2", "in common: FAM"),
@@ -373,6 +377,31 @@ def test_a_map_and_a_margin_of_opposite_sign_come_with_a_word(run, figures, thre
     assert json.loads(run(*arguments, "--json")[1])["notes"] == [note]
 
 
+def test_the_map_of_a_reference_that_was_asked_the_same_comes_with_a_word_too(report, three, monkeypatch):
+    options = ("--method", "FeatureActivationMap", "--threshold", "0.999")
+    turned = lambda maps, margin: [M if M.mean() * margin > 0 else -M for M in maps]  # noqa: E731
+    maps = FeatureActivationMap._maps
+    # All margins are negative: maps of the query agree, those of the references do not, then both do not.
+    calls = []
+
+    def made(*given, wrong=(1,), **options):
+        calls.append(None)
+        return turned(maps(*given, **options), 1 if (len(calls) - 1) % 2 in wrong else -1)
+
+    for wrong, words in (((1,), "the map of 1, 2 adds"), ((0, 1), "the map for 1, 2 and the map of 1, 2 add")):
+        calls.clear()
+        monkeypatch.setattr(FeatureActivationMap, "_maps", lambda *a, wrong=wrong, **k: made(*a, wrong=wrong, **k))
+        found = report(*three, *options)
+        for reference in found["references"]:
+            assert reference["margin"] < 0
+            assert reference["reference_maps"]["FeatureActivationMap"]["mean"] > 0
+        (note,) = found["notes"]
+        assert f"less the threshold 0.999: {words} up to the other sign than the margin: FAM's places" in note
+    # Of other references it is the query alone that is asked.
+    calls.clear()
+    assert not report(*three, *options[:2], "--contrast", "self")["notes"]
+
+
 def test_a_row_that_does_not_explain_the_margin_has_no_such_word(run, figures, three, tmp_path, monkeypatch):
     for kind in (SimilarityDecomposition, CorrespondenceMap):  # "self", and what looks alike less the others
         name = "_maps" if kind is SimilarityDecomposition else "match"
@@ -407,6 +436,22 @@ def test_margins_by_hand():
 
 
 # Sentences
+
+
+@pytest.mark.parametrize(
+    ("contrast", "numbers"), [("rest", "1, 2, 3"), ("3", "1, 2"), ("2", "3"), ("self", ""), (None, "")]
+)
+def test_scores_of_images_less_those_of_sentences_come_with_a_word(report, three, talking, contrast, numbers):
+    options = () if contrast is None else ("--contrast", contrast)
+    notes = report(*three, "--text", "a red shoe", *options, *talking)["notes"]
+    about = [note for note in notes if "lie apart" in note]
+    assert [note.split(", scores of images and of sentences")[0] for note in about] == (
+        [f"--contrast {contrast}: for {numbers}"] if numbers else []
+    )
+    if contrast == "rest":  # of one kind alone there is nothing to say
+        assert not report(*three, "--contrast", "rest")["notes"]
+        sentences = ("--text", "a red shoe", "--text", "a hat")
+        assert len(report(three[0], *sentences, "--contrast", "rest", *talking)["notes"]) == 1
 
 
 def of_sentences(sentences):
@@ -554,7 +599,7 @@ def test_a_broken_reference_costs_itself_alone(run, report, figures, three, brok
         assert other["error"] is None
         assert {k: v for k, v in one.items() if k != "number"} == {k: v for k, v in other.items() if k != "number"}
     assert figures[-1][4] == ["1: cat.jpg", "3: coffee.png"]
-    assert figures[-1][3][1].startswith("for 3: ")
+    assert figures[-1][3][0][1].startswith("for 3: ")
     assert figures[-1][2][0].label == "contrast to reference 3"
 
 

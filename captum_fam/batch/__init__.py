@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from captum_fam._checks import check_positive, describe
 from captum_fam._files import irregular, recorded_warnings
+from captum_fam._margins import why_opposite
 from captum_fam.batch._engines import ENGINES
 from captum_fam.batch._images import all_pairs, images_of, nearest
 from captum_fam.batch._job import digest, digest_of, locked, prepare, seal
@@ -23,7 +24,7 @@ from captum_fam.batch._pairs import write_pairs, write_tables
 from captum_fam.batch._part import EMBEDDINGS, PAIRS, PartExplainer, layers_of, part_file
 from captum_fam.batch._references import check_references, numbered
 from captum_fam.batch._stored import StoredPair, StoredPairs, read_maps
-from captum_fam.batch._work import SIDES
+from captum_fam.batch._work import NAMES, SIDES
 from captum_fam.engine.question import less_of
 from captum_fam.images import write_whole
 from captum_fam.methods.by_name import OF_SIMILARITIES, method_named
@@ -244,7 +245,16 @@ def explain_pairs(
                 warned = dict(new) | warned
         for text, path in warned.items():
             warnings.warn(f"{text} ({path}, for one)" if path else text, stacklevel=2)
-        return _result([part_file(output, part) for part in parts], errors)
+        files = [part_file(output, part) for part in parts]
+        found, opposite = _result(files, errors)
+        counts = [f"{count} maps of the {name}" for name, count in zip(NAMES, opposite) if count]
+        if counts:
+            warnings.warn(
+                f"{' and '.join(counts)}, of {found.explained} pairs, add up to the other sign than score - threshold:"
+                f" {why_opposite(kind, similarity)}",
+                stacklevel=2,
+            )
+        return found
 
 
 def _paths(pairs: Any) -> list[Path]:
@@ -313,12 +323,15 @@ def _no_file(path: Path) -> str:
         return "check the path"
 
 
-def _result(parts: list[Path], errors: Path | None) -> BatchResult:
-    total, kinds, first, text = 0, Counter[str](), None, StringIO()
+def _result(parts: list[Path], errors: Path | None) -> tuple[BatchResult, list[int]]:
+    """Of the parts, and how many maps of each side have another sign than their margins."""
+    total, kinds, first, text, opposite = 0, Counter[str](), None, StringIO(), [0, 0]
     rows = csv.writer(text)
     rows.writerow(columns := ["id", "query", "reference", "failure", "error"])
     for part in parts:
-        table = pq.ParquetFile(part).read(columns if errors else columns[3:])
+        file = pq.ParquetFile(part)
+        about, table = file.metadata.metadata, file.read(columns if errors else columns[3:])
+        opposite = [sum(both) for both in zip(opposite, json.loads(about[b"opposite"]))]
         total += len(table)
         failed = table.filter(table["failure"].is_valid())
         kinds.update(failed["failure"].to_pylist())
@@ -327,5 +340,6 @@ def _result(parts: list[Path], errors: Path | None) -> BatchResult:
             rows.writerows(zip(*(failed[name].to_pylist() for name in columns)))
     if errors:
         write_whole(text.getvalue().encode(), errors)
-    layer = pq.read_schema(parts[0]).metadata[b"layer"].decode()
-    return BatchResult(total - kinds.total(), kinds.total(), first, layer, dict(kinds.most_common()))
+    layer = about[b"layer"].decode()
+    failures = dict(kinds.most_common())
+    return BatchResult(total - kinds.total(), kinds.total(), first, layer, failures), opposite

@@ -1,6 +1,7 @@
 """A part of a batch job: its pairs are explained and written at once and whole."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_fam._files import irregular, printable, recorded_warnings
-from captum_fam.batch._work import NAMES, QUERY, SIDES, Explaining, Failure, Key, Work, in_turn
+from captum_fam.batch._work import NAMES, QUERY, REFERENCE, SIDES, Explaining, Failure, Key, Work, in_turn
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import ready_encoder, running
 from captum_fam.images import read_image
@@ -69,9 +70,15 @@ def _seal(job: str, part: int, content: bytes) -> bytes:
     return hashlib.sha256(f"{job} {part} ".encode() + content).hexdigest().encode()
 
 
-def write_part(file: Path, table: pa.Table, layer: str, job: str, part: int) -> None:
-    """With a seal on every bit of it, and on its place: in the file's metadata, which readers of Parquet pass over."""
-    pq.write_table(table.replace_schema_metadata({"layer": layer, "seal": _OPEN}), file, compression="zstd")
+def write_part(
+    file: Path, table: pa.Table, layer: str, job: str, part: int, opposite: tuple[int, int] = (0, 0)
+) -> None:
+    """
+    With a seal on every bit of it, and on its place: in the file's metadata, which readers of Parquet pass over.
+    ``opposite`` is how many maps of each side add up to the other sign than their margins.
+    """
+    about = {"layer": layer, "opposite": json.dumps(opposite), "seal": _OPEN}
+    pq.write_table(table.replace_schema_metadata(about), file, compression="zstd")
     head, _, tail = file.read_bytes().rpartition(_OPEN)
     with file.open("rb+") as stream:
         stream.seek(len(head))
@@ -160,14 +167,14 @@ class PartExplainer:
         if finished(self.output, part, self.job) is not None:  # made by a worker that outlived its run
             return len(pairs), []
         with recorded_warnings() as warned:
-            columns = self._explain(pairs)
+            columns, opposite = self._explain(pairs)
             layer = self._explaining.layer
         if ROW in pairs.column_names:
             pairs = pairs.drop_columns([ROW])
         for name, column in columns.items():
             pairs = pairs.append_column(name, column)
         with whole(part_file(self.output, part)) as partial:
-            write_part(partial, pairs, layer, self.job, part)
+            write_part(partial, pairs, layer, self.job, part, opposite)
         return len(pairs), list(warned)
 
     def embeddings(self, paths: Sequence[str]) -> dict[Key, Tensor]:
@@ -206,8 +213,8 @@ class PartExplainer:
         with running(self.encoder, self.loading["size"], "--size, a smaller --batch-size, or another --layer"):
             yield
 
-    def _explain(self, pairs: pa.Table) -> dict[str, pa.Array]:
-        """The columns of what is found."""
+    def _explain(self, pairs: pa.Table) -> tuple[dict[str, pa.Array], tuple[int, int]]:
+        """The columns of what is found, and how many maps of each side have another sign than their margins."""
         queries, references = (pairs[name].to_pylist() for name in NAMES)
         keys, stored = references, {}
         if self.references is not None:
@@ -231,7 +238,8 @@ class PartExplainer:
             columns |= {name: pa.array(c, kind) for (name, kind), c in zip(_COLUMNS[side].items(), found)}
         for name, n in (("failure", 0), ("error", 1)):
             columns[name] = pa.array([failure and failure[n] for failure in failures], pa.string())
-        return columns
+        opposite = tuple(len(found.intersection(numbers)) for found in work.opposite)
+        return columns, (opposite[QUERY], opposite[REFERENCE])
 
     def _rows(self, rows: list[int]) -> dict[Key, Tensor]:
         encoder = self._explaining.encoder

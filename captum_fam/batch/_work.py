@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_fam._checks import warn_once
+from captum_fam._margins import are_opposite, texts_of
 from captum_fam.encoders._ready import ReadyEncoder, planes
 from captum_fam.engine.question import Less, Question, usable
 from captum_fam.methods.by_name import explain_references
@@ -97,6 +98,7 @@ class Work:
     Attributes:
         scores: of the pairs by their numbers.
         maps: of the pairs by side and number, as float16 with a scale.
+        opposite: the pairs, by side, whose map adds up to the other sign than its margin, score - threshold.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Work:
         self.embeddings: tuple[dict[Key, Tensor], dict[Key, Tensor]] = ({}, dict(stored))
         self.scores: dict[int, float] = {}
         self.maps: tuple[dict[int, Stored], dict[int, Stored]] = ({}, {})
+        self.opposite: tuple[set[int], set[int]] = (set(), set())
         self._whole = [n for n, both in enumerate(zip(*keys)) if None not in both]
         self._unreadable: dict[Key, Failure] = {}
         self._unlike: set[int] = set()
@@ -190,8 +193,17 @@ class Work:
                 if np.isfinite(score) and np.isfinite(values).all():
                     self.scores.setdefault(number, score)
                     self.maps[side][number] = half(values)
+                    if self._is_opposite(score, values):
+                        self.opposite[side].add(number)
                 else:
                     self._unlike.add(number)
+
+    def _is_opposite(self, score: float, values: NDArray[Any]) -> bool:
+        by = self.by
+        if not isinstance(by.less, float):
+            return False
+        mean = float(values.mean(dtype=np.float64))
+        return are_opposite(type(by.method), mean, score - by.less, max(abs(score), abs(by.less)))
 
     def _found(
         self, tensors: list[Tensor], s: Tensor, own: Tensor, others: list[Tensor] | None
@@ -209,7 +221,7 @@ class Work:
             internal_batch_size=by.batch_size,
         )
         found.report.unusable.clear()  # those have an error each
-        warn_once(found.report.texts())
+        warn_once(texts_of(found.report, by.less))
         z, similarity = widen(found.embedding), method.similarity or "cosine"
         wide = s.to(z)
         row, column = torch.arange(own.numel()) // own.shape[1], own.flatten()

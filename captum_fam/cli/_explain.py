@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_fam._files import utf8
+from captum_fam._margins import why_opposite
 from captum_fam.cli._common import Reference, encoder_options, loaded, number, read_references, say, short
 from captum_fam.cli._explore import controls, page_of
 from captum_fam.cli._figure import explanation_figure
@@ -120,14 +121,13 @@ def explain(
             page, *_ = page_of(ready, [image, *pictures, *beside], names, len(pictures), similarity)
 
     margins = asked.margins(scores)
-    notes = _notes([row for row in rows if row.asked == asked], scores, margins, kept)
+    notes = _notes([row for row in rows if row.asked == asked], scores, margins, kept, asked)
     if is_page:
         page.save(output)
     else:
-        captions = [
-            f"for {reference.number}: {similarity} {scores[k]:.3f}" + (f"\nmargin {margins[k]:+.3f}" if margins else "")
-            for k, reference in enumerate(kept)
-        ]
+        plain = [f"for {reference.number}: {similarity} {scores[k]:.3f}" for k, reference in enumerate(kept)]
+        of_margins = [f"{text}\nmargin {margin:+.3f}" for text, margin in zip(plain, margins)] or plain
+        captions = [of_margins if row.asked == asked else plain for row in rows]  # others explain no margin
         shown = [str(reference.name) if reference.image is None else reference.image for reference in kept]
         figure = explanation_figure(image, shown, rows, captions, [reference.caption for reference in kept])
         write_figure(figure, output)
@@ -211,19 +211,36 @@ def _asked(
 
 
 def _notes(
-    rows: Sequence[Row], scores: Sequence[float], margins: Sequence[float], kept: Sequence[Reference]
+    rows: Sequence[Row], scores: Sequence[float], margins: Sequence[float], kept: Sequence[Reference], asked: Asked
 ) -> list[str]:
     """What should be known of the rows before they are read."""
     notes = []
     texts = [reference.number for reference in kept if reference.image is None]
     if texts:
         notes.append("sentences have no places: there are no maps of them, and nothing that looks like them")
+    other = kept[asked.contrast].image if isinstance(asked.contrast, int) else None
+    unlike = [r.number for r in kept if isinstance(asked.contrast, int) and (r.image is None) != (other is None)]
+    if asked.contrast == "rest" and 0 < len(texts) < len(kept):
+        unlike = [reference.number for reference in kept]
+    if unlike:
+        notes.append(
+            f"{asked.option}: for {_listed(unlike)}, scores of images and of sentences are taken from each other, which"
+            " lie apart in most encoders, whatever they show; contrast images with images, and sentences with sentences"
+        )
+    sides = {"for": False} | ({"of": True} if asked.of_each_side else {})
     for row in rows:
-        numbers = ", ".join(str(kept[k].number) for k in row.against(margins, scores))
-        if numbers:
+        found = {word: [kept[k].number for k in row.against(margins, scores, there)] for word, there in sides.items()}
+        words = [f"the map {word} {_listed(numbers)}" for word, numbers in found.items() if numbers]
+        if words:
             label = " ".join(row.label.split())
-            notes.append(f"{label}: the map for {numbers} adds up to the other sign than the margin: {row.why_against}")
+            adds = "adds" if len(words) == 1 else "add"
+            why = why_opposite(type(row.method), row.method.similarity)
+            notes.append(f"{label}: {' and '.join(words)} {adds} up to the other sign than the margin: {why}")
     return notes
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _maps_of(rows: Sequence[Row], k: int, nested: bool, whole: bool) -> dict[str, Any]:

@@ -18,12 +18,12 @@ def explanation_figure(
     query: Image.Image,
     references: Sequence[Image.Image | str],
     rows: Sequence[Row],
-    captions: Sequence[str],
+    captions: Sequence[Sequence[str]],
     reference_captions: Sequence[str],
 ) -> Figure:
     """
-    The query and its maps in rows of methods, a column for each reference; below these the references with their own
-    maps, and sentences in place of pictures.
+    The query and its maps in rows of methods, each with captions, a column for each reference; below these the
+    references with their own maps, and sentences in place of pictures.
     """
     there = [row for row in rows if any(M is not None for M in row.there)]
     sentences = [isinstance(reference, str) for reference in references]
@@ -34,8 +34,8 @@ def explanation_figure(
         axis.axis("off")
     axes[0, 0].axis("on")
     show(axes[0, 0], query, "query")
-    for line, row in zip(axes, rows):
-        _draw(figure, line[1:], [query] * len(references), row.here, captions, row.label)
+    for line, row, words in zip(axes, rows, captions):
+        _draw(figure, line[1:], [query] * len(references), row.here, words, row.label)
     for axis, reference, caption in zip(axes[len(rows) :][:1, 1:].flat, references, reference_captions):
         if isinstance(reference, str):
             _write(axis, reference, caption)

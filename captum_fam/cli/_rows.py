@@ -3,7 +3,6 @@
 import inspect
 import math
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,18 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam._checks import did_you_mean, warn_once
+from captum_fam._margins import are_opposite, texts_of
 from captum_fam.encoders import one_line
 from captum_fam.engine.question import Less, Question, less_of
 from captum_fam.methods.by_name import OF_SIMILARITIES, explain_references, make_method
 from captum_fam.methods.correspondence_map import CorrespondenceMap, less_the_others
-from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
-from captum_fam.methods.relax import Relax
-from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
 USUAL = ("map", "self", "alike")  # the rows where no method is named
-_ROUNDING = 1e-4  # of the largest score: what is less has no sign
 
 Maps: TypeAlias = list[Tensor | None]  # (h, w) each, or None for a sentence, which has no places
 
@@ -94,29 +89,12 @@ class Row:
     there_label: str
     there: Maps
 
-    def against(self, margins: Sequence[float], scores: Sequence[float]) -> list[int]:
-        """For which references the map adds up to the other sign than the margin that it is to explain."""
-        if isinstance(self.method, Relax):  # adds up to nothing: the score that a place brings, less the mean
-            return []
-        least = _ROUNDING * max((abs(score) for score in scores if math.isfinite(score)), default=0)
-        means = [0.0 if M is None else M.mean().item() for M in self.here]
-        return [
-            k
-            for k, (mean, margin) in enumerate(zip(means, margins))
-            if mean * margin < 0 and min(abs(mean), abs(margin)) > least
-        ]
-
-    @property
-    def why_against(self) -> str:
-        if isinstance(self.method, CorrespondenceMap):
-            return "it shows which places look alike, not what the score is made of"
-        if isinstance(self.method, IntegratedDecomposition):
-            return "it adds up to what the image has beyond a baseline, the mean of its own places"
-        if isinstance(self.method, SimilarityDecomposition) and self.method.similarity == "euclidean":
-            return "a part of a distance belongs to the references alone"
-        if isinstance(self.method, FeatureActivationMap):
-            return "FAM's places do not add up to the margin; see --method SimilarityDecomposition"
-        return "its places do not add up to the margin"
+    def against(self, margins: Sequence[float], scores: Sequence[float], there: bool = False) -> list[int]:
+        """For which references the map, here or there, adds up to the other sign than the margin it is to explain."""
+        largest = max((abs(score) for score in scores if math.isfinite(score)), default=0)
+        means = [0.0 if M is None else M.mean().item() for M in (self.there if there else self.here)]
+        kind = type(self.method)
+        return [k for k, (mean, margin) in enumerate(zip(means, margins)) if are_opposite(kind, mean, margin, largest)]
 
 
 def check_method(name: str, asked: Asked, similarity: str, images: int) -> None:
@@ -202,10 +180,7 @@ def _row(
         explained = explain_references(method, (inputs,), lambda *_: question, (references,), sides=sides)
         unusable = explained.report.unusable  # numbered from 0, and without what could not be read
         explained.report.unusable = {side: {numbers[side][n] for n in rows} for side, rows in unusable.items()}
-        with warnings.catch_warnings():
-            if asked.contrast == "self":  # which leaves nothing to add up to
-                warnings.filterwarnings("ignore", "The places of layer")
-            warn_once(explained.report.texts())
+        warn_once(texts_of(explained.report, question.less))
         return explained
 
     route, matched = None, kind == "CorrespondenceMap"
