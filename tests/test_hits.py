@@ -1,5 +1,6 @@
 """Hits of any search: the forms they come in, what is missing of them, and what is drawn."""
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -128,6 +129,11 @@ def test_hits_that_were_not_found_have_nothing():
         with pytest.raises(ValueError, match="found nothing for query 1"):
             found.visualize(1)
         assert len(found.visualize(0, use_pyplot=False).axes) == 2 * 4 + 1
+
+
+def test_hits_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Hits(ids=IDS).ids = []
 
 
 def test_no_query_at_all():
