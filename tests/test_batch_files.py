@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811  # fixtures of other tests
 
+import csv
 import json
 import os
 import shutil
@@ -544,6 +545,12 @@ CSV = {
     "no newline at the end": ("query,reference\na,b", [("a", "b")]),
     "names of numbers": ("query,reference\n007,1e5\n", [("007", "1e5")]),
     "words that mean nothing elsewhere": ("query,reference\nNA,null\n", [("NA", "null")]),
+    "a first line of Excel": ("\ufeffsep=;\r\nquery;reference\r\na,b;c\r\n", [("a,b", "c")]),
+    "a first line of Excel in quotes": ('"sep=|"\nquery|reference\na|b\n', [("a", "b")]),
+    "a first line of Excel with a tab": ("sep=\t\nquery\treference\na\tb\n", [("a", "b")]),
+    "empty lines": ("query,reference\n\na,b\n\r\n\n", [("a", "b")]),
+    "nothing after the columns": ("query,reference\na,b,,\n", [("a", "b")]),
+    "old ends of lines": ("query,reference\ra,b\r", [("a", "b")]),
 }
 
 
@@ -552,6 +559,75 @@ def test_a_csv_file_is_read_as_it_is(tmp_path, text, rows):
     (tmp_path / "pairs.csv").write_text(text, encoding="utf-8", newline="")
     table = pa.concat_tables(_pairs._read_pairs(tmp_path / "pairs.csv"))
     assert list(zip(table["query"].to_pylist(), table["reference"].to_pylist())) == rows
+
+
+def test_a_row_that_is_not_as_the_header_says_costs_itself_alone(photos, tmp_path, run):
+    rows = [
+        f"1;{NAMES[0]};{NAMES[1]}",
+        f"2;{NAMES[0]};{NAMES[1]};more",
+        f"3;{NAMES[0]}",
+        '4;"a"b;c',
+        f"5;{NAMES[1]};{NAMES[0]}",
+    ]
+    (tmp_path / "pairs.csv").write_text("\n".join(["sep=;", "id;query;reference", *rows, '6;a;"b']))
+    output, errors = tmp_path / "out", tmp_path / "errors.csv"
+    options = ("-o", output, "--root", photos, "--part-size", 2, "--errors", errors)
+    status, out, _ = run(tmp_path / "pairs.csv", *options)
+    found = read(output)
+    assert (status, [row["id"] for row in found]) == (1, ["1", "2", "3", None, "5", None])
+    assert [row["failure"] for row in found] == [None, *["bad row"] * 3, None, "bad row"]
+    assert [(row["query"], row["reference"]) for row in found[1:3]] == [(NAMES[0], NAMES[1]), (NAMES[0], None)]
+    texts = [row["error"] for row in found if row["error"]]
+    assert texts[0] == ('line 4 of the list has 4 fields, but its header 3: put quotes around a name that has ";"')
+    assert texts[1] == "line 5 of the list has 2 fields, but its header 3: add what is missing"
+    for text, line in zip(texts[2:], (6, 8)):
+        assert text.startswith(f"line {line} of the list cannot be read (")
+        assert text.endswith("): mend its quotes")
+    assert f"explained 2 pairs, 4 failed (4 bad row); the first: {texts[0]}" in out
+    # The list of errors is written as the list was.
+    with errors.open(newline="") as stream:
+        told = list(csv.reader(stream, delimiter=";"))
+    assert [row[0] for row in told] == ["id", "2", "3", "", ""]
+    assert [row[4] for row in told[1:]] == texts
+    assert set(pq.read_schema(output / "part-000000.parquet").names) == set(found[0])
+    assert "bad" not in found[0]
+
+
+def test_of_references_that_are_embeddings_a_bad_row_costs_itself_alone(photos, tmp_path, run):
+    np.save(tmp_path / "z.npy", np.ones((2, 512), np.float32))
+    (tmp_path / "pairs.csv").write_text(f"query,reference\n{NAMES[0]},1,2\n{NAMES[0]},1\n")
+    options = ("--root", photos, "--reference-embeddings", tmp_path / "z.npy")
+    assert run(tmp_path / "pairs.csv", "-o", tmp_path / "out", *options)[0] == 1
+    assert [row["failure"] for row in read(tmp_path / "out")] == ["bad row", None]
+
+
+OPEN = {
+    "to the end": 'query,reference\na,b\nc,"d\ne,f\n',
+    "to the next": 'query,reference\na,b\nc,"d\ne,"f"\ng,h\n',
+    "longer than a name": 'query,reference\na,b\nc,"d\n' + "e,f\n" * 40000,
+}
+
+
+@pytest.mark.parametrize("text", OPEN.values(), ids=OPEN)
+def test_a_quote_that_stays_open_swallows_no_rows(tmp_path, text):
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read lines 3 to \d+ of .*pairs.csv \(.*close a quote that is open"):
+        list(_pairs._read_pairs(tmp_path / "pairs.csv"))
+
+
+def test_a_header_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "pairs.csv").write_text('query,"reference"s\na,b\n')
+    with pytest.raises(ValueError, match=r"cannot read .*pairs.csv: line 1 of the list cannot be read"):
+        list(_pairs._read_pairs(tmp_path / "pairs.csv"))
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t"), (".csv", ";")])
+def test_the_list_of_errors_is_separated_as_the_list_is(photos, tmp_path, run, suffix, delimiter):
+    file = tmp_path / f"pairs{suffix}"
+    file.write_text(f"query{delimiter}reference\n{NAMES[0]}{delimiter}nope.jpg\n{NAMES[0]}{delimiter}{NAMES[1]}\n")
+    assert run(file, "-o", tmp_path / "out", "--root", photos, "--errors", tmp_path / "e.csv")[0] == 1
+    first = (tmp_path / "e.csv").read_text().splitlines()[0]
+    assert first == delimiter.join(["id", "query", "reference", "failure", "error"])
 
 
 def test_newlines_in_names_are_no_ends_of_rows_wherever_arrow_s_blocks_meet(tmp_path):

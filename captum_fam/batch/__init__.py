@@ -20,7 +20,7 @@ from captum_fam._margins import why_opposite
 from captum_fam.batch._engines import ENGINES
 from captum_fam.batch._images import all_pairs, images_of, nearest
 from captum_fam.batch._job import digest, digest_of, locked, prepare, seal
-from captum_fam.batch._pairs import write_pairs, write_tables
+from captum_fam.batch._pairs import dialect, write_pairs, write_tables
 from captum_fam.batch._part import EMBEDDINGS, PAIRS, PartExplainer, layers_of, part_file
 from captum_fam.batch._references import check_references, numbered
 from captum_fam.batch._stored import StoredPair, StoredPairs, read_maps
@@ -48,7 +48,8 @@ class BatchResult:
         error: the first of them, or None.
         layer: whose maps they are; empty for a method that takes none.
         failures: how many failed of each kind, the most frequent first: ``"no such file"``, ``"cannot be read"``,
-            ``"no path"``, ``"no embedding"`` and ``"no similarity"`` (an embedding is zero or not finite).
+            ``"no path"``, ``"bad row"`` (it is not as the list's header says), ``"no embedding"`` and
+            ``"no similarity"`` (an embedding is zero or not finite).
     """
 
     explained: int
@@ -153,7 +154,8 @@ def explain_pairs(
                     Default: None, one for each CPU, or each GPU with ``device="cuda"``
         engine (str): ``"local"``, or ``"ray"`` for Ray Data, whose nodes must all see the files.
                     Default: ``"local"``
-        errors (Path, optional): A .csv file to write: id, query, reference, failure and error of pairs that failed.
+        errors (Path, optional): A .csv file to write: id, query, reference, failure and error of pairs that failed,
+                    separated as the list is.
                     Default: None
 
     Returns:
@@ -245,8 +247,9 @@ def explain_pairs(
                 warned = dict(new) | warned
         for text, path in warned.items():
             warnings.warn(f"{text} ({path}, for one)" if path else text, stacklevel=2)
+        is_text = images is None and given[0].suffix.lower() != ".parquet"
         files = [part_file(output, part) for part in parts]
-        found, opposite = _result(files, errors)
+        found, opposite = _result(files, errors, dialect(given[0])[0] if is_text else ",")
         counts = [f"{count} maps of the {name}" for name, count in zip(NAMES, opposite) if count]
         if counts:
             warnings.warn(
@@ -323,10 +326,10 @@ def _no_file(path: Path) -> str:
         return "check the path"
 
 
-def _result(parts: list[Path], errors: Path | None) -> tuple[BatchResult, list[int]]:
+def _result(parts: list[Path], errors: Path | None, delimiter: str) -> tuple[BatchResult, list[int]]:
     """Of the parts, and how many maps of each side have another sign than their margins."""
     total, kinds, first, text, opposite = 0, Counter[str](), None, StringIO(), [0, 0]
-    rows = csv.writer(text)
+    rows = csv.writer(text, delimiter=delimiter)
     rows.writerow(columns := ["id", "query", "reference", "failure", "error"])
     for part in parts:
         file = pq.ParquetFile(part)

@@ -1,21 +1,22 @@
 """The pairs of a batch job: read from a list of others, copied in parts."""
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
-from captum_fam.batch._part import ROW
+from captum_fam.batch._part import BAD, ROW
 from captum_fam.encoders import one_line
 
 LISTS = (".parquet", ".csv", ".tsv")
-
+_AT_ONCE = 2**14  # rows of a list
 
 Numbers: TypeAlias = Callable[[pa.ChunkedArray], pa.Array]  # the rows of references in a file of embeddings
 
@@ -59,25 +60,7 @@ def _read_pairs(pairs: Path, numbers: Numbers | None = None) -> Iterator[pa.Tabl
         raise ValueError(
             f"cannot read {pairs}: pass a list of pairs, a file that ends in .parquet or .csv, or a folder of images"
         )
-    with reading(pairs):
-        parquet = pq.ParquetFile(pairs) if suffix == ".parquet" else None
-        # Without newlines_in_values, one between quotes would end a row where Arrow's blocks meet.
-        parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter="," if parquet else _delimiter(pairs))
-        if parquet is None:
-            names = pa.csv.open_csv(pairs, parse_options=parsing).schema.names
-        else:
-            names = parquet.schema_arrow.names
-    columns = _columns(pairs, names)
-    with reading(pairs):
-        batches = _csv(pairs, columns, parsing) if parquet is None else parquet.iter_batches(columns=columns)
-    while True:
-        with reading(pairs):
-            batch = next(batches, None)
-            if batch is None:
-                return
-            plain = {name: plain_text(batch[name]) for name in columns}
-            for column in plain.values():
-                column.validate(full=True)  # Parquet may hold text that is no UTF-8
+    for plain in _of_parquet(pairs) if suffix == ".parquet" else _of_csv(pairs):
         for name in ("query", "reference"):
             kind = plain[name].type
             numbered = name == "reference" and numbers is not None and pa.types.is_integer(kind)
@@ -89,23 +72,88 @@ def _read_pairs(pairs: Path, numbers: Numbers | None = None) -> Iterator[pa.Tabl
         yield pa.table(plain)
 
 
-def _delimiter(pairs: Path) -> str:
-    """Of a header with the columns query and reference, or else the most frequent of what may be one."""
+def _of_parquet(pairs: Path) -> Iterator[dict[str, pa.Array]]:
+    with reading(pairs):
+        parquet = pq.ParquetFile(pairs)
+        names = parquet.schema_arrow.names
+    columns = _columns(pairs, names)
+    with reading(pairs):
+        batches = parquet.iter_batches(columns=columns)
+    while True:
+        with reading(pairs):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            plain = {name: plain_text(batch[name]) for name in columns}
+            for column in plain.values():
+                column.validate(full=True)  # Parquet may hold text that is no UTF-8
+        yield plain
+
+
+def _of_csv(pairs: Path) -> Iterator[dict[str, pa.Array]]:
+    """Text as it is, 007 is no number; of a row that is not as its header says, BAD has the reason."""
+    with reading(pairs):
+        delimiter, before = dialect(pairs)
+        stream = pairs.open(encoding="utf-8-sig", newline="")
+    with stream:
+        rows = _rows(pairs, stream, delimiter, before)
+        header, bad = next(rows, ([], ""))
+        if bad:
+            raise ValueError(f"cannot read {pairs}: {bad}")
+        columns = _columns(pairs, header)
+        places = [header.index(name) for name in columns]
+        while some := list(islice(rows, _AT_ONCE)):
+            fields = [[row[n] or None if n < len(row) else None for n in places] for row, _ in some]
+            found = dict(zip(columns, (pa.array(column, pa.string()) for column in zip(*fields))))
+            yield found | {BAD: pa.array([bad or None for _, bad in some], pa.string())}
+
+
+def _rows(pairs: Path, stream: TextIO, delimiter: str, before: int) -> Iterator[tuple[list[str], str]]:
+    """The rows after so many lines that hold none, the header first, and what is wrong with each, or ""."""
+    for _ in range(before):
+        stream.readline()
+    reader, width = csv.reader(stream, delimiter=delimiter, strict=True), 0
+    while True:
+        line = before + reader.line_num + 1
+        bad: object = ""
+        with reading(pairs):
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                row, bad = [], error
+        last = before + reader.line_num
+        if bad and last > line:  # which rows it swallowed is not known
+            raise ValueError(
+                f"cannot read lines {line} to {last} of {pairs} ({bad}): close a quote that is open, or double one that"
+                " is part of a name"
+            )
+        if bad:
+            bad = f"line {line} of the list cannot be read ({bad}): mend its quotes"
+        if row is None:
+            return
+        if not row and not bad:  # an empty line
+            continue
+        width = width or len(row)
+        while len(row) > width and not row[-1]:  # as spreadsheets write them
+            row.pop()
+        if not bad and len(row) != width:
+            cure = f'put quotes around a name that has "{delimiter}"' if len(row) > width else "add what is missing"
+            bad = f"line {line} of the list has {len(row)} fields, but its header {width}: {cure}"
+        yield row, str(bad)
+
+
+def dialect(pairs: Path) -> tuple[str, int]:
+    """
+    The delimiter, and how many lines come before the header: one that names it, as in Excel's files, or none. It is
+    that of a header with the columns query and reference, or else the most frequent of what may be one.
+    """
     with pairs.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline(2**16)
+    if named := re.fullmatch(r'"?sep=([^"\w])"?', header.rstrip("\r\n")):
+        return named[1], 1
     by = {one: next(csv.reader([header], delimiter=one), []) for one in ",;\t"}
     right = [one for one, names in by.items() if {"query", "reference"} <= set(names)]
-    return right[0] if right else max(by, key=lambda one: len(by[one]))
-
-
-def _csv(pairs: Path, columns: list[str], parsing: pa.csv.ParseOptions) -> Iterator[pa.RecordBatch]:
-    text = pa.csv.ConvertOptions(  # as it is: 007 is no number
-        include_columns=columns,
-        column_types=dict.fromkeys(columns, pa.string()),
-        strings_can_be_null=True,
-        null_values=[""],
-    )
-    return pa.csv.open_csv(pairs, parse_options=parsing, convert_options=text)  # type: ignore[no-any-return]
+    return right[0] if right else max(by, key=lambda one: len(by[one])), 0
 
 
 def _columns(pairs: Path, names: list[str]) -> list[str]:

@@ -31,6 +31,7 @@ from captum_fam.methods.on_layer import OnLayer
 JOB, PAIRS, LOCK, PARTIAL = "_batch.json", "_pairs.arrow", "_lock", "_tmp-"
 EMBEDDINGS = "_references.npy"
 ROW = "row"  # of the pairs' copy: where a reference's embedding is
+BAD = "bad"  # of the pairs' copy: what is wrong with a row of the list
 
 
 def part_file(output: Path, part: int) -> Path:
@@ -169,8 +170,7 @@ class PartExplainer:
         with recorded_warnings() as warned:
             columns, opposite = self._explain(pairs)
             layer = self._explaining.layer
-        if ROW in pairs.column_names:
-            pairs = pairs.drop_columns([ROW])
+        pairs = pairs.drop_columns([name for name in (ROW, BAD) if name in pairs.column_names])
         for name, column in columns.items():
             pairs = pairs.append_column(name, column)
         with whole(part_file(self.output, part)) as partial:
@@ -216,15 +216,18 @@ class PartExplainer:
     def _explain(self, pairs: pa.Table) -> tuple[dict[str, pa.Array], tuple[int, int]]:
         """The columns of what is found, and how many maps of each side have another sign than their margins."""
         queries, references = (pairs[name].to_pylist() for name in NAMES)
+        bad = pairs[BAD].to_pylist() if BAD in pairs.column_names else [None] * len(pairs)
         keys, stored = references, {}
         if self.references is not None:
             keys = pairs[ROW].to_pylist()
+        keys = [None if why else key for key, why in zip(keys, bad)]
+        if self.references is not None:
             stored = self._rows(sorted({row for row in keys if row is not None}))
         work = Work(self._explaining, (queries, keys), stored)
         in_turn(work.steps(SIDES[self.sides], self.references is not None), self._image, self.threads)
         failures = [
-            _unnamed(query, reference, key) or work.failure(n)
-            for n, (query, reference, key) in enumerate(zip(queries, references, keys))
+            (Failure("bad row", why) if why else _unnamed(query, reference, key)) or work.failure(n)
+            for n, (why, query, reference, key) in enumerate(zip(bad, queries, references, keys))
         ]
         numbers = [None if failure else n for n, failure in enumerate(failures)]
         columns = {"score": pa.array([None if n is None else work.scores[n] for n in numbers], pa.float64())}
