@@ -17,7 +17,7 @@ from torch import Tensor
 
 from captum_fam._checks import check_positive, describe
 from captum_fam.visualization._captions import SIDES, Scores, Titles, side_captions
-from captum_fam.visualization._forms import Numbers, Pictures, Values, pictures, real
+from captum_fam.visualization._forms import Listed, Numbers, Pictures, Values, as_one, pictures, real
 from captum_fam.visualization._panels import Colours, show
 from captum_fam.visualization._scales import Scale, beyond, check_scale, colour_bar, limit_of, new_figure
 
@@ -35,7 +35,7 @@ STROKE: dict[str, Any] = {  # of boxes and lines: outlined, as yellow is not see
 def visualize_matches(
     query: Pictures,
     reference: Pictures,
-    matrix: Values,
+    matrix: Listed,
     n: int = 8,
     *,
     titles: Titles = None,
@@ -59,9 +59,9 @@ def visualize_matches(
     Args:
         query, reference (Tensor, array, PIL.Image or a list of them): B images each, as in
                     :func:`visualize_pair`.
-        matrix (Tensor or array): A value for each place of the query with each place of the reference, as
-                    :meth:`.SimilarityDecomposition.attribute_matrix`, what they contribute to the score, and
-                    :meth:`.CorrespondenceMap.attribute_matrix`, how much they look alike, return it:
+        matrix (Tensor, array or a list of them): A value for each place of the query with each place of the
+                    reference, as :meth:`.SimilarityDecomposition.attribute_matrix`, what they contribute to the
+                    score, and :meth:`.CorrespondenceMap.attribute_matrix`, how much they look alike, return it:
                     (B, N, N') or (N, N') where both grids are square, else (B, h, w, h', w') or (h, w, h', w').
         n (int): The largest number of matches that are drawn of a pair.
                     Default: 8
@@ -86,6 +86,7 @@ def visualize_matches(
     """
     check_positive("n", n)
     check_scale(scale)
+    matrix = as_one("matrix", matrix, batches=(3, 5))
     matrices = as_matrices("matrix", matrix)
     rows = len(matrices)
     images = [pictures(name, given, rows, mean, std) for name, given in zip(SIDES, (query, reference))]
@@ -116,8 +117,6 @@ def visualize_matches(
             _join(figure, str(number), axes[row], pair)
     for group, values, colour in zip(groups, each, colours):
         colour_bar(figure, list(axes[group].flat), colour, label, scale, beyond(values, colour.limit), len(values))
-    for axis in axes.flat:
-        axis.set_anchor("C")  # the bar has moved it
     return figure, axes
 
 

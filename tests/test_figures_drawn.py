@@ -122,7 +122,7 @@ def test_no_peak_of_a_long_signal_is_lost(place):
 
 @pytest.mark.parametrize(("count", "drawn"), [(1, 1), (2, 2), (16, 16), (17, 16), (64, 16)])
 def test_of_many_channels_some_are_drawn_from_the_first_to_the_last_which_is_said(count, drawn):
-    signal = np.arange(count)[None, :, None] + np.array([0.0, 1.0, NAN])  # the NaN is a gap
+    signal = np.arange(count)[None, :, None] + np.tile([0.0, 1.0, NAN], 22)  # each NaN is a gap
     signal[:, 1:-1, 1] += 1
     _, axes = pair(signal, np.ones((1, 1, 2)))
     assert {len(axis.lines) for axis in axes.flat} == {drawn}

@@ -280,3 +280,91 @@ def test_matches_take_the_number_of_images_from_the_matrix():
     _, axes = visualize_matches(images, images, torch.eye(4).expand(5, 4, 4), use_pyplot=False)
     drawn = [axis.images[0].get_array()[0, 0, 0] for axis in axes[:, 0]]
     assert len(set(drawn)) > 1
+
+
+LISTS = {
+    # images, a map of each as it is in a list, and the batch that it means
+    "stored maps": ((3, 3, 28, 28), (4, 5), (3, 1, 4, 5)),
+    "maps with a channel": ((3, 3, 28, 28), (1, 4, 5), (3, 1, 4, 5)),
+    "maps of one call each": ((3, 3, 28, 28), (1, 1, 4, 5), (3, 1, 4, 5)),
+    "maps of one row": ((3, 3, 28, 28), (1, 5), (3, 1, 1, 5)),
+    "signals": ((3, 22, 50), (9,), (3, 1, 9)),
+    "signals with a channel": ((3, 22, 50), (1, 9), (3, 1, 9)),
+    "signals of one call each": ((3, 22, 50), (1, 1, 9), (3, 1, 9)),
+    "volumes": ((3, 1, 8, 9, 9), (4, 5, 6), (3, 1, 4, 5, 6)),
+    "volumes with a channel": ((3, 1, 8, 9, 9), (1, 4, 5, 6), (3, 1, 4, 5, 6)),
+    "volumes of one call each": ((3, 1, 8, 9, 9), (1, 1, 4, 5, 6), (3, 1, 4, 5, 6)),
+    "one in a list": ((1, 3, 28, 28), (4, 5), (1, 1, 4, 5)),
+}
+
+
+@pytest.mark.parametrize(("shape", "one", "batch"), LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("given_as", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_maps_may_be_a_list_of_them(shape, one, batch, given_as, kind):
+    images, maps = given_as(numbered(*shape)), numbered(*batch)
+    found, values = taken(images, kind(given_as(m.reshape(one)) for m in maps))
+    wanted, expected = taken(images, maps)
+    assert [type(f) for f in found] == [type(f) for f in wanted]
+    assert [v.tolist() for v in values] == [v.tolist() for v in expected]
+
+
+def test_lists_of_maps_are_drawn_and_so_are_lists_of_matrices():
+    photos, maps, matrices = numbered(2, 28, 28, 3), numbered(2, 4, 4), torch.eye(4).expand(2, 4, 4)
+    for listed, whole in (
+        (visualize_pair(photos, photos, list(maps), list(maps)), visualize_pair(photos, photos, maps, maps)),
+        (visualize_comparison(photos, {"a": list(maps)}), visualize_comparison(photos, {"a": maps})),
+    ):
+        for axis, other in zip(listed[1].flat, whole[1].flat):
+            np.testing.assert_array_equal(axis.images[-1].get_array(), other.images[-1].get_array())
+    for each in (
+        list(matrices),
+        [m[None] for m in matrices],
+        [m.reshape(2, 2, 2, 2) for m in matrices],
+        [m.reshape(1, 2, 2, 2, 2) for m in matrices],
+    ):
+        _, axes = visualize_matches(photos, photos, each, use_pyplot=False)
+        _, whole = visualize_matches(photos, photos, matrices, use_pyplot=False)
+        assert axes.shape == (2, 2)
+        np.testing.assert_array_equal(axes[1, 0].images[1].get_array(), whole[1, 0].images[1].get_array())
+    with pytest.raises(ValueError, match="tell the grid"):  # of a list, too
+        visualize_matches(np.ones((2, 3, 32, 128)), photos, [np.ones((16, 4))] * 2)
+
+
+BAD_LISTS = {
+    "nothing": ([], ValueError, "is empty"),
+    "a failed pair": (
+        [np.ones((4, 4)), None],
+        ValueError,
+        r"`{}\[1\]` is None: leave out those without a map, or pass None for all",
+    ),
+    "maps of two sizes": (
+        [np.ones((4, 4)), np.ones((5, 4))],
+        ValueError,
+        r"`{}` to hold arrays of one shape, .*got \(4, 4\) and \(5, 4\).*figure of its own",
+    ),
+    "numbers": ([[0.5]], TypeError, "`{}` to be a real tensor or array, but got list of list"),
+    "texts": ([np.full((4, 4), "a")] * 2, TypeError, "`{}` to be a real"),
+    "channels": ([np.ones((3, 4, 4))] * 2, ValueError, "sum attributions over their channels"),
+}
+
+
+@pytest.mark.parametrize(("maps", "error", "said"), BAD_LISTS.values(), ids=BAD_LISTS)
+def test_a_list_that_is_none_of_maps_is_refused(maps, error, said):
+    photos = numbered(2, 28, 28, 3)
+    with pytest.raises(error, match=said.format("query_map")):
+        visualize_pair(photos, photos, maps, np.ones((2, 4, 4)))
+    with pytest.raises(error, match=said.format("reference_map")):
+        visualize_pair(photos, photos, np.ones((2, 4, 4)), maps)
+    with pytest.raises(error, match=said.format(r"attributions\['a'\]")):
+        visualize_comparison(photos, {"a": maps})
+    if "sum" not in said:
+        with pytest.raises(error, match=said.format("matrix")):
+            visualize_matches(photos, photos, maps)
+    assert not pyplot.get_fignums()
+
+
+@pytest.mark.parametrize(("shape", "said"), [((70, 64), True), ((64, 64), False), ((3, 500), False), ((1, 1), False)])
+def test_more_channels_than_values_are_said_as_time_may_have_come_first(shape, said):
+    _, axes = visualize_comparison(numbered(1, *shape), {"a": np.ones((1, 1, 1))}, use_pyplot=False)
+    assert ("(more channels than values: 64)" in axes[0, 0].get_xlabel().split("\n")) is said

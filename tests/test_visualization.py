@@ -330,7 +330,8 @@ def test_rounding_beyond_0_and_1_is_no_reason_to_warn():
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 7.0, -3.0, NAN, INF])
 def test_a_constant_image_is_drawn(value):
-    with pytest.warns(UserWarning, match="stretched") if value in (7.0, -3.0) else io.StringIO():
+    said = "no finite value" if not np.isfinite(value) else "stretched" if value in (7.0, -3.0) else None
+    with pytest.warns(UserWarning, match=said) if said else io.StringIO():
         figure, axes = pair(np.full((8, 8, 3), value), MAP)
     assert len(np.unique(photo(axes[0, 0]))) == 1
     if 0 <= value <= 1:
@@ -727,6 +728,7 @@ def test_no_failures_leave_no_foot():
 
 
 SQUARE, TALL = np.zeros((400, 400)), np.zeros((800, 100))
+STRIPS = np.linspace(-1.234e-5, 1, 60).reshape(3, 1, 1, 20)
 SIGNALS, TWO_BANDS = np.random.default_rng(0).normal(size=(1, 22, 1000)), SIGNED[:2, None]
 VOLUME, CUBES = np.zeros((1, 4, 24, 40, 40)), SIGNED.reshape(1, 1, 3, 4, 4).repeat(2, 1, 1, 1, 1)
 REASON = "a reason of some length, " * 8
@@ -736,6 +738,11 @@ ORDINARY = {
     "a pair that lacks much": lambda: pair(query_map=torch.full((2, 2), NAN)),
     "a pair of square images": lambda: pair(SQUARE, SIGNED, SQUARE, SIGNED),
     "a pair of tall images": lambda: pair(TALL, SIGNED, TALL, SIGNED),
+    "rows of tall images that lack much": lambda: pair(TALL, STRIPS, TALL, STRIPS, scores=[0.5, 0.1, 0.2]),
+    "rows of methods of tall images": lambda: comparison(TALL, dict.fromkeys(NAMES, STRIPS)),
+    "mixed up signals": lambda: pair(
+        SIGNALS.transpose(0, 2, 1), SIGNED[:1, None], SIGNALS.transpose(0, 2, 1) * NAN, SIGNED[:1, None]
+    ),
     "a row of methods": lambda: comparison(PHOTO, dict.fromkeys(NAMES, MAP), titles=["query: photo.png\ncosine 0.5"]),
     "a grid": lambda: comparison(PHOTO, dict.fromkeys(NAMES, torch.stack([MAP, SIGNED]))),
     "a row and a failure": lambda: comparison(PHOTO, failing(REASON, rows=1), titles=["query: photo.png\ncosine 0.5"]),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from captum_fam._checks import describe
 from captum_fam.comparison import Comparison
 from captum_fam.visualization._captions import SIDES, Scores, Titles, as_titles, side_captions
-from captum_fam.visualization._forms import Numbers, Pictures, Values, as_maps, panels, pictures
+from captum_fam.visualization._forms import Listed, Numbers, Pictures, Values, as_maps, panels, pictures
 from captum_fam.visualization._panels import show
 from captum_fam.visualization._scales import (
     CHARACTERS,
@@ -45,8 +45,8 @@ _LARGEST = {"all": "largest value", "row": "largest value of each row"}
 def visualize_pair(
     query: Pictures,
     reference: Pictures,
-    query_map: Values,
-    reference_map: Values | None,
+    query_map: Listed,
+    reference_map: Listed | None,
     *,
     titles: Titles = None,
     reference_titles: Titles = None,
@@ -76,13 +76,16 @@ def visualize_pair(
                     one is drawn in every row. One image is (C, H, W), (H, W, C) or (H, W), with
                     1, 3 or 4 channels; a batch has one dimension more. Of (B, H, W) and B maps
                     each is an image. Floats in [0, 1], or integers in [0, 255], of uint16 in
-                    [0, 65535]. PIL images of any mode; of mode I with 16 bits, of mode F with
-                    values in [0, 1]. Or signals (B, C, T) of any range, or volumes (B, C, D, H, W)
-                    with one channel, or three for colours; of others the first is drawn. What may
-                    be two of these is refused, with what to pass.
-        query_map, reference_map (Tensor or array): Their maps, as ``attribute_pair`` returns
-                    them: (B, 1, h, w), (B, h, w) or (h, w), any size; (B, 1, t) of signals,
-                    (B, 1, d, h, w) of volumes. ``reference_map`` may be None: the references have none.
+                    [0, 65535]; what leaves that range, or is below 2 % of it in all of its array,
+                    is stretched, with a warning. PIL images of any mode; of mode I with 16 bits, of
+                    mode F with values in [0, 1]. Or signals (B, C, T) of any range, or volumes
+                    (B, C, D, H, W) with one channel, or three for colours; of others the first is
+                    drawn. What may be two of these is refused, with what to pass.
+        query_map, reference_map (Tensor, array or a list of them): Their maps, as
+                    ``attribute_pair`` returns them: (B, 1, h, w), (B, h, w) or (h, w), any size;
+                    (B, 1, t) of signals, (B, 1, d, h, w) of volumes; or a list with the map of each, as
+                    of :func:`~captum_fam.read_maps`. ``reference_map`` may be None: the references have
+                    none.
         titles (list, optional): One for each pair, written under its query.
                     Default: None
         reference_titles (list, optional): One for each pair, written under its reference.
@@ -152,7 +155,7 @@ def visualize_pair(
 
 def visualize_comparison(
     images: Pictures,
-    attributions: Mapping[str, Values],
+    attributions: Mapping[str, Listed],
     *,
     titles: Titles = None,
     mean: Numbers = None,
@@ -175,7 +178,8 @@ def visualize_comparison(
                     :func:`visualize_pair`.
         attributions (dict): Maps by the names of their methods, as
                     :func:`~captum_fam.compare_attributions` returns them: (B, 1, h, w),
-                    (B, h, w) or (h, w), any size; (B, 1, t) of signals, (B, 1, d, h, w) of volumes.
+                    (B, h, w) or (h, w), any size; (B, 1, t) of signals, (B, 1, d, h, w) of volumes; or lists
+                    of the maps of one image each.
         titles (list, optional): One for each image.
                     Default: None
         scale (str or float): As in :func:`visualize_pair`, of each method for itself.

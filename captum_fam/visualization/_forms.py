@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from captum_fam._checks import describe, warn
-from captum_fam.images import as_rgb, to_bytes
+from captum_fam.images import as_rgb
+from captum_fam.visualization._levels import Numbers as Numbers
+from captum_fam.visualization._levels import Pixels, levels, undone
 from captum_fam.visualization._panels import Panel, Photo, Signal, Slices
 
 Picture: TypeAlias = Tensor | NDArray[Any] | Image.Image
 Pictures: TypeAlias = Picture | Sequence[Picture]
 Values: TypeAlias = Tensor | NDArray[Any]
-Numbers: TypeAlias = Sequence[float] | None
+Listed: TypeAlias = Values | Sequence[Values | None]  # None is refused in words, as of a pair that failed
 
-ROUNDING = 0.01  # how far values may leave [0, 1] when a normalisation is undone
-WHITE = {"uint16": 65535}  # of dtypes, where it is not 255, or 1 for floats
 COLOURS = (3, 4)  # numbers of channels that are colours
 # By the number of their spatial dimensions.
 FORMS = {
@@ -48,18 +48,44 @@ class Maps:
         return list(torch.from_numpy(values).reshape(-1, *spatial))
 
 
-def as_maps(name: str, values: Values, images: Pictures) -> Maps:
-    """Maps of these images; those of signals and volumes, too, may have no channel: (B, t) and (B, d, h, w)."""
-    if not isinstance(values, (Tensor, np.ndarray)):
+def as_one(name: str, values: Listed, batches: Sequence[int]) -> NDArray[Any]:
+    """One array of a list, too, whose items of so many dimensions may be batches of one."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        return real(name, values)
+    if not isinstance(values, (list, tuple)):
         raise TypeError(f"Expected `{name}` to be a real tensor or array, but got {describe(values)}.")
-    given = real(name, values)
+    if not values:
+        raise ValueError(f"Expected `{name}` to be an array or a list of them, but it is empty.")
+    items = []
+    for i, item in enumerate(values):
+        if item is None:
+            raise ValueError(f"`{name}[{i}]` is None: leave out those without a map, or pass None for all references.")
+        if not isinstance(item, (Tensor, np.ndarray)):
+            got = f"{describe(values)} of {describe(item)}"
+            raise TypeError(f"Expected `{name}` to be a real tensor or array, but got {got}.")
+        items.append(real(name, item))
+    shapes = [item.shape for item in items]
+    if other := [shape for shape in shapes if shape != shapes[0]]:
+        raise ValueError(
+            f"Expected `{name}` to hold arrays of one shape, but got {shapes[0]} and {other[0]}; draw those of each"
+            " shape in a figure of its own."
+        )
+    return np.concatenate(items) if shapes[0][:1] == (1,) and len(shapes[0]) in batches else np.stack(items)
+
+
+def as_maps(name: str, values: Listed, images: Pictures) -> Maps:
+    """Maps of these images; those of signals and volumes, too, may have no channel: (B, t) and (B, d, h, w)."""
+    given = as_one(name, values, batches=(3, 4, 5))
+    shape = given.shape
+    if given.ndim == 2 and not isinstance(values, (Tensor, np.ndarray)):  # (t,) of each
+        given = given[:, None]
     if (given.ndim == 2 and _are_signals(name, given.shape, images)) or (given.ndim == 4 and _ndim(images) == 5):
         given = given[:, None]
     one = given.ndim > 2 and given.shape[1] == 1
     ranks = {2: {2}, 3: {1, 2} if one else {2}, 4: {2} if one else set(), 5: {3} if one else set()}.get(given.ndim)
     if not ranks or not given.size:
         raise ValueError(
-            f"Expected `{name}` to be maps (B, 1, h, w), (B, h, w) or (h, w), but got shape {tuple(values.shape)};"
+            f"Expected `{name}` to be maps (B, 1, h, w), (B, h, w) or (h, w), but got shape {shape};"
             " those of signals are (B, 1, t), of volumes (B, 1, d, h, w); sum attributions over their channels first."
         )
     return Maps(name, given, ranks)
@@ -110,10 +136,12 @@ def panels(
     found = _one_by_one(name, images, rows, rank, mean, std)
     arrays = [_channels_first(name, image, rank, max(m[0].shape[-1] for m in maps)) for image in found]
     if rank == 1:
-        shown += [Signal(_undone(a.T, mean, std).T) for a in arrays] * (rows // len(arrays))
+        shown += [Signal(undone(a.T, mean, std).T) for a in arrays] * (rows // len(arrays))
         return shown, maps
-    volumes = [(_volume(name, a, mean, std), f"channel 0 of {len(a)}" * (len(a) not in (1, 3))) for a in arrays]
-    for row, (slices, note) in enumerate(volumes * (rows // len(volumes))):
+    found = levels(name, [_volume(a, mean, std) for a in arrays], isinstance(images, (Tensor, np.ndarray)))
+    volumes = [[_image(s) for s in volume] for volume in found]
+    notes = [f"channel 0 of {len(a)}" * (len(a) not in (1, 3)) for a in arrays]
+    for row, (slices, note) in enumerate(list(zip(volumes, notes)) * (rows // len(volumes))):
         shown.append(Slices.of(slices, note, [column[row] for column in maps]))
     return shown, maps
 
@@ -121,7 +149,8 @@ def panels(
 def pictures(name: str, images: Pictures, rows: int, mean: Numbers, std: Numbers) -> list[Image.Image]:
     """One image for each row."""
     found = [_picture(name, image, mean, std) for image in _one_by_one(name, images, rows, 2, mean, std)]
-    return found * (rows // len(found))
+    shown = [_image(each) for each in levels(name, found, isinstance(images, (Tensor, np.ndarray)))]
+    return shown * (rows // len(shown))
 
 
 def _rank(name: str, images: Pictures, columns: Sequence[Maps]) -> int:
@@ -200,35 +229,20 @@ def _channels_first(name: str, image: Any, rank: int, places: int) -> NDArray[An
     return values
 
 
-def _undone(values: NDArray[Any], mean: Numbers, std: Numbers) -> NDArray[np.float64]:
-    """Values (..., C) before they were normalised; integers never were."""
-    scale, shift = (_each_channel(n, v, d, values.shape[-1]) for n, v, d in (("std", std, 1), ("mean", mean, 0)))
-    wide: NDArray[np.float64] = values.astype(np.float64)
-    return wide * scale + shift if values.dtype.kind == "f" else wide
+def _volume(values: NDArray[Any], mean: Numbers, std: Numbers) -> Pixels:
+    """A volume (C, D, H, W): in colours if it has three channels, else of its first."""
+    return Pixels(np.moveaxis(values, 0, -1), mean, std, 3 if len(values) == 3 else 1)
 
 
-def _each_channel(name: str, values: Numbers, default: float, channels: int) -> NDArray[Any]:
-    numbers = np.atleast_1d(np.asarray(default if values is None else values, np.float32))
-    if numbers.shape not in ((1,), (channels,)):
-        raise ValueError(
-            f"Expected `mean` and `std` to have one number for each of {channels} channels, but got {name} {values!r}."
-        )
-    return numbers
-
-
-def _volume(name: str, values: NDArray[Any], mean: Numbers, std: Numbers) -> list[Image.Image]:
-    """The slices of a volume (C, D, H, W): in colours if it has three channels, else of its first."""
-    pixels = np.moveaxis(values, 0, -1)
-    levels = _levels(name, pixels, _undone(pixels, mean, std)[..., : 3 if len(values) == 3 else 1])
-    return [_image(s) for s in levels]
-
-
-def _picture(name: str, image: Picture, mean: Numbers, std: Numbers) -> Image.Image:
+def _picture(name: str, image: Picture, mean: Numbers, std: Numbers) -> Pixels:
     if isinstance(image, Image.Image):
         try:
-            return as_rgb(image)
+            rgb = as_rgb(image)
         except ValueError as error:
             raise ValueError(f"Cannot draw `{name}`: {error}.") from error
+        if image.mode == "F":
+            return Pixels(np.asarray(image)[..., None])
+        return Pixels(np.asarray(image).astype(np.uint16)[..., None] if image.mode[0] == "I" else np.asarray(rgb))
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"Expected `{name}` to be a tensor, an array or a PIL image, but got {describe(image)}.")
     pixels = real(name, image)
@@ -238,29 +252,7 @@ def _picture(name: str, image: Picture, mean: Numbers, std: Numbers) -> Image.Im
     if not channels or not pixels.size:
         raise ValueError(f"Expected `{name}` to be {FORMS[2]}, but got one of shape {tuple(image.shape)}.")
     # Where both ends could be the channels, tensors have them first, arrays last.
-    pixels = np.moveaxis(pixels, channels[0 if isinstance(image, Tensor) else -1], -1)
-    return _image(_levels(name, pixels, _undone(pixels, mean, std)))
-
-
-def _levels(name: str, given: NDArray[Any], pixels: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Bytes of pixels (..., C): what is out of the range of the dtype that was given is stretched."""
-    white = WHITE.get(given.dtype.name, 1 if given.dtype.kind in "fb" else 255)
-    finite = np.isfinite(pixels)
-    low, high = pixels.min(where=finite, initial=np.inf), pixels.max(where=finite, initial=-np.inf)
-    if low < -ROUNDING or high > white + ROUNDING or (white > 255 >= high > 0):  # 16 bits, or perhaps 8
-        cure = (
-            "the mean and std that it was normalised with"
-            if given.dtype.kind == "f"
-            else "uint8, or values from 0 to 1"
-        )
-        warn(
-            f"`{name}` has values from {low:.6g} to {high:.6g}, not from 0 to {white}; they are stretched to be seen."
-            f" Pass {cure}."
-        )
-        pixels = (pixels - low) / (high - low or 1)
-    else:
-        pixels = pixels / white
-    return to_bytes(np.where(finite, pixels, 0))
+    return Pixels(np.moveaxis(pixels, channels[0 if isinstance(image, Tensor) else -1], -1), mean, std)
 
 
 def _image(levels: NDArray[np.uint8]) -> Image.Image:

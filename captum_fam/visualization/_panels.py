@@ -90,10 +90,18 @@ class Signal:
         axis.set_box_aspect(FLAT)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.tick_params(labelsize="x-small")
-        if values is None and C > 1:
-            said = f"({C if C <= LANES else f'{LANES} of {C}'} channels, own scales)"
-            caption = "\n".join(filter(None, [caption, said]))
-        axis.set_xlabel(caption, parse_math=False)
+        said = self._said() if values is None else []
+        axis.set_xlabel("\n".join(filter(None, [caption, *(f"({line})" for line in said)])), parse_math=False)
+
+    def _said(self) -> list[str]:
+        C, T = self.channels.shape
+        said = [f"{C if C <= LANES else f'{LANES} of {C}'} channels, own scales"] if C > 1 else []
+        if T < C:
+            said.append(f"more channels than values: {T}")  # time and channels may have been mixed up
+        empty = int((~np.isfinite(self.channels)).all(1).sum())
+        if empty:
+            said.append("no value is finite" + (f" in {empty} of {C} channels" if empty < C else ""))
+        return said
 
 
 def _lanes(channels: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:

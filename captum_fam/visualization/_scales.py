@@ -105,7 +105,8 @@ def colour_bar(
 ) -> None:
     """The bar beside axes, which says what it is and how many of their values are beyond it."""
     extend = ("both" if colours.signed else "max") if clipped else "neither"
-    bar = figure.colorbar(colours.bar, ax=axes, fraction=0.02, pad=0.01, aspect=30, extend=extend)
+    # Axes that are narrower than their column stay in its middle: beside the bar, their captions would run over it.
+    bar = figure.colorbar(colours.bar, ax=axes, fraction=0.02, pad=0.01, aspect=30, extend=extend, panchor=False)
     if scale == "row":
         label += "\n(scale of this row)"
     elif scale != "all":
