@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from test_batch import NAMES, PAIRS, contents, in_process, photos, read, run, stamps, write  # noqa: F401
+from tqdm import auto, tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 from captum_fam import (
     CorrespondenceMap,
@@ -27,7 +29,7 @@ from captum_fam.images import read_image, to_tensor
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 from captum_fam import batch  # noqa: E402  # after the skip
-from captum_fam.batch import _part, _work  # noqa: E402
+from captum_fam.batch import _engines, _part, _work  # noqa: E402
 
 SIZE = 64
 FACTORY = '''
@@ -236,6 +238,40 @@ def test_the_command_has_the_options(photos, small, run):
         close(the_map(row), method.attribute(query, reference=reference, threshold=-1.0)[0, 0])
     assert err.count("captum-fam: warning:") == 1  # of those that some failed, too
     assert "add up" in err
+
+
+SPOKEN = {
+    "a short name": (("--method", "fam"), "--method must be one of", "Did you mean 'FeatureActivationMap'?"),
+    "one of Captum": (("--method", "Saliency"), "--method must be one of", "captum-fam compare has those"),
+    "a distance": (("--threshold", 1, "--similarity", "euclidean"), "--threshold needs --similarity cosine or dot", ""),
+    "no number": (("--threshold", "nan"), "--threshold must be a finite score", ""),
+    "both": (("--threshold", 1, "--contrast", "self"), "--contrast and --threshold were both given", ""),
+    "scores": (("--contrast", "self", "--method", "Relax"), "Relax has no --contrast self: take --method", ""),
+}
+
+
+@pytest.mark.parametrize(("options", "begins", "ends"), SPOKEN.values(), ids=SPOKEN)
+def test_the_command_speaks_of_its_own_options(tmp_path, run, options, begins, ends):
+    status, out, err = run(write(tmp_path / "pairs.csv", FEW), "-o", tmp_path / "out", *options)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"captum-fam: {begins}")
+    assert ends in err
+    assert "`" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_s_progress_bars_make_no_semaphore_that_it_would_leave_behind(monkeypatch):
+    monkeypatch.setattr(tqdm, "_lock", None, raising=False)  # put back at the end
+    for kind in auto.tqdm.__mro__:  # as in a new process
+        if "_lock" in vars(kind):
+            monkeypatch.delattr(kind, "_lock")
+    monkeypatch.setattr(_engines, "PartExplainer", dict)
+    monkeypatch.setattr(_engines, "_explainer", None, raising=False)
+    made = []
+    monkeypatch.setattr(TqdmDefaultWriteLock, "__init__", lambda self: made.append(self))
+    _engines._start({"device": "cpu"}, None)
+    auto.tqdm(disable=True).close()
+    assert not made
 
 
 def test_of_what_is_beyond_the_own_share_it_is_not_said_that_it_does_not_add_up(photos, small, run):

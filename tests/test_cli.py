@@ -175,6 +175,16 @@ class Dicts(nn.Conv2d):
     def forward(self, x):
         return {"embedding": super().forward(x).mean((2, 3))}
 
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def forward(self, a, b):
+        return nn.functional.cosine_similarity(self.encoder(a), self.encoder(b))
+
+def siamese():
+    return Siamese()
+
 def dicts():
     return nn.Sequential(nn.Conv2d(3, 3, 1), Dicts(3, 4, 1))
 
@@ -206,7 +216,17 @@ BAD = {
     "an unknown option": (["{query}", "{cat}", "--layers", "features"], "--layer"),
     "a layer without a map": (["{query}", "{cat}", "--encoder", "bad_encoders:flat"], "--layer"),
     "an encoder that fails": (["{query}", "{cat}", "--encoder", "bad_encoders:failing"], "--size"),
-    "an encoder of dicts": (["{query}", "{cat}", "--encoder", "bad_encoders:dicts"], "let the factory return"),
+    "an encoder of dicts": (
+        ["{query}", "{cat}", "--encoder", "bad_encoders:dicts"],
+        "but got dict): let the factory return a module whose forward ends with that: output['embedding']\n",
+    ),
+    "an encoder of two images": (
+        ["{query}", "{cat}", "--encoder", "bad_encoders:siamese"],
+        "argument: 'b'): let the factory return model.encoder, which embeds images alone\n",
+    ),
+    "a name of torchvision's": (["{query}", "{cat}", "--encoder", "resnet18"], "did you mean torchvision:resnet18"),
+    "an initial": (["{query}", "{cat}", "--method", "FAM"], "Did you mean 'FeatureActivationMap'?"),
+    "initials": (["{query}", "{cat}", "--method", "cm"], "Did you mean 'CorrespondenceMap'?"),
     "a factory that exits": (["{query}", "{cat}", "--encoder", "bad_encoders:leaving"], "SystemExit"),
     "an encoder without a factory": (["{query}", "{cat}", "--encoder", "bad_encoders:"], "module.path:factory"),
     "a checkpoint": (["{query}", "{cat}", "--weights", "{tmp}/checkpoint.pt"], "'model'"),

@@ -267,6 +267,8 @@ def test_a_state_dict_replaces_the_weights_of_the_folder(tmp_path):
 
 MISTAKES = {
     "an unknown model of timm": (["timm:test_vitt"], ["did you mean", "test_vit"]),
+    "a name of timm's alone": (["resnet10t"], ["no encoder 'resnet10t': did you mean timm:resnet10t?"]),
+    "a name of timm's and torchvision's": (["resnet18"], ["did you mean torchvision:resnet18 or timm:resnet18?"]),
     "an unknown tag": (["timm:test_vit.r160"], ["did you mean", "test_vit.r160_in1k"]),
     "weights of another model": (["timm:test_resnet", "--weights", "{tmp}/state.pt"], ["do not fit"]),
     "a size in pixels that timm cannot take": (
@@ -308,6 +310,15 @@ def test_a_mistake_is_one_line(run, two, tmp_path, folder, arguments, advice):  
     assert all(words in err for words in advice)
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_open_clip_is_named_as_it_is_passed(run, two, tmp_path):  # noqa: F811
+    pytest.importorskip("open_clip")
+    status, _, err = run("explain", *two, "-o", tmp_path / "out.png", "--encoder", f"open_clip:{tmp_path}")
+    assert (status, err) == (
+        2,
+        f"captum-fam: open_clip takes a folder by another name: open_clip:local-dir:{tmp_path}\n",
+    )
 
 
 CODE = {"auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}

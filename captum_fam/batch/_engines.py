@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from captum_fam.batch._part import PartExplainer, Warned
 from captum_fam.encoders import one_line
@@ -71,6 +72,7 @@ def _start(options: dict[str, Any], started: Any) -> None:
     """In a worker process."""
     global _explainer
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # not its own of processes: whoever kills us would leave a semaphore behind
     if options["device"] == "cuda" and torch.cuda.device_count():
         with started.get_lock():
             options = options | {"device": f"cuda:{started.value % torch.cuda.device_count()}"}

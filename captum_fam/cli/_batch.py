@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from captum_fam.cli._common import encoder_options, say
+from captum_fam.cli._explain import asked_of
+from captum_fam.cli._rows import check_method
 
 SOME_FAILED = 1  # the status, where others were explained
 
@@ -76,6 +78,8 @@ def batch(pairs: Sequence[Path], output: Path, **options: Any) -> int:
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'captum-fam[batch]'") from error
 
+    asked = asked_of(options["contrast"], options["threshold"], [], [])
+    check_method(options["method"], asked, options["similarity"], 1)
     found = explain_pairs(pairs, output, **options)
     if not found.explained:
         raise ValueError(

@@ -26,9 +26,10 @@ def encoder_options(function: Callable[..., int | None]) -> Callable[..., int | 
             "--encoder",
             default="bundled",
             show_default=True,
-            help="bundled, torchvision:NAME, timm:NAME, open_clip:NAME, hf:PATH or sentence-transformers:PATH (a folder"
-            " of its library, or a name on huggingface.co) or module.path:factory, a function without arguments: its"
-            " code is run, of a module in the current folder first.",
+            help="bundled, torchvision:NAME, timm:NAME, open_clip:NAME/PRETRAINED or open_clip:local-dir:PATH, hf:PATH"
+            " or sentence-transformers:PATH (a folder of its library, or a name on huggingface.co) or"
+            " module.path:factory, a function without arguments: its code is run, of a module in the current folder"
+            " first.",
         ),
         click.option("--weights", type=Path, help="State dict of the encoder, as torch.save writes it."),
         click.option(

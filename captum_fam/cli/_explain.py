@@ -90,7 +90,7 @@ def explain(
     given += [Reference(len(references) + i, text) for i, text in enumerate(texts, 1)]
     kept = [reference for reference in given if not reference.error]
     pictures = [reference.image for reference in kept if reference.image is not None]
-    asked, methods = _asked(contrast, threshold, given, kept), list(dict.fromkeys(methods))
+    asked, methods = asked_of(contrast, threshold, given, kept), list(dict.fromkeys(methods))
     for name in methods or ["FeatureActivationMap"]:
         check_method(name, asked, similarity, len(pictures))
     beside, beside_names = controls(None) if is_page else ([], [])
@@ -178,7 +178,7 @@ def explain(
     return int(len(kept) < len(given))
 
 
-def _asked(
+def asked_of(
     contrast: str | None, threshold: float | None, given: Sequence[Reference], kept: Sequence[Reference]
 ) -> Asked:
     """What is taken away from the scores, in the words of the options; a reference is given by its number from 1."""

@@ -105,6 +105,9 @@ def check_method(name: str, asked: Asked, similarity: str, images: int) -> None:
     if name not in OF_SIMILARITIES:
         of_captum = isinstance(getattr(captum.attr, name, None), type)
         hint = " captum-fam compare has those of Captum." if of_captum else did_you_mean(name, OF_SIMILARITIES)
+        short = {"".join(filter(str.isupper, full)): full for full in OF_SIMILARITIES}  # FAM, as the figure says
+        if name.upper() in short:
+            hint = f" Did you mean {short[name.upper()]!r}?"
         raise ValueError(f"--method must be one of {', '.join(OF_SIMILARITIES)}, but got {name}.{hint}")
     kind, option = OF_SIMILARITIES[name], asked.option
     if asked.of_each_side and (kind is CorrespondenceMap or not kind._of_terms):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from captum_fam.bundled import BundledEncoder, bundled_encoder
-from captum_fam.encoders._classifiers import of_timm, torchvision, torchvision_models
+from captum_fam.encoders._classifiers import of_timm, timm_models, torchvision, torchvision_models
 from captum_fam.encoders._factory import from_factory
 from captum_fam.encoders._layer import find_layer
 from captum_fam.encoders._loaded import LoadedEncoder
@@ -73,7 +73,11 @@ def _load(name: str, weights: Path | None, size: int | None) -> LoadedEncoder:
         return LoadedEncoder(own.eval())
     models = torchvision_models()
     known = ["bundled", *(f"torchvision:{n}" for n in models.list_models(module=models))]
-    close = "" if ":" in name else near(name, known) or near(f"torchvision:{name}", known)
+    known += [f"timm:{n}" for n in (timm_models() if ":" not in name else ())]
+    same = [n for n in known if n.partition(":")[2] == name]
+    close = f": did you mean {' or '.join(same)}?" if same and name else ""
+    if not close and ":" not in name:
+        close = near(name, known) or near(f"torchvision:{name}", known)
     kinds = (
         "pass bundled, torchvision:NAME, timm:NAME, hf:PATH, open_clip:NAME/PRETRAINED, sentence-transformers:PATH or,"
         " for your own, module.path:factory"

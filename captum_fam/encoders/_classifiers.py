@@ -50,6 +50,15 @@ def torchvision(name: str, architecture: str, weights: Path | None) -> LoadedEnc
     )
 
 
+def timm_models() -> list[str]:
+    """The names that timm has, if it is there."""
+    try:
+        timm = optional("timm")
+    except ValueError:
+        return []
+    return [*timm.list_models(), *timm.list_pretrained()]
+
+
 def of_timm(name: str, architecture: str, weights: Path | None, size: int | None) -> LoadedEncoder:
     timm = optional("timm")
     names = [*timm.list_models(), *timm.list_pretrained()]

@@ -81,6 +81,8 @@ def _parted(library: Any, name: str, rest: str, has_weights: bool) -> tuple[str,
     if whole in architectures:  # as in ViT-B/32
         architecture, tag = whole, ""
     architecture = architecture.replace("/", "-")
+    if architecture not in architectures and Path(rest).is_dir():
+        raise ValueError(f"open_clip takes a folder by another name: open_clip:local-dir:{rest}")
     if architecture not in architectures:
         raise ValueError(f"open_clip has no model {architecture or rest!r}{near(architecture or rest, architectures)}")
     tags = library.list_pretrained_tags_by_model(architecture)

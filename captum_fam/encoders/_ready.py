@@ -1,6 +1,7 @@
 """An encoder on its device, images as it sees them, and its failures as one line: what commands have in common."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -34,9 +35,22 @@ class ReadyEncoder(LoadedEncoder):
         try:
             return embed(self.model, "inputs", (tensors,), None, None)
         except (TypeError, ValueError) as error:
+            fact, what = _for_a_factory(one_line(error))
             raise ValueError(
-                f"{self.name} gives no embeddings (B, D) ({one_line(error)}): let the factory return a module that does"
+                f"{self.name} gives no embeddings (B, D) ({fact}): let the factory return {what}"
             ) from error
+
+
+def _for_a_factory(text: str) -> tuple[str, str]:
+    """What is wrong, of a message to those who call from Python, and its advice in place of arguments of theirs."""
+    fact = re.split(r"; |\. (?=If it|It takes|Pass)", text)[0]
+    parts = re.findall(r"model\.\w+(?=[ ,])", text)
+    selected = re.search(r"output_selector=lambda \w+: (.+?)(?:, (?:or|of) .*)?\.?$", text)
+    if parts:
+        return fact, f"{' or '.join(parts)}, which embeds images alone"
+    if selected:
+        return fact, f"a module whose forward ends with that: {selected[1]}"
+    return fact, "a module that does"
 
 
 def ready_encoder(
