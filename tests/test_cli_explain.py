@@ -329,7 +329,8 @@ def test_a_method_that_fails_on_an_encoder_is_named(run, three, tmp_path, monkey
         status, out, err = run("explain", *three, *arguments, "--method", name)
         assert (status == 0) == (name == "FeatureActivationMap")
     assert (status, out) == (2, "")
-    assert "RelevanceCam failed on bad_encoders:tokens (TypeError: " in err
+    assert "RelevanceCam failed on bad_encoders:tokens (LRP has no rule for a module after layer 'patches'" in err
+    assert "`rule`" not in err
     assert err.endswith("): take another --method or --layer\n")
 
 

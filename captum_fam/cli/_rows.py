@@ -158,12 +158,12 @@ def rows_of(methods: Sequence[str], encoder: str, compared: Compared, asked: Ask
         both = asked.of_each_side or name == "CorrespondenceMap"
         try:
             rows.append(_row(name, compared, asked, name, (label, label if both else name), own_layer))
-        except ValueError:
-            raise
         except Exception as error:  # whatever a method raises for an encoder that it does not fit
-            raise ValueError(
-                f"{name} failed on {encoder} ({one_line(error)}): take another --method or --layer"
-            ) from error
+            lrp = str(error).startswith("LRP ")  # whose advice is for Python
+            if isinstance(error, ValueError) and not lrp:
+                raise
+            why = str(error).partition(". ")[0] if lrp else one_line(error)
+            raise ValueError(f"{name} failed on {encoder} ({why}): take another --method or --layer") from error
     return rows
 
 
