@@ -289,3 +289,18 @@ def test_a_classifier_that_decides_by_a_distance_is_not_sent_in_a_circle():
         episode.contrast(0, "self")
     own = explain_episode(methods.SimpleShot(HEAD), HEAD.layer, QUERIES, SUPPORT, labels, contrast="self")
     close(own.maps, explain_episode(HEAD, HEAD.layer, QUERIES, SUPPORT, labels, contrast="self").maps)
+
+
+def test_of_what_adds_up_to_nothing_no_sum_is_missed():
+    """Of "self", nothing is left to add up to; RELAX and best matches have no sum."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        options = {"method": SimilarityDecomposition, "contrast": "self"}
+        explain_hits(QUERIES, HITS, HEAD, HEAD.layer, **options)
+        explain_episode(HEAD, HEAD.layer, QUERIES, SUPPORT, LABELS, **options)
+        for name in ("Relax", "CorrespondenceMap"):
+            found = explain_hits(QUERIES, HITS, HEAD, HEAD.layer, method=name, **OPTIONS.get(name, {}))
+            for rank in range(4):
+                found.contrast(rank, "rest")
+    with pytest.warns(UserWarning, match="do not add up to the similarity"):
+        explain_hits(QUERIES, HITS, HEAD, HEAD.layer, method=SimilarityDecomposition)

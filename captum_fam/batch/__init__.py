@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from captum_fam._checks import check_positive, describe
 from captum_fam._files import irregular, recorded_warnings
-from captum_fam._margins import why_opposite
 from captum_fam.batch._engines import ENGINES
 from captum_fam.batch._images import all_pairs, images_of, nearest
 from captum_fam.batch._job import digest, digest_of, locked, prepare, seal
@@ -29,6 +28,7 @@ from captum_fam.engine.question import less_of
 from captum_fam.images import write_whole
 from captum_fam.methods.by_name import OF_SIMILARITIES, method_named
 from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.margins import why_opposite
 from captum_fam.methods.on_layer import OnLayer
 
 __all__ = ["BatchResult", "StoredPair", "StoredPairs", "explain_pairs", "read_maps"]

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_fam._checks import warn_once
-from captum_fam._margins import are_opposite, texts_of
 from captum_fam.encoders._ready import ReadyEncoder, planes
 from captum_fam.engine.question import Less, Question, usable
 from captum_fam.methods.by_name import explain_references
 from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.margins import are_opposite, texts_of
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.similarity import channel_contributions, widen
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from captum_fam._files import utf8
-from captum_fam._margins import why_opposite
 from captum_fam.cli._common import Reference, encoder_options, loaded, number, read_references, say, short
 from captum_fam.cli._explore import controls, page_of
 from captum_fam.cli._figure import explanation_figure
 from captum_fam.cli._rows import ITSELF, NOTHING, USUAL, Asked, Compared, Row, check_method, rows_of, usual_rows
 from captum_fam.images import FIGURES, check_output, read_image, write_figure
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
+from captum_fam.methods.margins import why_opposite
 from captum_fam.similarity import channel_contributions, widen
 
 _PAGE = ".html"

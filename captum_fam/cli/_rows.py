@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_fam._checks import did_you_mean, warn_once
-from captum_fam._margins import are_opposite, texts_of
 from captum_fam.encoders import one_line
 from captum_fam.engine.question import Less, Question, less_of
 from captum_fam.methods.by_name import OF_SIMILARITIES, explain_references, make_method
 from captum_fam.methods.correspondence_map import CorrespondenceMap, less_the_others
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
+from captum_fam.methods.margins import are_opposite, texts_of
 
 USUAL = ("map", "self", "alike")  # the rows where no method is named
 

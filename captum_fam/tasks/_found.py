@@ -11,6 +11,7 @@ from captum_fam._checks import describe, warn_once
 from captum_fam.engine.question import Question, less_of
 from captum_fam.methods.by_name import explain_references
 from captum_fam.methods.layer_explanation import Explained
+from captum_fam.methods.margins import texts_of
 from captum_fam.similarity import unit, widen
 from captum_fam.tasks._explanation import Origin, check_asked, contrasted, explained, words_of
 from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
@@ -72,7 +73,8 @@ def explain_found(
         return _laid_out(best, ranks(), parts[0].there.shape[1], method.attribute(query, reference=query)[:, 0])
 
     attributes, explanation, s = explained(method, (query,), ask, internal_batch_size, match)
-    z, warned = explanation.embedding, explanation.report.texts()
+    own = contrast if threshold is None and isinstance(contrast, str) and contrast == "self" else None
+    z, warned = explanation.embedding, texts_of(explanation.report, own)
     given = [part.scores for part in parts.values() if part.scores is not None]
     there = torch.cat([part.there for part in parts.values()]).to(z.device)
     shown = there.reshape(*there.shape, *[1] * (attributes["maps"].ndim - 2))
@@ -90,7 +92,6 @@ def explain_found(
     warned += check(result, widen(z), s)
     origin = Origin(method, (query.detach(),), s, internal_batch_size, images)
     result._remember(origin)
-    own = contrast if threshold is None and isinstance(contrast, str) and contrast == "self" else None
     if contrast is not None or threshold is not None:
         other = None if own or threshold is not None else result._other(contrast, "contrast")
         rank = contrast if isinstance(contrast, (str, type(None))) else result._rank("contrast", contrast) + 1
@@ -103,7 +104,7 @@ def explain_found(
             side = _of_hits(method, query[b : b + 1], images, b, row, z[b : b + 1], own, threshold, internal_batch_size)
             hit_maps.append(None if side is None else side.maps[0][:, 0])
             if side is not None:
-                warned += side.report.texts()
+                warned += texts_of(side.report, own)
                 far = _distances(side.embedding, s[b, row], method._similarity() == "cosine")
                 strange += [result.ids[b][k] for k, d in zip(row, far) if d > _SAME]
         result = replace(result, hit_maps=_laid_out(hit_maps, ranks(), there.shape[1], attributes["maps"][:, 0]))

@@ -13,6 +13,7 @@ from captum_fam.engine.chunks import cut, slices
 from captum_fam.engine.untouched import eagerly
 from captum_fam.methods.by_name import make_method, method_named
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.margins import texts_of
 from captum_fam.methods.similarity_attribution import Inputs, SimilarityAttribution
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.score import prototypes
@@ -152,7 +153,7 @@ def explain_episode(
     with torch.no_grad():
         z = explanation.embedding
         scores = decision.scores(z) if decision.scores is not None else found["similarities"].to(z.dtype)
-    warn_once(explanation.report.texts())
+    warn_once(texts_of(explanation.report, contrast if isinstance(contrast, str) and contrast == "self" else None))
     result = EpisodeExplanation(**found, classes=decision.classes, scores=scores)
     origin = Origin(
         explainer,

@@ -31,7 +31,7 @@ def why_opposite(kind: type[SimilarityAttribution], similarity: str | None) -> s
     return "its places do not add up to the margin"
 
 
-def texts_of(report: Report, less: Less) -> list[str]:
+def texts_of(report: Report, less: Less | str) -> list[str]:
     """What is to be told of maps; of those less the own share not that they do not add up, as nothing is left to."""
     own = isinstance(less, str) and less == "self"
     return [text for text in report.texts() if not (own and text.startswith("The places of layer"))]
