@@ -107,17 +107,9 @@ def _count(name: str) -> list[object]:
                 model(*images)
                 return [kept[n] for n in in_doubt]
 
-            return sum(
-                ask(
-                    activations,
-                    [Doubt.PLACES] * len(in_doubt),
-                    [False] * len(in_doubt),
-                    layouts,
-                    (x,),
-                    None,
-                    z.shape[1],
-                )[0]
-            )
+            places, convolved = [Doubt.PLACES] * len(in_doubt), [False] * len(in_doubt)
+            answers, _ = ask(activations, places, convolved, layouts, (x,), None, z.shape[1])
+            return sum(answer is True for answer in answers)
 
         right = confirmed(unknown)
         wrong = [confirmed(_Wrong(order, how in ("one further", "half of them"))) for how, order in WRONG.items()]

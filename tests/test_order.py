@@ -1,14 +1,22 @@
 """Places lie where the map says: known from the model, confirmed by the encoder, or refused."""
 
+import contextlib
 import functools
+import importlib.util
+import io
 import math
+import os
 import re
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from encoders import HeadEncoder, random, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from captum_fam import (
@@ -20,8 +28,8 @@ from captum_fam import (
     patch_tokens,
 )
 from captum_fam import tokens as layouts
+from captum_fam.engine.answers import answer_of
 from captum_fam.engine.layers import early_map, last_map, maps_on_the_way
-from captum_fam.engine.order import _answer
 
 
 def refused(match="do not lie on inputs"):
@@ -164,6 +172,105 @@ def test_whatever_the_order_the_map_is_right_or_refused(data):
     transform = explicit(order, at, grid)
     wanted = FeatureActivationMap(model, model.blocks[0], reshape_transform=transform).attribute(x, reference=x.flip(0))
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("grid", [(1, 3), (2, 2), (4, 3), (4, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize("seed", [2, 5, 45, 53, 95])
+def test_whether_the_class_token_is_first_or_second_does_not_hang_on_the_weights(seed, grid):
+    """Only the first place is wrong where it is second; attention makes it answer a little."""
+    for at in (0, 1):
+        model, x = seeded(lambda at=at: Tokens(row_by_row(grid), at), seed), image(grid)
+        fam = FeatureActivationMap(model, model.blocks[0])
+        if at:
+            with refused():
+                fam.attribute(x, reference=x.flip(0))
+        else:
+            assert fam.attribute(x, reference=x.flip(0)).shape == (2, 1, *grid)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_two_patches_and_a_class_token_are_not_told_apart(at, seed):
+    model, x = seeded(lambda: Tokens(row_by_row((1, 2)), at), seed), image((1, 2))
+    with refused(match="Cannot tell|do not lie on inputs"):
+        FeatureActivationMap(model, model.blocks[0]).attribute(x, reference=x.flip(0))
+
+
+class Mirrored(Tokens):
+    """Tokens that lie where they should, but have a part of the one at the other end."""
+
+    def forward(self, x):
+        t = self.patch(x).flatten(2).mT
+        return self.head(self.blocks(t + 0.9 * t.flip(1)).square().mean(1))
+
+
+def test_where_others_answer_too_it_is_said_that_it_cannot_be_told():
+    model, x = seeded(lambda: Mirrored(None, None)), image((4, 6))
+    model.blocks = nn.Identity()
+    fam = FeatureActivationMap(model, model.blocks)
+    with refused(match="Cannot tell whether the activations") as error:
+        fam.attribute(x, reference=x.flip(0))
+    assert "do not lie" not in str(error.value)
+    assert "reshape_transform=patch_tokens(4, 6);" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A trained vision transformer whose class token comes first, and 40 photos."""
+    folder = Path(os.environ.get("CAPTUM_FAM_DATA", ""))
+    if not (folder / "signed" / "vit_cifar10.npz").is_file():
+        pytest.skip("set CAPTUM_FAM_DATA to the folder of pretrained encoders")
+    with pytest.MonkeyPatch.context() as patched:  # its module of the name `encoders` is another than that of the tests
+        for name in ("encoders", "signed_encoders"):
+            spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+            module = importlib.util.module_from_spec(spec)
+            patched.setitem(sys.modules, name, module)
+            spec.loader.exec_module(module)
+    encoder = module.load("vit_cifar10")
+    with zipfile.ZipFile(folder / "photos" / "cifar10.zip") as zipped:
+        names = sorted(name for name in zipped.namelist() if name.endswith((".jpg", ".png")))
+        images = [Image.open(io.BytesIO(zipped.read(name))).convert("RGB") for name in names[:: len(names) // 40][:40]]
+    return encoder.net, torch.stack([encoder.transform(image) for image in images])
+
+
+def verdicts(net, layer, images, order=None):
+    """Whether each of the images alone is taken, by an explainer of its own."""
+
+    def reordered(module, args, output):
+        return output[:, order]
+
+    found = []
+    with contextlib.ExitStack() as stack:
+        module = net.get_submodule(layer)
+        if order is not None:
+            stack.callback(module.register_forward_hook(reordered).remove)
+        for x in images.split(1):
+            try:
+                found.append(LabelFreeActivationMap(net, module).attribute(x))
+            except ValueError:
+                found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("layer", ["blocks.3.norm1", "blocks.2.norm1", "blocks.1", "norm"])
+def test_a_trained_transformer_is_taken_whatever_the_image(trained, layer):
+    net, photos = trained
+    few = photos[:: 1 if layer == "blocks.3.norm1" else 8]
+    wanted = LabelFreeActivationMap(net, net.get_submodule(layer), reshape_transform=patch_tokens(8, 8)).attribute(few)
+    for found, right in zip(verdicts(net, layer, few), wanted.split(1)):
+        assert found is not None
+        torch.testing.assert_close(found, right)
+    dark = few[:2] * 0.2 - 1.5
+    assert all(found is not None for found in verdicts(net, layer, dark))
+
+
+@pytest.mark.parametrize("wrong", ["second", "middle", "last", *orders((8, 8))])
+def test_a_trained_transformer_in_another_order_is_refused_whatever_the_image(trained, wrong):
+    net, photos = trained
+    at = {"second": 1, "middle": 32, "last": 64}.get(wrong, 0)
+    patches = [1 + i for i in orders((8, 8)).get(wrong, row_by_row((8, 8)))]
+    order = [*patches[:at], 0, *patches[at:]]
+    assert verdicts(net, "blocks.3.norm1", photos[::13], order) == [None] * 4
 
 
 def test_a_batch_of_as_many_images_as_tokens_is_not_taken_for_tokens():
@@ -768,6 +875,6 @@ def test_near_is_not_enough(by, partial, right):
     changes = torch.zeros(8, 40, dtype=torch.float64)
     for row, (_, i) in zip(changes, cells):
         row[i - by] = 1
-    answer = _answer(changes, (1, 40), cells, partial)
+    answer = answer_of(changes, (1, 40), cells, partial)
     assert answer.is_near
     assert answer.is_local == right
