@@ -201,7 +201,7 @@ def test_a_query_of_several_pairs_takes_one_pass(kind):
     expected = fam.attribute(queries[query_of], reference_of, reference_embedding=s)
     z = fam.embed(queries)
     encoder.calls = 0
-    ready = ReadyEncoder(encoder, 8, device="cpu", dtype=torch.float64)
+    ready = ReadyEncoder(encoder, 8, device="cpu")
     explaining = Explaining(ready, "layer", fam, None, batch_size=32, running=nullcontext)
     work = Work(explaining, ([f"q{q}" for q in query_of], reference_of.tolist()), dict(enumerate(s)))
     (step,) = work.steps([QUERY], stored=True)
@@ -394,7 +394,6 @@ BAD = {
     "no column query": (["{tmp}/queries.csv"], "rename 'queries'"),
     "no column reference": (["{tmp}/other.csv"], "its columns are query, hit"),
     "two columns query": (["{tmp}/twice.csv"], "one column 'query'"),
-    "a row of other columns": (["{tmp}/ragged.csv"], "ragged.csv"),
     "paths that are no text": (["{tmp}/numbers.parquet"], "int64"),
     "no such root": (["{pairs}", "--root", "{tmp}/nope"], "--root"),
     "no such weights": (["{pairs}", "--weights", "{tmp}/nope.pt"], "nope.pt"),
@@ -420,7 +419,6 @@ def test_a_mistake_is_one_line_that_says_what_to_do(run, photos, factories, argu
         "queries.csv": "queries,reference\na,b\n",
         "other.csv": "query,hit\na,b\n",
         "twice.csv": "query,reference,query\na,b,c\n",
-        "ragged.csv": "query,reference\na,b\na\n",
     }.items():
         (factories / name).write_text(content)
     pq.write_table(pa.table({"query": [1], "reference": ["a"]}), factories / "numbers.parquet")
