@@ -84,7 +84,7 @@ def visualize_pair(
         query_map, reference_map (Tensor, array or a list of them): Their maps, as
                     ``attribute_pair`` returns them: (B, 1, h, w), (B, h, w) or (h, w), any size;
                     (B, 1, t) of signals, (B, 1, d, h, w) of volumes; or a list with the map of each, as
-                    of :func:`~captum_fam.read_maps`. ``reference_map`` may be None: the references have
+                    of :func:`~captum_fam.batch.read_maps`. ``reference_map`` may be None: the references have
                     none.
         titles (list, optional): One for each pair, written under its query.
                     Default: None
