@@ -345,3 +345,23 @@ def test_a_hit_that_is_missing_has_no_margin_to_speak_of():
 def test_titles_are_a_list():
     with pytest.raises(ValueError, match="list of 3"):
         explain(IMAGES).visualize(titles="abc", use_pyplot=False)
+
+
+@pytest.mark.parametrize("of", [lambda s: s, lambda s: 1 - s], ids=["similarities", "distances"])
+def test_hits_that_are_equally_near_are_in_order(of):
+    s = VECTORS[:1, [0, 0, 1]] if embed(QUERY)[0] @ VECTORS[0, 0] > 0 else VECTORS[:1, [1, 1, 0]]
+    similar = torch.cosine_similarity(embed(QUERY[:1])[:, None], s, dim=2)
+    order = similar.argsort(1, descending=True)
+    with helpers.silent():
+        explain(Hits(scores=of(similar.gather(1, order)), embeddings=s[:, order[0]]), query=QUERY[:1])
+
+
+def test_few_images_at_a_time_go_through_a_method_that_compares_places():
+    passes = []
+    handle = ENCODER.register_forward_pre_hook(lambda m, args: passes.append(len(args[0])))
+    try:
+        few = explain(IMAGES, method="CorrespondenceMap", internal_batch_size=1)
+    finally:
+        handle.remove()
+    assert set(passes) == {1}
+    close(few.maps, explain(IMAGES, method="CorrespondenceMap").maps)

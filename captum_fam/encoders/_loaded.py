@@ -88,9 +88,9 @@ class LoadedEncoder:
     def embed_text(self, sentences: Sequence[str]) -> Tensor:
         """
         Embeddings (N, D) of sentences, as the encoder's library makes them, on the device and in the dtype of the
-        encoder: references beside those of images. For encoders with a text tower: ``open_clip:NAME``, ``hf:PATH`` of
-        a model such as CLIP or SigLIP, ``sentence-transformers:PATH`` of one that takes images and texts, or a module
-        of your own with a method ``embed_text``.
+        encoder: references beside those of images. For encoders with a text tower: ``open_clip:NAME/PRETRAINED``,
+        ``hf:PATH`` of a model such as CLIP or SigLIP, ``sentence-transformers:PATH`` of one that takes images and
+        texts, or a module of your own with a method ``embed_text``.
 
         Raises:
             TypeError: sentences are no list of strings.
@@ -104,8 +104,8 @@ class LoadedEncoder:
         embed: Callable[[list[str]], Any] | None = getattr(self.model, "embed_text", None)
         if embed is None:
             raise ValueError(
-                f"{self.name} has no text tower: open_clip:NAME, hf:PATH of a model such as CLIP or SigLIP and"
-                " sentence-transformers:PATH of images and texts have one, or a module with a method embed_text"
+                f"{self.name} has no text tower: open_clip:NAME/PRETRAINED, hf:PATH of a model such as CLIP or SigLIP"
+                " and sentence-transformers:PATH of images and texts have one, or a module with a method embed_text"
             )
         with torch.no_grad():
             z = embed(list(sentences))

@@ -66,11 +66,13 @@ def explain_found(
             raise ValueError(
                 "CorrespondenceMap compares places: pass the images of the hits, or a `gallery` that has them."
             )
+        most: Any = {"internal_batch_size": internal_batch_size}
         best = [
-            method.attribute_all(query[b : b + 1], reference=images(b, own).to(query))[0] if own else None
+            method.attribute_all(query[b : b + 1], reference=images(b, own).to(query), **most)[0] if own else None
             for b, own in enumerate(ranks())
         ]
-        return _laid_out(best, ranks(), parts[0].there.shape[1], method.attribute(query, reference=query)[:, 0])
+        like = method.attribute(query, reference=query, **most)[:, 0]
+        return _laid_out(best, ranks(), parts[0].there.shape[1], like)
 
     attributes, explanation, s = explained(method, (query,), ask, internal_batch_size, match)
     own = contrast if threshold is None and isinstance(contrast, str) and contrast == "self" else None

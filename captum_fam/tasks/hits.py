@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_fam._checks import check_internal_batch_size, describe, format_inputs
@@ -199,7 +200,7 @@ def explain_hits(
                 "Expected images or embeddings of the hits: pass a `gallery` that has them by their ids, or"
                 " Hits(embeddings=...)."
             )
-        s = _embedded(explainer, images, ids, there, query, internal_batch_size)
+        s = _embedded(explainer, images, there, query, internal_batch_size)
 
     def search(z: Tensor, rows: slice) -> Found:
         return Found(ids[rows], None if given.scores is None else given.scores[rows], there[rows], s[rows])
@@ -238,7 +239,6 @@ def _as_hits(hits: Any, query: Tensor) -> Hits:
 def _embedded(
     method: Any,
     images: Callable[[int, list[int]], Tensor],
-    ids: list[list[Any]],
     there: Tensor,
     query: Tensor,
     internal_batch_size: int | None,
@@ -264,7 +264,8 @@ def _warnings_of_order(found: RetrievalExplanation) -> list[str]:
         if len(x) < 2:
             continue
         best_first = (x.diff() <= 0).all() or (x.diff() >= 0).all()  # as searches return them
-        x = -torch.arange(len(x), dtype=x.dtype) if best_first and not (x.diff() == 0).any() else x
+        if best_first:  # ranks, that of equals the same
+            x = -F.pad((x.diff() != 0).cumsum(0), (1, 0)).to(y)
         steps = [v[:, None] - v for v in (x, y)]
         clear = [step.abs() > _ROUNDING * v.abs().max() for step, v in zip(steps, (x, y))]
         signs = set((steps[0] * steps[1]).sign()[clear[0] & clear[1]].tolist())
