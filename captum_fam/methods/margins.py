@@ -9,14 +9,14 @@ from captum_fam.methods.relax import Relax
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
-_ROUNDING = 1e-4  # of the largest score: what is less has no sign
+ROUNDING = 1e-4  # of the largest score: what is less has no sign
 
 
 def are_opposite(kind: type[SimilarityAttribution], mean: float, margin: float, score: float) -> bool:
     """Whether a map adds up to the other sign than its margin; ``score`` is the largest of those compared."""
     if issubclass(kind, Relax):  # adds up to nothing: the score that a place brings, less the mean
         return False
-    return mean * margin < 0 and min(abs(mean), abs(margin)) > _ROUNDING * score
+    return mean * margin < 0 and min(abs(mean), abs(margin)) > ROUNDING * score
 
 
 def why_opposite(kind: type[SimilarityAttribution], similarity: str | None) -> str:

@@ -16,12 +16,11 @@ from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.layer_explanation import Explained
+from captum_fam.methods.margins import ROUNDING
 from captum_fam.methods.relax import Relax
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.similarity import widen
 
-# How small a margin, or the mean of a map, is rounding, as a share of the largest similarity.
-_ROUNDING = 1e-4
 _CLOSE = 0.05  # how far a map and what belongs to the references may be from adding up to a margin
 
 
@@ -134,7 +133,7 @@ class Explanation:
         if not len(maps) or isinstance(method, (CorrespondenceMap, Relax)):  # whose maps add up to nothing
             return ""
         means = maps.flatten(1).mean(1).to(margins)
-        least = _ROUNDING * torch.where(self.similarities.isfinite(), self.similarities, 0).abs().amax(1)
+        least = ROUNDING * torch.where(self.similarities.isfinite(), self.similarities, 0).abs().amax(1)
         opposite = (margins * means < 0) & (margins.abs() > least) & (means.abs() > least) & margins.isfinite()
         if not opposite.any():
             return ""
