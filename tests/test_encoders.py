@@ -424,7 +424,7 @@ class Wrong(HeadEncoder):
 @pytest.mark.parametrize(
     ("model", "sentences", "error", "words"),
     [
-        (HeadEncoder, ["a"], ValueError, r"timm:x has no text tower: open_clip:NAME/PRETRAINED, hf:PATH .* sentence-transformers"),
+        (HeadEncoder, ["a"], ValueError, r"timm:x has no text tower: open_clip:NAME/PRETRAINED, hf:PATH .* sentence-t"),
         (OfText, "a", TypeError, r'sentences must be a list of strings, got a string: pass one such as \["a red'),
         (OfText, ["a", 1], TypeError, "got a list with other things"),
         (OfText, [], ValueError, "sentences is empty: pass a list"),
