@@ -3,8 +3,9 @@
 import operator
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from math import isqrt
 from typing import Any
 
 import torch
@@ -77,6 +78,19 @@ def check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         error = TypeError if not isinstance(value, int) or isinstance(value, bool) else ValueError
         raise error(f"Expected `{name}` to be a positive int, but got {describe(value)}.")
+
+
+def check_square(name: str, side: str, places: int, size: Sequence[int]) -> None:
+    """Refuses to take places for a square grid where another grid of as many has the form of their image, (H, W)."""
+    height, width = size
+    for h in range(1, places + 1):
+        w = places // h
+        if h * w == places and h != w and max(abs(h - w * height / width), abs(w - h * width / height)) < 1:
+            raise ValueError(
+                f"Expected `{name}` to tell the grid of the {side}'s {places} places: {isqrt(places)} x"
+                f" {isqrt(places)}, or {h} x {w}, as the image of {height} x {width} pixels has it? Pass"
+                f" {name}.reshape(-1, h, w, h', w')."
+            )
 
 
 def check_internal_batch_size(value: object) -> None:

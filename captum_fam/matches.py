@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from captum_fam._checks import check_positive, describe
+from captum_fam._checks import check_positive, check_square, describe
 from captum_fam.visualization._captions import SIDES, Scores, Titles, side_captions
 from captum_fam.visualization._forms import Listed, Numbers, Pictures, Values, as_one, pictures, real
 from captum_fam.visualization._panels import Colours, show
@@ -146,14 +146,7 @@ def check_squares(name: str, matrix: Values, images: Sequence[Sequence[Image.Ima
         return
     for side, places, shown in zip(SIDES, matrix.shape[-2:], images):
         for width, height in {image.size for image in shown}:
-            for h in range(1, places + 1):
-                w = places // h
-                if h * w == places and h != w and max(abs(h - w * height / width), abs(w - h * width / height)) < 1:
-                    raise ValueError(
-                        f"Expected `{name}` to tell the grid of the {side}'s {places} places: {isqrt(places)} x"
-                        f" {isqrt(places)}, or {h} x {w}, as the image of {height} x {width} pixels has it? Pass"
-                        f" {name}.reshape(-1, h, w, h', w')."
-                    )
+            check_square(name, side, places, (height, width))
 
 
 def strongest_matches(values: Tensor, n: int) -> list[tuple[int, int]]:

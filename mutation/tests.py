@@ -41,6 +41,7 @@ TESTS = {
     "methods/similarity_decomposition": "similarity_decomposition formula integrated_places defaults",
     "metrics/_faithfulness": "metrics defaults",
     "metrics/_localisation": "metrics defaults",
+    "metrics/_pairs": "metrics_pairs",
     "metrics/_perturbed": "metrics metrics_peers",
     "metrics/_road": "metrics metrics_peers defaults",
     "metrics/_sanity": "metrics defaults",

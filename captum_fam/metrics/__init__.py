@@ -14,6 +14,7 @@ from captum_fam.metrics._localisation import (
     pointing_game,
     relevance_rank_accuracy,
 )
+from captum_fam.metrics._pairs import matching_accuracy, pair_pointing_game
 from captum_fam.metrics._road import Road, road
 from captum_fam.metrics._sanity import (
     Randomization,
@@ -36,6 +37,8 @@ __all__ = [
     "energy_pointing_game",
     "insertion",
     "iou",
+    "matching_accuracy",
+    "pair_pointing_game",
     "pointing_game",
     "rank_correlation",
     "reference_dependence",

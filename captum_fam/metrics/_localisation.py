@@ -46,18 +46,17 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: int = 0) -> Te
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, int) or tolerance < 0:
         raise ValueError(f"Expected `tolerance` to be a number of pixels, 0 or more, but got {describe(tolerance)}.")
-    inside = _inside(masks)
+    inside = inside_of(masks)
     maps = maps_of(attributions)
     if maps.ndim != 3:
         raise ValueError(
             "Expected `attributions` (B, C, h, w) with 2 spatial dimensions, but got maps of shape"
             f" {(len(maps), 1, *maps.shape[1:])}."
         )
-    _check_masks(len(maps), inside)
+    check_masks(len(maps), inside)
     if tolerance:
         inside = F.max_pool2d(inside[:, None].float(), 2 * tolerance + 1, 1, tolerance)[:, 0] > 0
-    y, x = (((torch.arange(n) + 0.5) * size / n).long() for n, size in zip(maps.shape[1:], inside.shape[1:]))
-    hit = inside[:, y[:, None], x].to(maps.device)
+    hit = at_middles(inside, maps.shape[1:]).to(maps.device)
     top = maps == maps.amax((1, 2), keepdim=True)
     return (top & hit).sum((1, 2)) / top.sum((1, 2))
 
@@ -206,27 +205,33 @@ def box_masks(boxes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
 
 def _places(attributions: Any, masks: Any) -> tuple[Tensor, Tensor]:
     """Maps and masks, (B, H * W)."""
-    inside = _inside(masks)
+    inside = inside_of(masks)
     maps = maps_of(attributions, inside.shape[1:])
-    _check_masks(len(maps), inside)
+    check_masks(len(maps), inside)
     return maps.flatten(1), inside.flatten(1).to(maps.device)
 
 
-def _inside(masks: Any) -> Tensor:
+def inside_of(masks: Any, name: str = "masks") -> Tensor:
     """Masks (B, H, W)."""
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-        raise TypeError(f"Expected `masks` to be a bool tensor (B, H, W), but got {describe(masks)}; pass masks > 0.")
+        raise TypeError(f"Expected `{name}` to be a bool tensor (B, H, W), but got {describe(masks)}; pass {name} > 0.")
     if masks.ndim not in (3, 4) or (masks.ndim == 4 and masks.shape[1] != 1):
-        raise ValueError(f"Expected `masks` (B, H, W) or (B, 1, H, W), but got shape {tuple(masks.shape)}.")
+        raise ValueError(f"Expected `{name}` (B, H, W) or (B, 1, H, W), but got shape {tuple(masks.shape)}.")
     return masks.flatten(0, -3)
 
 
-def _check_masks(maps: int, inside: Tensor) -> None:
+def check_masks(maps: int, inside: Tensor, name: str = "masks") -> None:
     if len(inside) != maps:
-        raise ValueError(f"Expected a mask for each map, but got {len(inside)} masks for {maps} maps.")
+        raise ValueError(f"Expected `{name}` with a mask for each map, but got {len(inside)} masks for {maps} maps.")
     if not inside.any(2).any(1).all():
         empty = (~inside.any(2).any(1)).nonzero().flatten().tolist()
-        raise ValueError(f"Expected `masks` to show where the map should lie, but masks {empty} are empty.")
+        raise ValueError(f"Expected `{name}` to show where the map should lie, but masks {empty} are empty.")
+
+
+def at_middles(inside: Tensor, grid: Sequence[int]) -> Tensor:
+    """Whether the middle pixel of each place of a grid is in the mask, (B, *grid)."""
+    y, x = (((torch.arange(n) + 0.5) * size / n).long() for n, size in zip(grid, inside.shape[1:]))
+    return inside[:, y[:, None], x]
 
 
 def _or_one(x: Tensor) -> Tensor:

@@ -1,0 +1,274 @@
+"""Metrics that look at both images of a pair: counts by hand, a loop of NumPy, chance, and toys with a known answer."""
+
+import numpy as np
+import pytest
+import torch
+from encoders import random
+from helpers import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from captum_fam.metrics import matching_accuracy, pair_pointing_game, pointing_game
+
+each = pytest.mark.parametrize("metric", [pair_pointing_game, matching_accuracy])
+
+
+def mask(*rows):
+    """One mask (1, H, W), # where it is."""
+    return torch.tensor([[[letter == "#" for letter in row] for row in rows]])
+
+
+LEFT, LOWER = mask("#.", "#."), mask("..", "##")  # places 0 and 2, places 2 and 3
+# Rows are places of the image, columns those of the reference.
+MATRIX = torch.tensor([[[0.0, 1, 5, 2], [9, 0, 0, 0], [1, 7, 0, 7], [0, 0, 0, 3]]])
+
+
+def test_the_strongest_pair_by_hand():
+    close(pair_pointing_game(MATRIX, LEFT, LOWER), [0.0], check_dtype=False)  # 9, of places 1 and 0: on neither
+    close(pair_pointing_game(MATRIX, ~LEFT, ~LOWER), [1.0], check_dtype=False)
+    close(pair_pointing_game(MATRIX, ~LEFT, LOWER), [0.0], check_dtype=False)  # on one alone
+    close(pair_pointing_game(MATRIX, LEFT, ~LOWER), [0.0], check_dtype=False)
+    two = MATRIX.clone()
+    two[0, 0, 2] = two[0, 3, 3] = 9  # with that of 1 and 0, three that are equal; of 0 and 2: on both
+    close(pair_pointing_game(two, LEFT, LOWER), [1 / 3], rtol=1e-6, check_dtype=False)
+
+
+def test_what_places_find_by_hand():
+    # Place 0 finds place 2, on the object; place 2 finds places 1 and 3, of which one is on it.
+    close(matching_accuracy(MATRIX, LEFT, LOWER), [0.75], check_dtype=False)
+    # Place 1 finds place 0, not on it; place 3 finds place 3.
+    close(matching_accuracy(MATRIX, ~LEFT, LOWER), [0.5], check_dtype=False)
+    # The other way: place 2 of the reference finds place 0 of the image, place 3 finds place 2: both on the left.
+    close(matching_accuracy(MATRIX.mT, LOWER, LEFT), [1.0], check_dtype=False)
+    # Its places 0 and 1 find places 1 and 2, of which one is on the left.
+    close(matching_accuracy(MATRIX.mT, ~LOWER, LEFT), [0.5], check_dtype=False)
+
+
+def test_examples_are_counted_one_by_one():
+    matrices, masks = torch.cat([MATRIX, MATRIX, MATRIX]), torch.cat([LEFT, ~LEFT, ~LEFT])
+    others = torch.cat([LOWER, LOWER, ~LOWER])
+    close(pair_pointing_game(matrices, masks, others), [0.0, 0, 1], check_dtype=False)
+    close(matching_accuracy(matrices, masks, others), [0.75, 0.5, 0.5], check_dtype=False)
+
+
+# Against a loop
+
+
+def places_by_hand(inside, grid):
+    """Numbers of the places on the object: by their middle pixel, or those that hold most of it."""
+    (h, w), (H, W) = grid, inside.shape
+    middles = {y * w + x for y in range(h) for x in range(w) if inside[int((y + 0.5) * H / h), int((x + 0.5) * W / w)]}
+    if middles:
+        return middles
+    held = dict.fromkeys(range(h * w), 0)
+    for y, x in np.argwhere(inside):
+        held[int((y + 0.5) * h / H) * w + int((x + 0.5) * w / W)] += 1
+    return {place for place, count in held.items() if count == max(held.values())}
+
+
+def pointing_by_hand(matrix, here, there):
+    pairs = [(i, j) for i in range(len(matrix)) for j in range(len(matrix[0])) if matrix[i, j] == matrix.max()]
+    return sum(i in here and j in there for i, j in pairs) / len(pairs)
+
+
+def matching_by_hand(matrix, here, there):
+    shares = []
+    for i in here:
+        best = [j for j, value in enumerate(matrix[i]) if value == matrix[i].max()]
+        shares.append(sum(j in there for j in best) / len(best))
+    return sum(shares) / len(shares)
+
+
+SIDES = st.integers(1, 4)
+
+
+@st.composite
+def cases(draw):
+    """A matrix (1, h, w, h', w') of few values, so that some are equal, and masks of any size."""
+    shape = [draw(SIDES) for _ in range(4)]
+    matrix = draw(hnp.arrays(np.float64, (1, *shape), elements=st.integers(-2, 2).map(float)))
+    masks = [
+        draw(hnp.arrays(bool, (1, draw(st.integers(1, 9)), draw(st.integers(1, 9)))).filter(lambda m: m.any()))
+        for _ in range(2)
+    ]
+    return matrix, *masks
+
+
+@each
+@given(cases())
+@settings(deadline=None, max_examples=150)
+def test_a_value_is_that_of_a_loop(metric, case):
+    matrix, one, other = case
+    grids = matrix.shape[1:3], matrix.shape[3:]
+    here, there = (places_by_hand(m[0], grid) for m, grid in zip((one, other), grids))
+    by_hand = pointing_by_hand if metric is pair_pointing_game else matching_by_hand
+    flat = matrix.reshape(np.prod(grids[0]), np.prod(grids[1]))
+    found = metric(*map(torch.from_numpy, case))
+    close(found, [by_hand(flat, here, there)], rtol=1e-6, check_dtype=False)
+
+
+@given(cases())
+@settings(deadline=None, max_examples=60)
+def test_the_strongest_pair_is_the_same_from_the_other_side(case):
+    matrix, one, other = map(torch.from_numpy, case)
+    close(pair_pointing_game(matrix.permute(0, 3, 4, 1, 2), other, one), pair_pointing_game(matrix, one, other))
+
+
+@given(hnp.arrays(np.float64, (1, 1, 3, 3), elements=st.integers(-2, 2).map(float)), hnp.arrays(bool, (1, 7, 5)))
+@settings(deadline=None, max_examples=60)
+def test_against_a_reference_of_one_place_it_is_the_pointing_game(m, inside):
+    m, inside = torch.from_numpy(m), torch.from_numpy(inside)
+    if not inside[:, [1, 3, 5]][:, :, [0, 2, 4]].any():  # rows and columns of the middles
+        return
+    close(
+        pair_pointing_game(m.reshape(1, 9, 1), inside, torch.ones(1, 2, 2, dtype=torch.bool)), pointing_game(m, inside)
+    )
+
+
+@each
+def test_a_matrix_of_square_grids_may_have_its_places_in_a_row(metric):
+    told = random(3, 2, 2, 3, 3)
+    masks, others = random(3, 1, 6, 6, seed=2) > 0.5, random(3, 9, 9, seed=3) > 0.5
+    expected = metric(told, masks, others)
+    close(metric(told.reshape(3, 4, 9), masks, others), expected)
+    close(metric([told], masks[:, 0], others[:, None]), expected)  # of a list of one layer
+    close(metric((told.reshape(3, 4, 9),), masks, others), expected)
+
+
+# Small objects
+
+
+def test_a_small_object_is_in_the_places_that_hold_most_of_it():
+    # Middles of 2 x 2 places in 8 x 8 pixels are at 2 and 6. Of 3 pixels, the upper right place holds two.
+    small = torch.zeros(1, 8, 8, dtype=torch.bool)
+    small[0, 0, 3:6] = True
+    matrix = torch.zeros(1, 4, 4)
+    matrix[0, 1, 2] = 1
+    assert pair_pointing_game(matrix, small, LOWER).item() == 1
+    assert matching_accuracy(matrix, small, LOWER).item() == 1
+    assert pair_pointing_game(matrix.mT, LOWER, small).item() == 1
+    assert matching_accuracy(matrix.mT, LOWER, small).item() == (1 + 0.25) / 2  # place 3 finds all four alike
+    # Where two places hold as much, both are on it; and one middle pixel is enough to leave them out.
+    small[0, 0, 2] = True
+    assert matching_accuracy(matrix, small, LOWER).item() == (0.5 + 1) / 2
+    small[0, 6, 2] = True
+    assert matching_accuracy(matrix, small, LOWER).item() == 0.5
+
+
+@each
+def test_an_object_of_one_pixel_has_a_place_in_any_grid(metric):
+    for y, x in [(0, 0), (3, 4), (10, 2), (12, 12)]:
+        one = torch.zeros(1, 13, 13, dtype=torch.bool)
+        one[0, y, x] = True
+        for n in range(1, 15):
+            assert metric(torch.ones(1, n * n, n * n), one, one).item() > 0
+
+
+# Chance, and precision
+
+
+def test_a_flat_matrix_gets_exactly_the_chance():
+    here, there = torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
+    here[:, :4, :4] = there[:, 4:] = True
+    flat = torch.full((1, 16, 16), 0.3)
+    assert pair_pointing_game(flat, here, there).item() == 1 / 4 * 1 / 2
+    assert matching_accuracy(flat, here, there).item() == 1 / 2
+
+
+def test_matrices_without_structure_are_at_the_chance_and_those_of_the_object_far_above():
+    n = 4000
+    here, there = torch.zeros(n, 8, 8, dtype=torch.bool), torch.zeros(n, 8, 8, dtype=torch.bool)
+    here[:, :4, :4] = there[:, 4:] = True  # 4 of 16 places, and 8 of 16
+    noise = random(n, 16, 16, seed=5)
+    pointing, matching = pair_pointing_game(noise, here, there), matching_accuracy(noise, here, there)
+    assert abs(pointing.mean().item() - 1 / 8) < 4 * (1 / 8 * 7 / 8 / n) ** 0.5  # four standard errors
+    assert abs(matching.mean().item() - 1 / 2) < 4 * (1 / 4 / n / 4) ** 0.5
+    assert set(pointing.tolist()) == {0.0, 1.0}
+    objects = noise.reshape(n, 4, 4, 4, 4).clone()
+    objects[:, :2, :2, 2:] += 3  # the places of the object have more in common
+    assert pair_pointing_game(objects, here, there).mean() > 0.85
+    assert matching_accuracy(objects, here, there).mean() > 0.9
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_are_compared_in_their_own_precision(metric, dtype):
+    matrix = MATRIX.to(dtype)
+    close(metric(matrix, LEFT, LOWER), metric(MATRIX, LEFT, LOWER))
+    assert metric(matrix, LEFT, LOWER).dtype == torch.float32
+    nearly = torch.ones(1, 4, 4, dtype=dtype)
+    nearly[0, :, 3] += torch.finfo(dtype).eps  # the smallest difference there is decides
+    assert metric(nearly, LEFT, LOWER).item() == (1 if metric is matching_accuracy else 0.5)
+
+
+@each
+def test_matrices_may_be_huge_negative_and_part_of_a_graph(metric):
+    for factor in (3e38, 1e-38):
+        close(metric(MATRIX / 9 * factor, LEFT, LOWER), metric(MATRIX, LEFT, LOWER))
+    close(metric(MATRIX - 20, LEFT, LOWER), metric(MATRIX, LEFT, LOWER))
+    assert not metric(MATRIX.clone().requires_grad_(), LEFT, LOWER).requires_grad
+
+
+@each
+def test_no_pairs_have_no_values(metric):
+    assert metric(MATRIX[:0], LEFT[:0], LOWER[:0]).shape == (0,)
+    assert metric(MATRIX[:0].reshape(0, 2, 2, 2, 2), LEFT[:0], LOWER[:0]).shape == (0,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each
+def test_a_matrix_on_a_gpu_takes_masks_from_anywhere(metric):
+    expected = metric(MATRIX, LEFT, LOWER)
+    for masks, others in ((LEFT, LOWER), (LEFT.cuda(), LOWER), (LEFT.cuda(), LOWER.cuda())):
+        found = metric(MATRIX.cuda(), masks, others)
+        assert found.is_cuda
+        close(found.cpu(), expected)
+
+
+@each
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"matrix": MATRIX.numpy()}, TypeError, r"`matrix`.*floating-point tensor \(B, N, N'\).*ndarray"),
+        ({"matrix": MATRIX.long()}, TypeError, r"`matrix`.*int64"),
+        ({"matrix": [MATRIX, MATRIX]}, TypeError, r"`matrix`.*list"),
+        ({"matrix": MATRIX[0]}, ValueError, r"`matrix`.*\(B, h, w, h', w'\).*\(4, 4\).*matrix\[None\]"),
+        (
+            {"matrix": MATRIX[:, :, :3]},
+            ValueError,
+            r"`matrix`.*square.*\(1, 4, 3\).*matrix\.reshape\(-1, h, w, h', w'\)",
+        ),
+        ({"matrix": torch.ones(1, 6, 4)}, ValueError, r"`matrix`.*square.*\(1, 6, 4\)"),
+        ({"matrix": MATRIX[:, :0]}, ValueError, r"`matrix`.*\(1, 0, 4\)"),
+        ({"matrix": torch.ones(1, 2, 2, 0, 2)}, ValueError, r"`matrix`.*\(1, 2, 2, 0, 2\)"),
+        ({"matrix": torch.ones(1, 2, 2, 4)}, ValueError, r"`matrix`.*\(1, 2, 2, 4\)"),
+        ({"matrix": MATRIX / 0}, ValueError, r"`matrix` to be finite, but 16 values"),
+        ({"masks": LEFT.int()}, TypeError, r"`masks`.*bool.*int32.*masks > 0"),
+        ({"reference_masks": LEFT.float()}, TypeError, r"`reference_masks`.*bool.*float32.*reference_masks > 0"),
+        ({"masks": LEFT[0]}, ValueError, r"`masks`.*\(2, 2\)"),
+        ({"reference_masks": LOWER.expand(1, 3, 2, 2)}, ValueError, r"`reference_masks`.*\(1, 3, 2, 2\)"),
+        ({"masks": LEFT.expand(2, 2, 2)}, ValueError, r"`masks`.*2 masks for 1"),
+        ({"reference_masks": LOWER.expand(3, 2, 2)}, ValueError, r"`reference_masks`.*3 masks for 1"),
+        ({"masks": LEFT & ~LEFT}, ValueError, r"`masks`.*masks \[0\] are empty"),
+        ({"reference_masks": LOWER & ~LOWER}, ValueError, r"`reference_masks`.*masks \[0\] are empty"),
+    ],
+)
+def test_an_argument_that_cannot_work_is_named(metric, change, error, match):
+    with pytest.raises(error, match=match):
+        metric(**{"matrix": MATRIX, "masks": LEFT, "reference_masks": LOWER, **change})
+
+
+@each
+@pytest.mark.parametrize("side", ["image", "reference"])
+def test_a_square_grid_is_not_taken_where_the_masks_say_another(metric, side):
+    """Places of 36 in an image of 144 x 64 pixels are 9 x 4 of 16, as well as 6 x 6."""
+    wide = torch.ones(1, 144, 64, dtype=torch.bool)
+    matrix, masks = torch.ones(1, 36, 4), (wide, LOWER)
+    if side == "reference":
+        matrix, masks = matrix.mT, masks[::-1]
+    with pytest.raises(
+        ValueError, match=rf"`matrix` to tell the grid of the {side}'s 36 places: 6 x 6, or 9 x 4.*144 x"
+    ):
+        metric(matrix, *masks)
+    metric(matrix.reshape(1, 9, 4, 2, 2) if side == "image" else matrix.reshape(1, 2, 2, 9, 4), *masks)
