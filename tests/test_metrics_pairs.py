@@ -3,13 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from encoders import random
-from helpers import close
+from encoders import HeadEncoder, random, seeded
+from helpers import close, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import nn
 
-from captum_fam.metrics import matching_accuracy, pair_pointing_game, pointing_game
+from captum_fam import SimilarityScore
+from captum_fam.metrics import (
+    deletion,
+    insertion,
+    matching_accuracy,
+    pair_deletion,
+    pair_insertion,
+    pair_pointing_game,
+    pointing_game,
+)
 
 each = pytest.mark.parametrize("metric", [pair_pointing_game, matching_accuracy])
 
@@ -272,3 +282,248 @@ def test_a_square_grid_is_not_taken_where_the_masks_say_another(metric, side):
     ):
         metric(matrix, *masks)
     metric(matrix.reshape(1, 9, 4, 2, 2) if side == "image" else matrix.reshape(1, 2, 2, 9, 4), *masks)
+
+
+# The faithfulness of a pair
+
+PIXELS = nn.Flatten()  # an encoder whose embedding is the image
+NET = seeded(HeadEncoder)
+X, R = random(3, 3, 8, 8), random(3, 3, 8, 8, seed=2)
+MX, MR = random(3, 1, 8, 8, seed=3), random(3, 1, 8, 8, seed=4)
+
+each_curve = pytest.mark.parametrize("metric", [pair_deletion, pair_insertion])
+
+
+def image(*values):
+    return torch.tensor(values, dtype=torch.float64).reshape(1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "baselines", "scores", "auc"),
+    [
+        # x loses 4, 3, 2, 1, which r meets with 1, 0, 2, 5: 13, 9, 9, 5, 0. r loses 5, 2, 1, 0: 13, 8, 4, 0, 0.
+        (pair_deletion, "zero", [13, 8.5, 6.5, 2.5, 0], 6),
+        (pair_insertion, "zero", [0, 4.5, 6.5, 10.5, 13], 7),
+        # 13, 10, 10, 8, 8 and 13, 9, 7, 7, 10
+        (pair_deletion, 1, [13, 9.5, 8.5, 7.5, 9], 9.125),
+        (pair_deletion, torch.ones(2), [13, 9.5, 8.5, 7.5, 9], 9.125),
+    ],
+)
+def test_a_curve_of_a_pair_by_hand(metric, baselines, scores, auc):
+    x, r = image(4, 3, 2, 1), image(1, 0, 2, 5)
+    found = metric(PIXELS, x, r, x, r, "dot", baselines, n_steps=4)
+    close(found.scores, [scores])
+    close(found.auc, [float(auc)])
+    close(found.fractions, [0, 0.25, 0.5, 0.75, 1], check_dtype=False)
+
+
+def changed(x, m, baseline, fraction, shown):
+    """One image (C, H, W) with the first places of its map (H, W) shown alone, or hidden."""
+    first = np.argsort(-m.ravel())[: round(fraction * m.size)]
+    start, end = (baseline, x) if shown else (x, baseline)
+    now = start.reshape(len(x), -1).copy()
+    now[:, first] = end.reshape(len(x), -1)[:, first]
+    return now.reshape(x.shape)
+
+
+NUMBERS = hnp.arrays(np.float64, (2, 2, 3), elements=st.floats(-8, 8, width=16))
+DISTINCT = st.permutations(range(6)).map(lambda p: np.array(p, float).reshape(2, 3))
+
+
+@each_curve
+@given(x=NUMBERS, r=NUMBERS, mx=DISTINCT, mr=DISTINCT, w=hnp.arrays(np.float64, (12, 4), elements=st.floats(-2, 2)))
+@settings(deadline=None, max_examples=30)
+def test_a_curve_of_a_pair_is_that_of_a_loop(metric, x, r, mx, mr, w):
+    def f(one, other):
+        return (one.ravel() @ w) @ (other.ravel() @ w)
+
+    nothing, shown = np.full_like(x, 0.5), metric is pair_insertion
+    expected = [
+        (f(changed(x, mx, nothing, p, shown), r) + f(x, changed(r, mr, nothing, p, shown))) / 2
+        for p in (0, 1 / 3, 2 / 3, 1)
+    ]
+    tensors = [torch.from_numpy(a)[None] for a in (x, r, mx[None], mr[None])]
+    found = metric(lambda t: t.flatten(1) @ torch.from_numpy(w), *tensors, "dot", 0.5, n_steps=3)
+    close(found.scores, [expected], rtol=1e-9, atol=1e-9)
+    close(found.auc, [np.trapezoid(expected, dx=1 / 3)], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", lambda z, s: z * s.abs()])
+@pytest.mark.parametrize(("metric", "single"), [(pair_deletion, deletion), (pair_insertion, insertion)])
+def test_a_pair_is_the_mean_of_both_sides_each_against_the_whole_of_the_other(metric, single, similarity):
+    back = similarity if isinstance(similarity, str) else lambda z, s: s * z.abs()  # that of the other side
+    for baselines in ("blur", "mean", "zero", 0.5):
+        with torch.no_grad():
+            here = single(SimilarityScore(NET, NET(R), similarity), X, MX, baselines, n_steps=5)
+            there = single(SimilarityScore(NET, NET(X), back), R, MR, baselines, n_steps=5)
+        found = metric(NET, X, R, MX, MR, similarity, baselines, n_steps=5)
+        close(found.scores, (here.scores + there.scores) / 2)
+        close(found.auc, (here.auc + there.auc) / 2)
+
+
+def test_insertion_of_a_pair_is_the_deletion_of_reversed_maps_read_backwards():
+    put_in, taken_out = pair_insertion(NET, X, R, MX, MR), pair_deletion(NET, X, R, -MX, -MR)
+    assert put_in.scores.shape == (3, 21)
+    close(put_in.scores, taken_out.scores.flip(1))
+    close(put_in.scores[:, -1], torch.cosine_similarity(NET(X), NET(R)).detach())
+
+
+@each_curve
+def test_images_and_references_have_sizes_of_their_own_and_may_share_one_reference(metric):
+    large, maps = random(1, 3, 12, 16, seed=5), random(3, 1, 3, 4, seed=6)  # and maps of a size of their own
+    found = metric(NET, X, large, MX, maps, n_steps=4)
+    close(found, metric(NET, X, large.expand(3, -1, -1, -1), MX, maps, n_steps=4))
+    for i in range(3):
+        one = metric(NET, X[i : i + 1], large, MX[i : i + 1], maps[i : i + 1], n_steps=4)
+        close(one.scores, found.scores[i : i + 1])
+
+
+@each_curve
+@pytest.mark.parametrize("limit", [1, 2, 7, None])
+def test_the_encoder_sees_no_more_images_at_a_time_than_it_may(metric, limit):
+    sizes = []
+
+    def encoder(x):
+        assert not torch.is_grad_enabled()
+        sizes.append(len(x))
+        return NET(x)
+
+    found = metric(encoder, X.clone().requires_grad_(), R, MX, MR, n_steps=4, max_examples_per_batch=limit)
+    close(found, metric(NET, X, R, MX, MR, n_steps=4))
+    assert max(sizes) == min(limit or 3, 7, max(sizes)) <= (limit or 3)
+    assert sum(sizes) == 2 * 3 * (1 + 5)
+
+
+@each_curve
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_encoder_sees_the_images_precision_and_the_scores_are_at_least_single(metric, dtype):
+    x, r = ((8 * t).round().clamp(-16, 16) for t in (X, R))
+
+    def encoder(t):
+        assert t.dtype == dtype
+        return t.double().mean((2, 3)).to(dtype)
+
+    found = metric(encoder, x.to(dtype), r.to(dtype), MX.to(dtype), MR.to(dtype), baselines="zero", n_steps=1)
+    assert found.scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    whole = torch.cosine_similarity(x.mean((2, 3)), r.mean((2, 3)))
+    expected = torch.stack([whole, 0 * whole], 1)  # an embedding of zeros has a cosine of zero
+    expected = expected.flip(1) if metric is pair_insertion else expected
+    close(found.scores, expected, rtol=0, atol=4 * torch.finfo(dtype).eps, check_dtype=False)
+
+
+@each_curve
+def test_embeddings_are_selected_and_no_pairs_have_no_curves(metric):
+    found = metric(lambda x: {"z": NET(x)}, X, R, MX, MR, n_steps=2, output_selector=lambda output: output["z"])
+    close(found, metric(NET, X, R, MX, MR, n_steps=2))
+    empty = metric(NET, X[:0], R[:0], MX[:0], MR[:0])
+    assert (empty.auc.shape, empty.scores.shape) == ((0,), (0, 21))
+
+
+@each_curve
+def test_equal_values_are_in_an_order_of_the_seed(metric):
+    flat = torch.zeros_like(MX)
+    one, again, other = (metric(NET, X, R, flat, flat, n_steps=3, seed=seed).scores for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other)
+
+
+@each_curve
+def test_batch_norm_in_training_mode_is_warned_of_and_counts_nothing(metric):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()).double()
+    with pytest.warns(UserWarning, match=r"training mode.*batch norm"):
+        metric(model, X, R, MX, MR, n_steps=2)
+    assert model[0].num_batches_tracked == 0
+    with silent():
+        metric(model.eval(), X, R, MX, MR, n_steps=2)
+
+
+# Scenes of one line: background, the shared object A, and B or C, each in a colour channel of its own.
+LINES = {"x": "..AA..BB", "r": "CC.AA..."}
+GREY = torch.tensor([0.3, 0, 0, 0])[:, None, None]
+
+
+def scene(line):
+    return torch.stack([torch.tensor([0.3 * (c == ".") if k == "." else float(c == k) for c in line]) for k in ".ABC"])
+
+
+def showing(letters, seed=0):
+    """Maps of both scenes that are large where one of the letters is; places of equal worth in a random order."""
+    noise = [0.1 * random(1, 1, 1, 8, seed=2 * seed + i, dtype=torch.float32).sigmoid() for i in range(2)]
+    return [m + torch.tensor([float(c in letters) for c in line]) for m, line in zip(noise, LINES.values())]
+
+
+def together(maps, shown):
+    """The area where both images are changed at once."""
+    curves = []
+    for p in np.arange(9) / 8:
+        z, s = (
+            changed(scene(line)[:, None].numpy(), m.numpy().ravel(), GREY.expand(-1, 1, 8).numpy(), p, shown).mean(
+                (1, 2)
+            )
+            for line, m in zip(LINES.values(), maps)
+        )
+        curves.append(z @ s / np.linalg.norm(z) / np.linalg.norm(s))
+    return np.trapezoid(curves, dx=1 / 8)
+
+
+def area(metric, letters, reference_letters=None, seeds=12):
+    """The mean area of maps that show these letters, in random orders of all else."""
+    maps = [
+        (showing(letters, i)[0], showing(letters if reference_letters is None else reference_letters, i)[1])
+        for i in range(seeds)
+    ]
+    here, there = (torch.cat(of) for of in zip(*maps))
+    x, r = (scene(line)[None, :, None].expand(seeds, -1, -1, -1) for line in LINES.values())
+    return metric(lambda t: t.mean((2, 3)), x, r, here, there, baselines=GREY, n_steps=8).auc.mean().item()
+
+
+def test_the_right_maps_beat_random_and_wrong_ones():
+    for letters in ([""], ["BC"], ["."], ["A", "BC"], ["BC", "A"], ["A", "."]):
+        assert area(pair_insertion, "A") > area(pair_insertion, *letters) + 0.04, letters
+        assert area(pair_deletion, "A") < area(pair_deletion, *letters) - 0.04, letters
+
+
+def test_images_that_are_changed_together_are_alike_when_both_show_nothing():
+    """Why each side is changed against the whole of the other: mere background would be better than the object."""
+    right, background = (np.mean([together(showing(c, i), shown=True) for i in range(12)]) for c in "A.")
+    assert background > right + 0.04
+    assert area(pair_insertion, ".") < area(pair_insertion, "A") - 0.15
+
+
+@each_curve
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"forward_func": 3}, TypeError, r"`forward_func`.*3"),
+        ({"forward_func": SimilarityScore(NET, torch.ones(3, 4))}, TypeError, r"`forward_func`.*pass score\.encoder"),
+        ({"forward_func": lambda x: x}, ValueError, r"embeddings \(B, D\).*pool"),
+        ({"forward_func": lambda x: NET(x)[:1]}, ValueError, r"one embedding for each of the 3"),
+        ({"inputs": (X, X)}, TypeError, r"`inputs`.*tuple"),
+        ({"reference": R.long()}, TypeError, r"`reference`.*int64"),
+        ({"reference": NET(R)}, TypeError, r"`reference`.*\(B, C, \*spatial\).*\(3, 4\)"),
+        ({"reference": R[:2]}, ValueError, r"`reference`.*one reference or 3.*2"),
+        ({"attributions": MX[:2]}, ValueError, r"`attributions`.*3 inputs.*got 2"),
+        ({"reference_attributions": MR[:1]}, ValueError, r"`reference_attributions`.*3 inputs.*got 1"),
+        ({"reference_attributions": MR / 0}, ValueError, r"`reference_attributions`.*finite.*192"),
+        ({"attributions": MX[:, 0]}, ValueError, r"`attributions`.*2 spatial dimensions"),
+        ({"similarity": "cosinus"}, ValueError, r"`similarity`.*Did you mean"),
+        ({"baselines": "black"}, ValueError, r'`baselines`.*"blur", "mean", "zero"'),
+        ({"baselines": X}, ValueError, r"`baselines`.*both sides.*\(3, 3, 8, 8\).*baselines\[0\]"),
+        ({"baselines": X[:1]}, ValueError, r"`baselines`.*both sides"),
+        ({"baselines": torch.ones(2, 8, 8)}, ValueError, r"`baselines`.*\(2, 8, 8\)"),
+        ({"n_steps": 0}, ValueError, r"`n_steps`.*0"),
+        ({"max_examples_per_batch": 0}, ValueError, r"`max_examples_per_batch`.*0"),
+        ({"max_examples_per_batch": 1.5}, TypeError, r"`max_examples_per_batch`.*1\.5"),
+    ],
+)
+def test_an_argument_of_a_pair_that_cannot_work_is_named(metric, change, error, match):
+    given = {
+        "forward_func": NET,
+        "inputs": X,
+        "reference": R,
+        "attributions": MX,
+        "reference_attributions": MR,
+        **change,
+    }
+    with pytest.raises(error, match=match):
+        metric(**given)

@@ -14,7 +14,7 @@ from captum_fam.metrics._localisation import (
     pointing_game,
     relevance_rank_accuracy,
 )
-from captum_fam.metrics._pairs import matching_accuracy, pair_pointing_game
+from captum_fam.metrics._pairs import matching_accuracy, pair_deletion, pair_insertion, pair_pointing_game
 from captum_fam.metrics._road import Road, road
 from captum_fam.metrics._sanity import (
     Randomization,
@@ -38,6 +38,8 @@ __all__ = [
     "insertion",
     "iou",
     "matching_accuracy",
+    "pair_deletion",
+    "pair_insertion",
     "pair_pointing_game",
     "pointing_game",
     "rank_correlation",

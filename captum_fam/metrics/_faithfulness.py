@@ -96,11 +96,11 @@ def deletion(
         >>> deletion(score, inputs, maps, target=3).auc.shape
         torch.Size([2])
     """
-    return _curve(
+    return curve(
         False,
         forward_func,
         inputs,
-        attributions,
+        maps_for(inputs, attributions),
         baselines,
         additional_forward_args,
         target,
@@ -147,11 +147,11 @@ def insertion(
         >>> insertion(score, inputs, maps, "zero", target=3, n_steps=10).scores.shape
         torch.Size([2, 11])
     """
-    return _curve(
+    return curve(
         True,
         forward_func,
         inputs,
-        attributions,
+        maps_for(inputs, attributions),
         baselines,
         additional_forward_args,
         target,
@@ -161,11 +161,11 @@ def insertion(
     )
 
 
-def _curve(
+def curve(
     shown: bool,
     forward_func: Callable[..., Any],
     inputs: Tensor,
-    attributions: Tensor,
+    maps: Tensor,
     baselines: Baselines,
     additional_forward_args: object | None,
     target: TargetType,
@@ -173,8 +173,7 @@ def _curve(
     seed: int,
     max_examples_per_batch: int | None,
 ) -> PerturbationCurve:
-    """Scores while the first locations of the map are shown alone, or hidden."""
-    maps = maps_for(inputs, attributions)
+    """Scores while the first locations of the maps (B, *spatial) are shown alone, or hidden."""
     check_positive("n_steps", n_steps)
     place, nothing = ranks(maps, seed), baseline_of(inputs, baselines)
     fractions = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device=inputs.device)

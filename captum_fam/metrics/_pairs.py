@@ -1,6 +1,6 @@
-"""Do two images' places find each other where they should? Metrics of a matrix of pairs of places."""
+"""Metrics that look at both images: do their places find each other, does their similarity need what two maps show?"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import Any
 
@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_fam._checks import check_square, describe
+from captum_fam._checks import check_callable, check_positive, check_rows, check_square, describe, warn_once
+from captum_fam.engine.question import pair_index
+from captum_fam.engine.untouched import buffers_restored, warnings_of_training
+from captum_fam.metrics._faithfulness import PerturbationCurve, curve
 from captum_fam.metrics._localisation import at_middles, check_masks, inside_of
+from captum_fam.metrics._perturbed import Baselines, check_inputs, maps_for
+from captum_fam.score import SimilarityScore, select_embedding
+from captum_fam.similarity import Similarity, channel_contributions, check_similarity, widen
 
 
 def pair_pointing_game(matrix: Tensor, masks: Tensor, reference_masks: Tensor) -> Tensor:
@@ -94,6 +100,193 @@ def matching_accuracy(matrix: Tensor, masks: Tensor, reference_masks: Tensor) ->
     top = values == values.amax(2, keepdim=True)
     found = (top & there[:, None]).sum(2) / top.sum(2)
     return (found * here).sum(1) / here.sum(1)
+
+
+def pair_deletion(
+    forward_func: Callable[..., Any],
+    inputs: Tensor,
+    reference: Tensor,
+    attributions: Tensor,
+    reference_attributions: Tensor,
+    similarity: Similarity = "cosine",
+    baselines: Baselines = "blur",
+    n_steps: int = 20,
+    seed: int = 0,
+    max_examples_per_batch: int | None = None,
+    *,
+    output_selector: Callable[[Any], Tensor] | None = None,
+) -> PerturbationCurve:
+    r"""
+    :func:`deletion` of both images of a pair, each by its own map: the similarity while the image loses the locations
+    with its largest attributions, and while the reference loses those with its own. Maps that know what matters in
+    both make it fall early: the smaller the area, the better.
+
+    .. math:: AUC = \frac12 \int_0^1 f(x_{(p)}, r) + f(x, r_{(p)}) \, dp
+
+    with :math:`x_{(p)}` the image x, and :math:`r_{(p)}` the reference r, without the fraction p of largest
+    attributions.
+
+    Each is changed against the whole of the other. Two images that are changed together become alike as both come to
+    show nothing (the cosine of two black images is 1), so that maps of empty background would do as well as the right
+    ones.
+
+    A useless map has no value of its own here either: compare with that of random maps. Which place of the one image
+    belongs to which of the other it does not ask; :func:`pair_pointing_game` and :func:`matching_accuracy` do.
+
+    Args:
+        forward_func (Callable or torch.nn.Module): The encoder, which embeds both: inputs to embeddings (B, D).
+        inputs (Tensor): The images, (B, C, \*spatial), floating point.
+        reference (Tensor): B references, paired with the inputs, or one that they share; of any size.
+        attributions (Tensor): Maps of the inputs, (B, C', \*spatial), as in :func:`deletion`: the first of what an
+                    ``attribute_pair`` returns.
+        reference_attributions (Tensor): Maps of the references, in the same form, the second.
+        similarity (str or Callable): As in :func:`~captum_fam.channel_contributions`.
+                    Default: ``"cosine"``
+        baselines (str, float or Tensor): As in :func:`deletion`, in both images; a tensor has no rows for single
+                    images.
+                    Default: ``"blur"``
+        n_steps, seed, max_examples_per_batch: As in :func:`deletion`.
+        output_selector (Callable, optional): Takes the encoder's output to the embeddings.
+                    Default: None
+
+    Returns:
+        *PerturbationCurve*: As in :func:`deletion`; at each fraction the mean of the two scores.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above; the message names it.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images, references = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+        >>> maps = SimilarityDecomposition(encoder, encoder[1]).attribute_pair(images, references)
+        >>> pair_deletion(encoder, images, references, *maps).auc.shape
+        torch.Size([2])
+    """
+    return _pair_curve(
+        False,
+        forward_func,
+        (inputs, reference),
+        (attributions, reference_attributions),
+        similarity,
+        baselines,
+        n_steps,
+        seed,
+        max_examples_per_batch,
+        output_selector,
+    )
+
+
+def pair_insertion(
+    forward_func: Callable[..., Any],
+    inputs: Tensor,
+    reference: Tensor,
+    attributions: Tensor,
+    reference_attributions: Tensor,
+    similarity: Similarity = "cosine",
+    baselines: Baselines = "blur",
+    n_steps: int = 20,
+    seed: int = 0,
+    max_examples_per_batch: int | None = None,
+    *,
+    output_selector: Callable[[Any], Tensor] | None = None,
+) -> PerturbationCurve:
+    r"""
+    :func:`insertion` of both images of a pair, each by its own map: the similarity while the locations with the
+    largest attributions are the first to appear on a baseline, of the image and of the reference. Maps that know what
+    matters in both make it rise early: the larger the area, the better.
+
+    .. math:: AUC = \frac12 \int_0^1 f(b_{(p)}, r) + f(x, b'_{(p)}) \, dp
+
+    with :math:`b_{(p)}` the baseline of the image x with the fraction p of largest attributions taken from x, and
+    :math:`b'_{(p)}` that of the reference r. Each is changed against the whole of the other, for the reason that
+    :func:`pair_deletion` gives.
+
+    The arguments are those of :func:`pair_deletion`.
+
+    Returns:
+        *PerturbationCurve*: As in :func:`pair_deletion`.
+
+    Raises:
+        TypeError, ValueError: As in :func:`pair_deletion`.
+
+    Examples::
+
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images, references = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+        >>> maps = SimilarityDecomposition(encoder, encoder[1]).attribute_pair(images, references)
+        >>> pair_insertion(encoder, images, references, *maps, baselines="mean", n_steps=10).scores.shape
+        torch.Size([2, 11])
+    """
+    return _pair_curve(
+        True,
+        forward_func,
+        (inputs, reference),
+        (attributions, reference_attributions),
+        similarity,
+        baselines,
+        n_steps,
+        seed,
+        max_examples_per_batch,
+        output_selector,
+    )
+
+
+def _pair_curve(
+    shown: bool,
+    encoder: Callable[..., Any],
+    images: tuple[Any, Any],
+    attributions: tuple[Any, Any],
+    similarity: Similarity,
+    baselines: Baselines,
+    n_steps: int,
+    seed: int,
+    max_examples_per_batch: int | None,
+    output_selector: Callable[[Any], Tensor] | None,
+) -> PerturbationCurve:
+    """The mean of the curves of both images, each against the embedding of the other as a whole."""
+    check_callable("forward_func", encoder)
+    if isinstance(encoder, SimilarityScore):
+        raise TypeError(
+            "Expected `forward_func` to be the encoder, which embeds both images, but got a SimilarityScore; pass"
+            " score.encoder, its similarity and its output_selector."
+        )
+    check_similarity(similarity)
+    for name, value in zip(("inputs", "reference"), images):
+        check_inputs(value, name)
+    inputs, reference = images
+    if isinstance(baselines, Tensor) and baselines.ndim >= inputs.ndim:
+        raise ValueError(
+            "Expected `baselines` to be one for the images of both sides, a tensor without a batch dimension, but got"
+            f" shape {tuple(baselines.shape)}; pass baselines[0]."
+        )
+    limit = max(len(inputs), 1) if max_examples_per_batch is None else max_examples_per_batch
+    check_positive("max_examples_per_batch", limit)
+    paired = inputs, reference[pair_index(len(inputs), len(reference))[:, 0].to(reference.device)]
+    maps = [
+        maps_for(x, m, name) for x, m, name in zip(paired, attributions, ("attributions", "reference_attributions"))
+    ]
+
+    def embed(name: str, x: Tensor) -> Tensor:
+        return widen(check_rows(name, (x,), select_embedding(encoder(x), output_selector)))
+
+    def score_of_input(x: Tensor, s: Tensor) -> Tensor:
+        return channel_contributions(embed("inputs", x), s, similarity).sum(-1)
+
+    def score_of_reference(r: Tensor, z: Tensor) -> Tensor:
+        return channel_contributions(z, embed("reference", r), similarity).sum(-1)
+
+    with torch.no_grad(), buffers_restored(encoder) as guard:
+        z, s = (
+            torch.cat([embed(name, part) for part in x.split(limit)]) if len(x) else x
+            for name, x in zip(("inputs", "reference"), paired)
+        )
+    warn_once(warnings_of_training(encoder, guard.called))
+    one, two = (
+        curve(shown, score, x, m, baselines, (other,), None, n_steps, seed, limit)
+        for score, x, m, other in zip((score_of_input, score_of_reference), paired, maps, (s, z))
+    )
+    return PerturbationCurve((one.auc + two.auc) / 2, (one.scores + two.scores) / 2, one.fractions)
 
 
 def _pairs(matrix: Any, masks: Any, reference_masks: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,13 +44,17 @@ def maps_of(attributions: Any, size: Sequence[int] | None = None, name: str = "a
     return resize(maps, size).clamp(low, high)[:, 0]  # a flat map stays flat: no rounding to be read as structure
 
 
-def maps_for(inputs: Any, attributions: Any, name: str = "attributions") -> Tensor:
-    """Maps (B, *spatial) at the size of inputs (B, C, *spatial) and on their device."""
+def check_inputs(inputs: Any, name: str = "inputs") -> None:
     if not isinstance(inputs, Tensor) or inputs.ndim < 3 or not inputs.is_floating_point():
         raise TypeError(
-            f"Expected `inputs` to be one floating-point tensor (B, C, *spatial), but got {describe(inputs)}; bind"
+            f"Expected `{name}` to be one floating-point tensor (B, C, *spatial), but got {describe(inputs)}; bind"
             " other inputs in `forward_func`."
         )
+
+
+def maps_for(inputs: Any, attributions: Any, name: str = "attributions") -> Tensor:
+    """Maps (B, *spatial) at the size of inputs (B, C, *spatial) and on their device."""
+    check_inputs(inputs)
     maps = maps_of(attributions, inputs.shape[2:], name)
     if len(maps) != len(inputs):
         raise ValueError(f"Expected `{name}` with a map for each of {len(inputs)} inputs, but got {len(maps)}.")
