@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from encoders import HeadEncoder, random, seeded
+from encoders import HeadEncoder, PooledEncoder, random, seeded
 from helpers import close, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from test_scenes import textures
 from torch import nn
 
-from captum_fam import SimilarityScore
+from captum_fam import CorrespondenceMap, SimilarityDecomposition, SimilarityScore
 from captum_fam.metrics import (
     deletion,
     insertion,
@@ -20,6 +21,7 @@ from captum_fam.metrics import (
     pair_pointing_game,
     pointing_game,
 )
+from captum_fam.scenes import shared_object_scenes
 
 each = pytest.mark.parametrize("metric", [pair_pointing_game, matching_accuracy])
 
@@ -107,7 +109,7 @@ def cases(draw):
 
 @each
 @given(cases())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_a_value_is_that_of_a_loop(metric, case):
     matrix, one, other = case
     grids = matrix.shape[1:3], matrix.shape[3:]
@@ -119,7 +121,7 @@ def test_a_value_is_that_of_a_loop(metric, case):
 
 
 @given(cases())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_the_strongest_pair_is_the_same_from_the_other_side(case):
     matrix, one, other = map(torch.from_numpy, case)
     close(pair_pointing_game(matrix.permute(0, 3, 4, 1, 2), other, one), pair_pointing_game(matrix, one, other))
@@ -527,3 +529,48 @@ def test_an_argument_of_a_pair_that_cannot_work_is_named(metric, change, error, 
     }
     with pytest.raises(error, match=match):
         metric(**given)
+
+
+# Scenes, maps and metrics together
+
+
+@pytest.mark.parametrize("method", [CorrespondenceMap, SimilarityDecomposition])
+def test_scenes_and_matrices_are_measured_in_both_directions(method):
+    encoder = seeded(PooledEncoder).float()
+    scenes = shared_object_scenes(*textures(), 8, size=48, difficulty="easy")
+    found = []
+    for one in (scenes, scenes.swapped()):
+        matrix = method(encoder, encoder.layer).attribute_matrix(one.images, one.references)
+        pointing = pair_pointing_game(matrix, one.masks, one.reference_masks)
+        found.append((pointing, matching_accuracy(matrix, one.masks, one.reference_masks)))
+    back = matching_accuracy(matrix.mT, scenes.masks, scenes.reference_masks)  # from the other side
+    assert (back - found[0][1]).abs().max() < 0.02  # of 400 products in another order
+    assert not torch.allclose(found[0][1], found[1][1])
+    chance = scenes.reference_masks.float().mean().item()
+    if method is CorrespondenceMap:  # the very same pixels are in both
+        assert all(matching.mean() > 2 * chance for _, matching in found)
+    assert all(((value >= 0) & (value <= 1)).all() for pair in found for value in pair)
+
+
+def test_no_scenes_have_no_values():
+    none = shared_object_scenes(*textures(), 2, size=48)[torch.zeros(2, dtype=torch.bool)]
+    encoder = seeded(PooledEncoder).float()
+    method = SimilarityDecomposition(encoder, encoder.layer)
+    matrix = method.attribute_matrix(none.images, none.references)
+    maps = method.attribute_pair(none.images, none.references)
+    assert matching_accuracy(matrix, none.masks, none.reference_masks).shape == (0,)
+    assert pair_pointing_game(matrix, none.masks, none.reference_masks).shape == (0,)
+    assert pair_insertion(encoder, none.images, none.references, *maps).auc.shape == (0,)
+
+
+@each_curve
+def test_maps_of_both_sides_are_taken_as_a_method_returns_them(metric):
+    """And those of a decomposition, which say what the score is made of, beat reversed ones."""
+    encoder = seeded(PooledEncoder).float()
+    scenes = shared_object_scenes(*textures(), 4, size=48, difficulty="easy")
+    maps = SimilarityDecomposition(encoder, encoder.layer).attribute_pair(scenes.images, scenes.references)
+    area, reversed_area = (
+        metric(encoder, scenes.images, scenes.references, *of, baselines="zero", n_steps=5).auc.mean()
+        for of in (maps, [-m for m in maps])
+    )
+    assert area > reversed_area if metric is pair_insertion else area < reversed_area

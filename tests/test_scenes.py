@@ -387,6 +387,23 @@ def test_an_encoder_that_sees_the_shared_class_alone_has_its_effect_there():
     assert torch.allclose(effects[:, 1:], torch.zeros(8, 3), atol=1e-6)
 
 
+def test_the_pairs_that_an_encoder_uses_are_chosen_and_there_may_be_none():
+    pictures, labels = plain(classes=9, each=1)
+    scenes = shared_object_scenes(pictures, labels, 12, size=48, difficulty="easy")
+    reds = torch.tensor([p.getpixel((0, 0))[0] / 255 for p in pictures])[::2]  # of classes of even numbers
+    even = lambda x: ((x[:, :1].flatten(2) - reds[:, None]).abs() < 1e-3).float().mean(2)  # noqa: E731
+    chosen = {}
+    for name, encoder in (("even", even), ("grey", lambda x: GREY(0 * x))):
+        effects = removal_effects(encoder, scenes, "dot")
+        chosen[name] = scenes[effects[:, 0] > effects[:, 1:].amax(1) + 1e-6]
+    right = scenes.labels[:, 0] % 2 == 0
+    assert 0 < right.sum() < 12
+    assert torch.equal(chosen["even"].images, scenes.images[right])
+    assert torch.equal(chosen["even"].labels, scenes.labels[right])
+    assert len(chosen["grey"]) == len(chosen["grey"].masks) == len(chosen["grey"].swapped().without(1)) == 0
+    assert removal_effects(GREY, chosen["grey"]).shape == (0, 4)
+
+
 @pytest.mark.parametrize("difficulty", ["medium", "hard"])
 def test_mean_colours_tell_neither_the_shared_object_nor_the_pair(difficulty):
     scenes = shared_object_scenes(*textures(), 20, size=64, difficulty=difficulty)

@@ -32,7 +32,9 @@ def pair_pointing_game(matrix: Tensor, masks: Tensor, reference_masks: Tensor) -
 
     For a matrix without structure it is the share of the image's places on the object, times that of the
     reference's: a sixteenth where both are a quarter. Compare with that, and with the matrix of an untrained
-    encoder. The pointing game is that of Zhang et al. (https://arxiv.org/abs/1608.00507); that of two images is ours.
+    encoder. Cosines are largest where plain background looks like plain background, and equal for many places there.
+
+    The pointing game is that of Zhang et al. (https://arxiv.org/abs/1608.00507); that of two images is ours.
 
     Args:
         matrix (Tensor): A value for each place of the images with each place of their references, floating

@@ -62,6 +62,9 @@ def removal_effects(
         >>> effects = removal_effects(mean_colour, scenes)
         >>> effects.shape, bool((effects.abs() < 1e-4).all())
         (torch.Size([2, 4]), True)
+        >>> used = effects[:, 0] > effects[:, 1:].amax(1) + 1e-6
+        >>> scenes[used]  # what mean colours solve: nothing
+        Scenes(images=(0, 3, 64, 64), n_objects=4)
     """
     check_callable("encoder", encoder)
     if not isinstance(scenes, Scenes):

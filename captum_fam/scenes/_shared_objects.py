@@ -73,7 +73,7 @@ class Scenes:
         return len(self.images)
 
     def __getitem__(self, index: slice | Tensor) -> "Scenes":
-        """Some of the pairs, by a slice or a tensor of their numbers (M,)."""
+        """Some of the pairs, by a slice, a tensor of their numbers (M,), or one of bools (N,); there may be none."""
         if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.ndim == 1):
             raise TypeError(
                 f"Expected `index` to be a slice or a tensor of numbers (M,), but got {describe(index)};"
