@@ -512,7 +512,12 @@ def test_images_that_are_changed_together_are_alike_when_both_show_nothing():
         ({"baselines": "black"}, ValueError, r'`baselines`.*"blur", "mean", "zero"'),
         ({"baselines": X}, ValueError, r"`baselines`.*both sides.*\(3, 3, 8, 8\).*baselines\[0\]"),
         ({"baselines": X[:1]}, ValueError, r"`baselines`.*both sides"),
-        ({"baselines": torch.ones(2, 8, 8)}, ValueError, r"`baselines`.*\(2, 8, 8\)"),
+        ({"baselines": torch.ones(2, 8, 8)}, ValueError, r"`baselines`.*`inputs`.*\(2, 8, 8\)"),
+        (
+            {"baselines": X[0], "reference": R[..., 1:], "reference_attributions": MR},
+            ValueError,
+            r"`baselines`.*`reference`, \(3, 3, 8, 7\).*\(3, 8, 8\)",
+        ),
         ({"n_steps": 0}, ValueError, r"`n_steps`.*0"),
         ({"max_examples_per_batch": 0}, ValueError, r"`max_examples_per_batch`.*0"),
         ({"max_examples_per_batch": 1.5}, TypeError, r"`max_examples_per_batch`.*1\.5"),

@@ -101,7 +101,7 @@ def deletion(
         forward_func,
         inputs,
         maps_for(inputs, attributions),
-        baselines,
+        baseline_of(inputs, baselines),
         additional_forward_args,
         target,
         n_steps,
@@ -152,7 +152,7 @@ def insertion(
         forward_func,
         inputs,
         maps_for(inputs, attributions),
-        baselines,
+        baseline_of(inputs, baselines),
         additional_forward_args,
         target,
         n_steps,
@@ -166,16 +166,16 @@ def curve(
     forward_func: Callable[..., Any],
     inputs: Tensor,
     maps: Tensor,
-    baselines: Baselines,
+    nothing: Tensor,
     additional_forward_args: object | None,
     target: TargetType,
     n_steps: int,
     seed: int,
     max_examples_per_batch: int | None,
 ) -> PerturbationCurve:
-    """Scores while the first locations of the maps (B, *spatial) are shown alone, or hidden."""
+    """Scores while the first locations of the maps (B, *spatial) are shown alone on nothing, or replaced by it."""
     check_positive("n_steps", n_steps)
-    place, nothing = ranks(maps, seed), baseline_of(inputs, baselines)
+    place = ranks(maps, seed)
     fractions = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device=inputs.device)
     counts = (fractions * maps[:1].numel()).round().long()
 

@@ -13,7 +13,7 @@ from captum_fam.engine.question import pair_index
 from captum_fam.engine.untouched import buffers_restored, warnings_of_training
 from captum_fam.metrics._faithfulness import PerturbationCurve, curve
 from captum_fam.metrics._localisation import at_middles, check_masks, inside_of
-from captum_fam.metrics._perturbed import Baselines, check_inputs, maps_for
+from captum_fam.metrics._perturbed import Baselines, baseline_of, check_inputs, maps_for
 from captum_fam.score import SimilarityScore, select_embedding
 from captum_fam.similarity import Similarity, channel_contributions, check_similarity, widen
 
@@ -132,7 +132,8 @@ def pair_deletion(
     show nothing (the cosine of two black images is 1), so that maps of empty background would do as well as the right
     ones.
 
-    A useless map has no value of its own here either: compare with that of random maps. Which place of the one image
+    Compare with random maps, always. Whatever is not empty counts: in scenes of objects on plain ground, maps of all
+    objects may do better than those of the shared one. Which place of the one image
     belongs to which of the other it does not ask; :func:`pair_pointing_game` and :func:`matching_accuracy` do.
 
     Args:
@@ -268,6 +269,7 @@ def _pair_curve(
     maps = [
         maps_for(x, m, name) for x, m, name in zip(paired, attributions, ("attributions", "reference_attributions"))
     ]
+    nothings = [baseline_of(x, baselines, name) for x, name in zip(paired, ("inputs", "reference"))]
 
     def embed(name: str, x: Tensor) -> Tensor:
         return widen(check_rows(name, (x,), select_embedding(encoder(x), output_selector)))
@@ -285,8 +287,8 @@ def _pair_curve(
         )
     warn_once(warnings_of_training(encoder, guard.called))
     one, two = (
-        curve(shown, score, x, m, baselines, (other,), None, n_steps, seed, limit)
-        for score, x, m, other in zip((score_of_input, score_of_reference), paired, maps, (s, z))
+        curve(shown, score, x, m, nothing, (other,), None, n_steps, seed, limit)
+        for score, x, m, nothing, other in zip((score_of_input, score_of_reference), paired, maps, nothings, (s, z))
     )
     return PerturbationCurve((one.auc + two.auc) / 2, (one.scores + two.scores) / 2, one.fractions)
 

@@ -77,7 +77,7 @@ def ranks(maps: Tensor, seed: int) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places).reshape(maps.shape)
 
 
-def baseline_of(inputs: Tensor, baselines: Baselines) -> Tensor:
+def baseline_of(inputs: Tensor, baselines: Baselines, name: str = "inputs") -> Tensor:
     """What stands for nothing, in the shape of the inputs."""
     if isinstance(baselines, str):
         if baselines == "zero":
@@ -99,7 +99,7 @@ def baseline_of(inputs: Tensor, baselines: Baselines) -> Tensor:
             return torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
         except RuntimeError as error:
             raise ValueError(
-                f"Expected `baselines` of a shape that expands to that of `inputs`, {tuple(inputs.shape)}, but got"
+                f"Expected `baselines` of a shape that expands to that of `{name}`, {tuple(inputs.shape)}, but got"
                 f" {describe(baselines)}."
             ) from error
     raise ValueError(f'Expected `baselines` to be "blur", "mean", "zero", a number or a tensor, but got {baselines!r}.')
