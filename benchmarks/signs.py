@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import objects, study, tasks
 from benchmarks import train_contrastive as trained
+from benchmarks.pairs import _square
 from captum_fam import FeatureActivationMap, SimilarityDecomposition, SimilarityScore
 from captum_fam import channel_contributions as contributions
 from captum_fam import contribution_weights as minmax
@@ -108,7 +109,7 @@ def cases(data: Path, count: int) -> Iterator[tuple[str, Case]]:
     small = trained.normalise(test[chosen.flatten()]).unflatten(0, (-1, 2))
     photos, kinds = objects.clothing(data)
     numbers = tasks.pairs_of_classes(torch.tensor(kinds), count // 4).flatten().tolist()
-    large = torch.stack([study._square(photos[i], 128) for i in numbers]).unflatten(0, (-1, 2))
+    large = torch.stack([_square(photos[i], 128) for i in numbers]).unflatten(0, (-1, 2))
 
     @torch.no_grad()
     def case(net: nn.Module, layer: nn.Module, images: Tensor) -> Case:

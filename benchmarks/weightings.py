@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from benchmarks import study
 from benchmarks.faithfulness import COMMAND, FOLDER, Settings, localisation
+from benchmarks.pairs import pairs as pairs_of
 
 HALF = 0
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 1.0)
@@ -53,12 +54,12 @@ def main() -> None:
     data, settings = Path(os.environ["CAPTUM_FAM_DATA"]), Settings()
     warnings.filterwarnings("ignore")
     found: dict[tuple[str, str, str], list[float]] = {}
-    names = [name for name in study.ENCODERS if name != "mean_colour"]
+    names = [*study.GROUPS["weak"], "bundled"]
     for name in tqdm(names, desc="encoders"):
         encoder = study.encoder(name, data)
         for source in ("medium",) if name == "protonet_omniglot" else ("medium", "photos"):
             count = settings.photos if source == "photos" else settings.pairs
-            pairs = study.pairs(data, source, encoder.pictures, encoder.size, HALF, count)
+            pairs = pairs_of(data, source, encoder.pictures, encoder.size, HALF, count)
             q = study.Question.of(encoder, pairs.images, pairs.references)
             for candidate, method in CANDIDATES.items():
                 for metric, values in localisation(method(q), pairs).items():

@@ -12,7 +12,7 @@ from captum.attr import LayerGradCam, LayerGradientXActivation
 from encoders import FlatEncoder, HeadEncoder, PooledEncoder, random, seeded
 from helpers import close
 
-from benchmarks import faithfulness, report, study
+from benchmarks import faithfulness, pairs, report, study
 from benchmarks.faithfulness import Cell, Settings, is_finished, right_object
 from captum_fam import FeatureActivationMap, LabelFreeActivationMap, Relax, SimilarityScore
 
@@ -118,7 +118,7 @@ def test_a_swapped_question_has_the_references_of_these_numbers(question):
 
 def test_another_reference_has_no_shared_class_and_as_few_others_as_can_be():
     images, references = [{1, 2}, {1, 3}, {4, 5}], [{1, 6}, {1, 7}, {4, 2}]
-    assert study._least_alike(images, references, [{1}, {1}, {4}]).tolist() == [2, 2, 0]
+    assert pairs._least_alike(images, references, [{1}, {1}, {4}]).tolist() == [2, 2, 0]
 
 
 def test_the_right_object_is_the_one_with_the_largest_mean_and_ties_count_in_part():
@@ -171,9 +171,9 @@ def test_the_interval_of_encoders_that_see_the_same_pairs_is_that_of_one_of_them
 def test_the_halves_of_the_pictures_have_nothing_in_common():
     data = faithfulness.Path(os.environ["CAPTUM_FAM_DATA"])
     for name in ("coco", "cifar"):
-        one, other = ({p.tobytes() for p in study.pictures(data, name, half)[0]} for half in (0, 1))
+        one, other = ({p.tobytes() for p in pairs.pictures(data, name, half)[0]} for half in (0, 1))
         assert one
         assert not one & other
-    photos = [study.pairs(data, "photos", "", 32, half, 24) for half in (0, 1)]
+    photos = [pairs.pairs(data, "photos", "", 32, half, 24) for half in (0, 1)]
     one, other = (torch.cat([p.images, p.references]) for p in photos)
     assert not any(torch.equal(a, b) for a in one for b in other)

@@ -1,0 +1,155 @@
+"""The words around the tables of report.py."""
+
+TEXT = """# Which map can be trusted?
+
+Made by `{command}` (Python {python}, {packages}; CPU, one thread a process). All seeds are fixed in the code.
+Settings: {settings}. All numbers by encoder, with their intervals: [results.csv](results.csv).
+
+What is compared, and how: [study.py](../study.py) (encoders, methods), [pairs.py](../pairs.py) (scenes and photos),
+[faithfulness.py](../faithfulness.py) (metrics). The score is the cosine of the embeddings for every encoder, also for
+ProtoNets, which are trained with Euclidean distance. {good} encoders are good enough to be asked; {weak} are not, and
+stand apart. The half of the pictures is half 1 where nothing else is said.
+
+Encoders of a group count the same. Intervals are 95 % percentile bootstrap intervals of the mean over the encoders of
+the group; pairs are drawn anew ({resamples} times), the same for all encoders, because encoders share scenes and
+photos. They say how sure the mean over *these* encoders is, not what another encoder would give.
+
+## Goals
+
+Hard scenes, good encoders, half 1. The map is the one with the largest share of right objects on half 0, among those
+that need at most three forward passes; it is judged on half 1. RELAX and Distance Explainer have no part in the choice.
+
+{goals}
+
+## In short
+
+Good encoders. *Right object* (chance 0.25; untrained encoders in brackets) on hard scenes that can be solved,
+*faithfulness* (insertion less deletion with the mean colour, over a random map) on the same, right object on *medium
+scenes*, rank accuracy in the masks of objects in *photos*; forward *passes* for a pair. All are explained below.
+
+{summary}
+
+## Hard scenes that can be solved
+
+Two scenes of four objects share a class: another picture of it, of another size, all objects in one palette
+(`shared_object_scenes(..., difficulty="hard")`, COCO objects). No encoder here uses the shared object in most of all
+such scenes, and a map cannot show what the encoder does not see. So these are the scenes in which two *referees*,
+MobileNetV2 and MobileNetV1, both lose most of the similarity with the shared object ({kept} of the scenes drawn were
+kept). Referees are in no table of these scenes. {pairs} pairs for each encoder, the same ones at each encoder's size.
+
+*Right object*: the mean of the map on the shared object is larger than on each other object; chance is 0.25. *Over
+untrained*: less the same map on the same encoders with random weights: what training has taught the map to find.
+*Where used*: among pairs where taking away the shared object lowers the encoder's own similarity more than taking away
+any other (encoders with at least {least_used} such pairs); taking away paints with the background, as the masks of
+RELAX and Distance Explainer nearly do, which is in their favour. *Over swapped*: less the map for a reference of
+another pair without the shared class. *Over shuffled*: less the encoders with their own weights shuffled. *Half 0*: the
+other half of the pictures, for methods without masks. *All hard scenes*: before the referees chose. *Passes*: forward
+passes of one image that a pair costs, with its reference, counted in operations, so that a pass from a layer on counts
+by its part, and comparisons of places count, too; *with gradients*: with those of backward passes.
+
+{main}
+
+![Right objects by method](scenes.png)
+
+FAM cosine stands for FAM with the dot product too: the contributions differ by a factor, so the weights are the same.
+*self*: `contrast="self"`, what a match has beyond what the image has with itself; for the decomposition it is Grad-CAM
+by place, so the two differ only where a head treats places differently. Grad-CAM is signed here (the paper's has a
+ReLU). RELAX and Distance Explainer take {masks} masks of 7 x 7 cells and paint with the mean colour instead of black,
+because black would be one more object; for the larger EfficientNets they see a part of the pairs, for their cost.
+*integrated*: `IntegratedDecomposition`, its layer named. *best match* and *match less others*: `CorrespondenceMap`.
+¹ sees the reference's map, not only its embedding, and looks for like places: it does not explain the score.
+² sees the other references and explains the difference to their mean. Its passes are shared by all pairs here; alone,
+*match less others* takes twelve more.
+
+By encoder: how often it uses the shared object (chance 0.25; also untrained), and how often a map finds it in the hard
+scenes that can be solved:
+
+{by_encoder}
+
+The mean-colour encoder (embedding: the mean of the three colours), right object; all objects have one mean colour, so
+its similarities are all equal and its maps rounding, and what is left is best match's comparison of pixels:
+
+{mean_colour}
+
+![Examples of maps](maps.png)
+
+*Medium scenes of the bundled encoder (clothing photos, CC0); the shared object is outlined. Signed maps are red and
+blue.*
+
+## Both images
+
+The same scenes, asked of both images: is the strongest pair of places on the shared object in both; do the places of
+the object in the image find it in the reference, and the other way round? *Chance*: a matrix without structure.
+Untrained encoders in brackets.
+
+{both}
+
+## Faithfulness
+
+Insertion less deletion of the cosine on the hard scenes, good encoders, {faithful} pairs each, {steps} steps; what
+hides is the image's blur or its mean colour. Margins over a random map; *both images*: each image changed by its own
+map (`pair_insertion` less `pair_deletion`), for methods that have both. *Integrated over it*: the margin of the
+integrated map over this one, of the same encoders and pairs. RELAX with {many:,} masks was left out for the two larger
+EfficientNets, for its cost.
+
+{faithfulness}
+
+## Medium scenes
+
+The shared object is the same picture in another view: mirrored, turned, resized, other gamma (`difficulty="medium"`).
+They favour methods that find the same picture again. Good encoders; masks on half of the pairs, trained only:
+
+{medium}
+
+## Weak encoders
+
+{weak} encoders that are small, or see these scenes at a size that is not theirs. Medium scenes:
+
+{weak_medium}
+
+All hard scenes: these encoders hardly use the shared object, so there is little that a map could find, and no ranking
+should be drawn from it.
+
+{weak_hard}
+
+By encoder, right object on medium scenes:
+
+{by_weak_encoder}
+
+## A test over families
+
+Right object on medium scenes, good and weak encoders together. p: Wilcoxon's signed-rank test of the mean differences
+to FAM cosine of {families} families of encoders, adjusted for the number of methods (Benjamini and Yekutieli); before
+that it cannot be smaller than {least_p}. The good encoders alone are {good_families} families, too few for a test
+(p cannot be smaller than {least_good_p}).
+
+{family_tests}
+
+## Photos
+
+{photos} COCO photos, each with a reference that shares a category, objects of the shared categories covering 3 to 50 %.
+What the encoder sees in common need not be the annotated objects, and photographers put their subject in the middle:
+compare with the blob.
+
+{photo_places}
+
+## What to object to
+
+* Two encoders chose the hard scenes. They are convolutional and were trained on ImageNet, as the EfficientNets were, so
+  these see what the referees see more often than another encoder would. *All hard scenes* has the others.
+* A scene is kept because painting over its shared object matters to the referees. So a map by masks, which paints, is
+  favoured, if at all.
+* The vision transformers stand on EfficientNet-Lite0's first layers and were distilled from it, and so was the bundled
+  encoder: the good encoders are fewer witnesses than their number.
+* What was trained here saw COCO photos of half 0, so *half 0* is not new to the transformers and the bundled encoder;
+  half 1 is.
+* The palette, the plain background and outlines cut by hand are not natural.
+* TensorFlow's padding shifts the maps of MobileNets and EfficientNets by up to half a cell against the image; it was
+  not corrected.
+* Weak encoders see scenes at a size other than that of their training (MobileNets 128 pixels, CIFAR encoders 64).
+* An untrained encoder's explanation need not show the shared object: *over untrained* tests encoder and map together.
+  One draw of random weights for each encoder.
+* Insertion and deletion show pictures that no encoder was trained on; few pairs, since each costs a thousand passes.
+* *residual 0.9* was chosen on half 0, with weak encoders: [weightings.md](weightings.md). The layers, steps and the
+  number of other images were chosen there, too.
+"""
