@@ -301,9 +301,8 @@ def _pairs(matrix: Any, masks: Any, reference_masks: Any) -> tuple[Tensor, Tenso
         raise TypeError(f"Expected `matrix` to be a floating-point tensor (B, N, N'), but got {describe(matrix)}.")
     told = matrix.ndim == 5
     grids = [matrix.shape[1:3], matrix.shape[3:]] if told else [[isqrt(n)] * 2 for n in matrix.shape[1:]]
-    if not (told or (matrix.ndim == 3 and all(h * w == n for (h, w), n in zip(grids, matrix.shape[1:])))) or not all(
-        h * w for h, w in grids
-    ):
+    places = [h * w for h, w in grids]
+    if matrix.ndim not in (3, 5) or not all(places) or (not told and places != [*matrix.shape[1:]]):
         raise ValueError(
             "Expected `matrix` to be a matrix (B, N, N') of square grids, or (B, h, w, h', w'), but got shape"
             f" {tuple(matrix.shape)}; places of other grids are told by matrix.reshape(-1, h, w, h', w'), and one"
@@ -318,7 +317,7 @@ def _pairs(matrix: Any, masks: Any, reference_masks: Any) -> tuple[Tensor, Tenso
         inside = inside_of(given, name)
         check_masks(len(matrix), inside, name)
         if not told:
-            check_square("matrix", side, grid[0] * grid[1], inside.shape[1:])
+            check_square("matrix", side, grid[0] ** 2, inside.shape[1:])
         on.append(_on_object(inside, grid).to(matrix.device))
     here, there = on
     return matrix.detach().reshape(len(matrix), here.shape[1], there.shape[1]), here, there
