@@ -196,7 +196,7 @@ def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[st
     pairs = of_pairs.pairs(data, cell.source, encoder.pictures, encoder.size, cell.half, count, folder)
     clock = Clock()
     q = study.Question.of(encoder, pairs.images, pairs.references)
-    is_swapped = cell.weights == "trained" and cell.source in ("hard", "medium") and cell.half == 1
+    is_swapped = cell.is_main
     n, n_masked = settings.faithful, cell.masked(settings)
     found: dict[str, Any] = {}
     if pairs.scenes is not None:
