@@ -227,7 +227,7 @@ def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[st
         for name, by_metric in both_sides(first, settings.steps).items():
             values[name] |= by_metric
         clock.lap("curves", n * (settings.steps + 1))
-        found["costs"] = study.costs(encoder, q.images[:13], q.references[:13])
+        found["costs"] = study.costs(encoder, q.images[:16], q.references[:16])
         clock.lap("costs", 1)
     found["seconds"] = clock.laps
     found["values"] = listed(values)

@@ -45,7 +45,8 @@ RELAX and Distance Explainer nearly do, which is in their favour. *Over swapped*
 another pair without the shared class. *Over shuffled*: less the encoders with their own weights shuffled. *Half 0*: the
 other half of the pictures, for methods without masks. *All hard scenes*: before the referees chose. *Passes*: forward
 passes of one image that a pair costs, with its reference, counted in operations, so that a pass from a layer on counts
-by its part, and comparisons of places count, too; *with gradients*: with those of backward passes.
+by its part, and comparisons of places count, too; *with gradients*: with those of backward passes; *once a call*: for
+any number of pairs, as the package asks an unknown transformer how its tokens lie. All are means over these encoders.
 
 {main}
 

@@ -478,28 +478,29 @@ class Operations(FlopCounterMode):
         return out
 
 
-def costs(encoder: Encoder, images: Tensor, references: Tensor) -> dict[str, tuple[float, float]]:
+def costs(encoder: Encoder, images: Tensor, references: Tensor) -> dict[str, tuple[float, float, float]]:
     """
-    What each map costs a pair, its reference included, in forward passes of one image: forward, and with gradients.
+    What each map costs in forward passes of one image: of a pair its forward passes, reference included; these with
+    gradients; and what a call takes once, however many pairs (the order of a transformer's tokens, say).
 
     A pass from a layer on counts by its part of the operations. Methods that see other references share them.
     """
-    n = len(images)
 
-    def counted(call: Callable[[], Any]) -> tuple[float, float]:
+    def counted(call: Callable[[], Any]) -> tuple[int, int]:
         with Operations() as operations:
             call()
         total = operations.get_total_flops()
-        return (total - operations.of_gradients) / n, total / n
+        return total - operations.of_gradients, total
 
     with torch.no_grad():
-        one, _ = counted(lambda: encoder.net(images))
-    q = Question.of(encoder, images, references)
-    METHODS["integrated"](q)  # finds its layer
-    found = {}
+        one, _ = counted(lambda: encoder.net(images[:1]))
+    q, found = Question.of(encoder, images, references), {}
+    METHODS["integrated"](q[:1])  # finds its layer
+    few, n = len(images) // 2, len(images)
     for name, method in METHODS.items():
-        forward, in_all = (x / max(one, 1) for x in counted(lambda method=method: method(q)))
-        sees_places = name in ("best match", "match less others")
-        knows_reference = name not in ("LaFAM", *CONTROLS) and not sees_places
-        found[name] = (forward + knows_reference, in_all + knows_reference)
+        small, large = ([x / max(one, 1) for x in counted(lambda m=m, method=method: method(q[:m]))] for m in (few, n))
+        forward, in_all = ((b - a) / (n - few) for a, b in zip(small, large))
+        embeds_reference = name not in ("best match", "match less others", "LaFAM", *CONTROLS)
+        once = max(large[1] - n * in_all, 0.0)
+        found[name] = (forward + embeds_reference, in_all + embeds_reference, once)
     return found

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,84 @@ def test_weights_are_forgotten_without_changing_their_shapes():
         study._forget(layer, "untrained")
     assert not layer.bias.any()
     assert layer.weight.std().item() == pytest.approx((2 / 27) ** 0.5, rel=0.3)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_vision_transformer_behind_convolutions_is_forgotten_in_whole_and_still_tells_images_apart(pool):
+    timm = pytest.importorskip("timm")
+    net = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU6()),
+        timm.models.vision_transformer.VisionTransformer(
+            img_size=8, patch_size=2, in_chans=8, num_classes=0, embed_dim=24, depth=2, num_heads=3,
+            global_pool=pool, class_token=pool == "token", init_values=0.5, weight_init="skip",
+        ),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(3 + torch.rand_like(parameter))
+        before = {name: p.clone() for name, p in net.named_parameters()}
+        for module in net.modules():
+            study._forget(module, "untrained")
+        assert [name for name, p in net.named_parameters() if torch.equal(p, before[name])] == []
+        assert max(p.abs().max().item() for p in net.parameters()) < 3
+        z = net(torch.rand(4, 3, 16, 16))
+    cosines = F.cosine_similarity(z[:, None], z[None], dim=2)
+    assert cosines.isfinite().all()
+    assert cosines.fill_diagonal_(0).max() < 1 - 1e-5
+
+
+def test_what_maps_cost_is_counted_in_passes_of_one_image():
+    net = seeded(PooledEncoder).float()
+    encoder = study.Encoder("small", net, net, net.layer, 16, "none")
+    costs = study.costs(encoder, *(random(8, 3, 16, 16, seed=seed).float() for seed in (1, 2)))
+    places = 9 * 9 * 6 * 2  # operations of comparing 3 x 3 places of 6 channels
+    one = 2 * 6 * 6 * 5 * 3 * 9 + 2 * 3 * 3 * 6 * 5 * 9  # of the two convolutions, 6 x 6 and 3 x 3 places
+    weighted = 2 * 6 * 9 / one  # the sum of 6 channels at 9 places
+    assert costs["FAM cosine"] == pytest.approx((2 + weighted, 2 + weighted, 0))
+    assert costs["LaFAM"] == pytest.approx((1 + weighted, 1 + weighted, 0))
+    assert costs["random"] == (0, 0, 0)
+    assert costs["best match"][0] == pytest.approx(2 + places / one)
+    # The image, its reference, and from the first layer on ten steps forth and at least eight back.
+    second = 2 * 3 * 3 * 6 * 5 * 9 / one
+    assert 2 + 8 * second <= costs["integrated"][0] <= 2 + 10 * second
+    assert 8 * second <= costs["integrated"][1] - costs["integrated"][0] <= 10 * second
+
+
+def test_what_is_embedded_fast_is_the_same():
+    net = seeded(PooledEncoder).float()
+    images = random(3, 3, 16, 16).float()
+    fast = study.Encoder("bundled", net, net, net.layer, 16, "none").fast
+    assert fast is not net
+    torch.testing.assert_close(fast(images), net(images))
+    assert not fast(images).requires_grad
+    assert study.Encoder("small", net, net, net.layer, 16, "none").fast is net
+
+
+def test_places_are_asked_on_both_sides_and_chance_is_the_share_of_the_masks(question):
+    scenes = SimpleNamespace(masks=torch.zeros(3, 1, 16, 16, dtype=torch.bool))
+    scenes.reference_masks = scenes.masks.clone()
+    scenes.masks[:, :, :8] = True
+    scenes.reference_masks[:, :, :, 12:] = True
+    found = faithfulness.places(question, pairs.Pairs(None, None, None, None, scenes))
+    (n,) = {P.shape[1] for P in study.matrices(question).values()}
+    side = int(n**0.5)
+    middles = [(2 * i + 1) * 16 // (2 * side) for i in range(side)]
+    here, there = sum(m < 8 for m in middles) / side, sum(m >= 12 for m in middles) / side
+    assert 0 < here < 1
+    assert 0 < there < 1
+    chance = {k: v[0].item() for k, v in found["chance"].items()}
+    assert chance["strongest pair"] == pytest.approx(here * there)
+    assert chance["found in the reference"] == pytest.approx(there)
+    assert chance["found in the image"] == pytest.approx(here)
+
+
+def test_masks_explain_the_first_pairs_for_every_reference_alike(question):
+    other = question.s.flip(0)
+    one, two = study.masked_maps(question[:2], [question.s[:2], other[:2]], 20)
+    masks, z = study.masked_embeddings(question[:2], 20)
+    assert set(one) == set(study.MASKS)
+    close(two["RELAX"], study.relax(masks, F.cosine_similarity(z, other[:2, None], dim=2)))
+    assert not torch.equal(one["RELAX"], two["RELAX"])
 
 
 def test_a_cell_is_finished_if_its_file_was_made_with_the_same_settings(tmp_path):
