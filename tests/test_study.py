@@ -167,19 +167,19 @@ def test_a_vision_transformer_behind_convolutions_is_forgotten_in_whole_and_stil
 
 def test_what_maps_cost_is_counted_in_passes_of_one_image():
     net = seeded(PooledEncoder).float()
-    encoder = study.Encoder("small", net, net, net.layer, 16, "none")
+    encoder = study.Encoder("small", net, net, net.layer, 16, "none", net.early)
     costs = study.costs(encoder, *(random(8, 3, 16, 16, seed=seed).float() for seed in (1, 2)))
-    places = 9 * 9 * 6 * 2  # operations of comparing 3 x 3 places of 6 channels
-    one = 2 * 6 * 6 * 5 * 3 * 9 + 2 * 3 * 3 * 6 * 5 * 9  # of the two convolutions, 6 x 6 and 3 x 3 places
-    weighted = 2 * 6 * 9 / one  # the sum of 6 channels at 9 places
-    assert costs["FAM cosine"] == pytest.approx((2 + weighted, 2 + weighted, 0))
-    assert costs["LaFAM"] == pytest.approx((1 + weighted, 1 + weighted, 0))
+    first, second = 2 * 16 * 16 * 5 * 3 * 9, 2 * 8 * 8 * 6 * 5 * 9  # of the convolutions, 16 x 16 and 8 x 8 places
+    weighted, compared = 2 * 64 * 6, 2 * 64 * 64 * 6  # of channels at all places, and of places with places
+    one = first + second
+    assert costs["FAM cosine"] == pytest.approx((2 + weighted / one, 2 + weighted / one, 0))
+    assert costs["LaFAM"] == pytest.approx((1 + weighted / one, 1 + weighted / one, 0))
     assert costs["random"] == (0, 0, 0)
-    assert costs["best match"][0] == pytest.approx(2 + places / one)
+    assert costs["best match"][0] == pytest.approx(2 + compared / one)
     # The image, its reference, and from the first layer on ten steps forth and at least eight back.
-    second = 2 * 3 * 3 * 6 * 5 * 9 / one
-    assert 2 + 8 * second <= costs["integrated"][0] <= 2 + 10 * second
-    assert 8 * second <= costs["integrated"][1] - costs["integrated"][0] <= 10 * second
+    part = second / one
+    assert 2 + 8 * part <= costs["integrated"][0] <= 2 + 10 * part
+    assert 8 * part <= costs["integrated"][1] - costs["integrated"][0] <= 10 * part
 
 
 def test_what_is_embedded_fast_is_the_same():
