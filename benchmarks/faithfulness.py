@@ -113,7 +113,6 @@ def cells() -> list[Cell]:
         ("untrained", "medium"),
         ("trained", "hard, all"),
         ("untrained", "hard, all"),
-        ("shuffled", "medium"),
         ("trained", "photos"),
     ):
         found += [
@@ -196,6 +195,8 @@ def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[st
     pairs = of_pairs.pairs(data, cell.source, encoder.pictures, encoder.size, cell.half, count, folder)
     clock = Clock()
     q = study.Question.of(encoder, pairs.images, pairs.references)
+    study.integrating(q)  # finds its layer
+    clock.lap("start", 1)
     is_swapped = cell.is_main
     n, n_masked = settings.faithful, cell.masked(settings)
     found: dict[str, Any] = {}
@@ -259,7 +260,7 @@ def expected_seconds(found: dict[str, Any], settings: Settings) -> float:
         "masks": cell.masked(settings) * settings.masks,
         "many masks": settings.faithful * settings.many,
         "curves": settings.faithful * (settings.steps + 1),
-        "costs": 1,
+        **dict.fromkeys(("start", "costs"), 1),
     }
     return sum(seconds * units[name] / of for name, (seconds, of) in found["seconds"].items())
 

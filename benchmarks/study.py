@@ -324,10 +324,10 @@ def _lafam(q: Question) -> Tensor:
 
 
 def _integrated(q: Question) -> Tensor:
-    return _paired(_integrating(q), q)
+    return _paired(integrating(q), q)
 
 
-def _integrating(q: Question) -> IntegratedDecomposition:
+def integrating(q: Question) -> IntegratedDecomposition:
     """With the layer that it finds, named once."""
     net = q.encoder.net
     if q.encoder.early is None:
@@ -418,7 +418,7 @@ PAIRED: dict[str, Callable[[Question], tuple[Any, Any]]] = {  # maps of both ima
     "FAM self": lambda q: _both(FeatureActivationMap(q.encoder.net, q.encoder.layer), q, contrast="self"),
     "SimilarityDecomposition": lambda q: _both(SimilarityDecomposition(q.encoder.net, q.encoder.layer), q),
     "decomposition self": lambda q: _both(SimilarityDecomposition(q.encoder.net, q.encoder.layer), q, contrast="self"),
-    "integrated": lambda q: _both(_integrating(q), q),
+    "integrated": lambda q: _both(integrating(q), q),
     "best match": lambda q: _both(CorrespondenceMap(q.encoder.net, q.encoder.layer), q),
     "random": lambda q: (random_map(q), random_map(q).flip(0, 2, 3)),
 }
@@ -495,7 +495,7 @@ def costs(encoder: Encoder, images: Tensor, references: Tensor) -> dict[str, tup
     with torch.no_grad():
         one, _ = counted(lambda: encoder.net(images[:1]))
     q, found = Question.of(encoder, images, references), {}
-    METHODS["integrated"](q[:1])  # finds its layer
+    integrating(q)  # finds its layer
     few, n = len(images) // 2, len(images)
     for name, method in METHODS.items():
         small, large = ([x / max(one, 1) for x in counted(lambda m=m, method=method: method(q[:m]))] for m in (few, n))
