@@ -30,7 +30,7 @@ from captum_fam.scenes import removal_effects
 OUTPUT = Path(__file__).parent / "correspondence.md"
 PAIRS, TEMPERATURE, NEIGHBOURS = 32, 0.1, 10
 SIGNED = [name for name in integrated.LAYERS if name in study.SIGNED]
-ENCODERS = [*study.GROUPS["weak"], "bundled", "efficientnet_lite0", *SIGNED]
+ENCODERS = [*dict.fromkeys([*study.GROUPS["weak"], "bundled", "efficientnet_lite0", *SIGNED])]
 
 
 def encoder(name: str, data: Path, weights: str) -> study.Encoder:

@@ -85,7 +85,7 @@ class Cell:
         weights = ("trained",) if self.encoder in GOOD and self.source == "medium" else ("trained", "untrained")
         if self.half == 0 or self.source not in scenes or self.weights not in weights:
             return 0
-        share = SLOW.get(self.encoder, 1.0) * (0.5 if self.source == "medium" or self.encoder not in GOOD else 1)
+        share = SLOW.get(self.encoder, 1.0) * (1 if self.is_main else 0.5)
         return max(1, round(settings.masked * share))
 
 

@@ -32,10 +32,11 @@ scenes*, rank accuracy in the masks of objects in *photos*; forward *passes* for
 ## Hard scenes that can be solved
 
 Two scenes of four objects share a class: another picture of it, of another size, all objects in one palette
-(`shared_object_scenes(..., difficulty="hard")`, COCO objects). No encoder here uses the shared object in most of all
-such scenes, and a map cannot show what the encoder does not see. So these are the scenes in which two *referees*,
-MobileNetV2 and MobileNetV1, both lose most of the similarity with the shared object ({kept} of the scenes drawn were
-kept). Referees are in no table of these scenes. {pairs} pairs for each encoder, the same ones at each encoder's size.
+(`shared_object_scenes(..., difficulty="hard")`, COCO objects). Encoders use the shared object in a part of all such
+scenes only (*used, hard, all* below), and a map cannot show what the encoder does not see. So these are the scenes in
+which two *referees*, MobileNetV2 and MobileNetV1, both lose more of the similarity with the shared object than with any
+other. Kept of the scenes that were drawn: {kept}. Referees are in no table of these scenes. {pairs} pairs for each
+encoder, the same ones at each encoder's size.
 
 *Right object*: the mean of the map on the shared object is larger than on each other object; chance is 0.25. *Over
 untrained*: less the same map on the same encoders with random weights: what training has taught the map to find.
@@ -56,7 +57,8 @@ FAM cosine stands for FAM with the dot product too: the contributions differ by 
 *self*: `contrast="self"`, what a match has beyond what the image has with itself; for the decomposition it is Grad-CAM
 by place, so the two differ only where a head treats places differently. Grad-CAM is signed here (the paper's has a
 ReLU). RELAX and Distance Explainer take {masks} masks of 7 x 7 cells and paint with the mean colour instead of black,
-because black would be one more object; for the larger EfficientNets they see a part of the pairs, for their cost.
+because black would be one more object. For their cost they see half of the pairs of untrained encoders, and of the
+larger EfficientNets 60 and 40 %.
 *integrated*: `IntegratedDecomposition`, its layer named. *best match* and *match less others*: `CorrespondenceMap`.
 ¹ sees the reference's map, not only its embedding, and looks for like places: it does not explain the score.
 ² sees the other references and explains the difference to their mean. Its passes are shared by all pairs here; alone,

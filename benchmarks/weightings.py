@@ -54,7 +54,7 @@ def main() -> None:
     data, settings = Path(os.environ["CAPTUM_FAM_DATA"]), Settings()
     warnings.filterwarnings("ignore")
     found: dict[tuple[str, str, str], list[float]] = {}
-    names = [*study.GROUPS["weak"], "bundled"]
+    names = [*dict.fromkeys([*study.GROUPS["weak"], "bundled"])]
     for name in tqdm(names, desc="encoders"):
         encoder = study.encoder(name, data)
         for source in ("medium",) if name == "protonet_omniglot" else ("medium", "photos"):

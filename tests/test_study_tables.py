@@ -176,7 +176,8 @@ def test_cells_have_names_of_their_own_and_those_of_the_main_table_come_first():
     ("cell", "masked"),
     [
         (Cell("efficientnet_lite0", "trained", "hard"), 40),
-        (Cell("efficientnet_lite2", "untrained", "hard"), 16),
+        (Cell("efficientnet_lite2", "trained", "hard"), 16),
+        (Cell("efficientnet_lite2", "untrained", "hard"), 8),
         (Cell("efficientnet_lite0", "trained", "medium"), 20),
         (Cell("efficientnet_lite0", "untrained", "medium"), 0),
         (Cell("efficientnet_lite0", "trained", "hard", 0), 0),
