@@ -1,6 +1,6 @@
 """Distils three encoders from EfficientNet-Lite0: the one that the package carries, and two vision transformers.
 
-    CAPTUM_FAM_DATA=<data folder> python -m benchmarks.train_students [NAME ...] [--images FOLDER ...]
+    CAPTUM_FAM_DATA=<data folder> python -m benchmarks.train_students [NAME ...] [--images FOLDER ...] [--judge]
 
 Needs ``pip install 'captum-fam[tutorials]'``. All stand on the teacher's first layers, which stay as they are. So the
 outputs of these, and the teacher's last map, are made once, for pairs of images that share a photo: two views of it,
@@ -15,7 +15,8 @@ The package's encoder has features that are not negative, so it learns the posit
 training photos of ``clothing.zip`` and ``cifar10.zip``, the COCO photos of half 0, and what lies in ``--images``. The
 photos of half 1, by which the study judges encoders, are never seen. The weights in the repository saw two more
 folders: Tiny ImageNet's training images (http://cs231n.stanford.edu/tiny-imagenet-200.zip) and one photo of each class
-of ImageNet (https://github.com/EliSchwartz/imagenet-sample-images). ``vit_mean`` begins with what ``vit_token`` has learned.
+of ImageNet (https://github.com/EliSchwartz/imagenet-sample-images). ``vit_mean`` begins with what ``vit_token`` has
+learned.
 """
 
 import io
@@ -45,6 +46,7 @@ SIDE, GRID = BundledEncoder.size, BundledEncoder.size // 16
 TILE = SIDE // 2  # of a scene
 STUDENTS = {"bundled": (4, 2e-3), "vit_token": (4, 1.5e-3), "vit_mean": (1, 1e-3)}  # name: epochs, learning rate
 PAIRS, BATCH, SCENES = 14_400, 64, 5 / 9  # pairs, how many a batch has, and the share of scenes
+SCENES_ASKED = 100  # of each difficulty, to judge an encoder
 PLACES = 1024  # of a batch whose cosines are compared
 PLACE_WEIGHT, EMBEDDING_WEIGHT, TEMPERATURE = 20.0, 20.0, 0.1
 COCO_CROPS, LARGE_CROPS = 40, 3  # of a photo
@@ -103,8 +105,10 @@ def build(name: str) -> Any:
     return Bundled() if name == "bundled" else HybridTransformer(name.removeprefix("vit_").replace("mean", "avg"))
 
 
-def load(name: str) -> nn.Module:
-    """A trained transformer, "vit_token" or "vit_mean", for images normalised as the package's encoder has them."""
+def load(name: str) -> Any:
+    """A trained encoder, for images normalised as the package's has them."""
+    if name == "bundled":
+        return bundled.bundled_encoder()
     model = build(name)
     trunk = {f"trunk.{k.removeprefix('features.')}": v for k, v in bundled.bundled_encoder().state_dict().items()}
     own = torch.load(FOLDER / f"{name}.pt", weights_only=True)
@@ -115,9 +119,8 @@ def load(name: str) -> nn.Module:
 
 def save(name: str, model: nn.Module) -> Path:
     """The weights in half precision; a transformer's without the trunk, which the package has."""
-    file = FOLDER / f"{name}.pt"
-    if name == "bundled":
-        file = Path(bundled.__file__).with_name(bundled.WEIGHTS)
+    FOLDER.mkdir(exist_ok=True)
+    file = Path(bundled.__file__).with_name(bundled.WEIGHTS) if name == "bundled" else FOLDER / f"{name}.pt"
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     torch.save({k: v for k, v in state.items() if name == "bundled" or not k.startswith("trunk.")}, file)
     return file
@@ -207,7 +210,7 @@ def view(images: Tensor, size: int, least: float, generator: torch.Generator) ->
 
 
 def pieces(images: Tensor, ground: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Views of images, half of them in the ground's colours, and where a piece of each is: a turned superellipse, or all."""
+    """Views, half of them in the ground's colours, and where a piece of each is: a turned superellipse, or all."""
     n = len(images)
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     tiles = view(images, TILE, 0.5, generator)
@@ -248,7 +251,7 @@ def scenes(pool: Tensor, shared: Tensor, generator: torch.Generator) -> list[Ten
 
 @torch.no_grad()
 def lessons(pool: Tensor, numbers: Tensor, n: int) -> dict[str, Tensor]:
-    """Of n pairs: outputs of the trunk (n, 2, C, h, w), the teacher's last maps, numbers of the photos, "is a scene"."""
+    """Of n pairs: what the trunk gives (n, 2, C, h, w), the teacher's last maps, whether scenes, numbers of photos."""
     trunk, rest = (part.to(memory_format=torch.channels_last) for part in teacher())
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(pool), generator=generator)[:n]
@@ -316,12 +319,17 @@ class Lesson:
         return PLACE_WEIGHT * of_places + EMBEDDING_WEIGHT * of_embeddings + contrast
 
 
-def used(model: nn.Module, data: Path, difficulty: str) -> float:
-    """The share of scenes of half 0 whose similarity falls most without the shared object."""
-    cut = objects.coco_cutouts(data, half=0)
-    drawn = shared_object_scenes(*cut, 60, size=SIDE, difficulty=difficulty, seed=77)
-    effects = removal_effects(nn.Sequential(Normalize(BundledEncoder.mean, BundledEncoder.std), model).eval(), drawn)
-    return (effects[:, 0] > effects[:, 1:].amax(1) + 1e-6).float().mean().item()
+def used(model: nn.Module, data: Path, half: int) -> str:
+    """The share of medium and of hard scenes whose similarity falls most without the shared object."""
+    encoder = nn.Sequential(Normalize(BundledEncoder.mean, BundledEncoder.std), model).eval()
+    shares = []
+    for difficulty in ("medium", "hard"):
+        drawn = shared_object_scenes(
+            *objects.coco_cutouts(data, half=half), SCENES_ASKED, size=SIDE, difficulty=difficulty, seed=77
+        )
+        effects = removal_effects(encoder, drawn)
+        shares.append((effects[:, 0] > effects[:, 1:].amax(1) + 1e-6).float().mean().item())
+    return f"uses the shared object in {shares[0]:.2f} of medium scenes, {shares[1]:.2f} of hard ones, half {half}"
 
 
 def train(name: str, given: dict[str, Tensor], data: Path) -> nn.Module:
@@ -351,10 +359,8 @@ def train(name: str, given: dict[str, Tensor], data: Path) -> nn.Module:
             optimiser.step()
             schedule.step()
             progress.set_postfix(loss=f"{loss.item():.3f}")
-        model.eval()
-        shares = {difficulty: round(used(model, data, difficulty), 2) for difficulty in ("medium", "hard")}
-        click.echo(f"{name}, epoch {epoch + 1}: uses the shared object in {shares} of the scenes of half 0")
-    return model
+        click.echo(f"{name}, epoch {epoch + 1}: {used(model, data, 0)}")
+    return model.eval()
 
 
 def _is_trunk(parameter: str) -> bool:
@@ -368,15 +374,20 @@ def _is_trunk(parameter: str) -> bool:
     "--images", "folders", multiple=True, type=click.Path(exists=True, path_type=Path), help="Folders of more photos."
 )
 @click.option("--pairs", default=PAIRS, show_default=True, help="Pairs of images to learn from.")
-def main(names: tuple[str, ...], folders: tuple[Path, ...], pairs: int) -> None:
-    """Train the encoders NAMES, all by default, and save their weights."""
+@click.option("--judge", is_flag=True, help="Train nothing: print what the saved encoders use.")
+def main(names: tuple[str, ...], folders: tuple[Path, ...], pairs: int, judge: bool) -> None:
+    """Train the encoders NAMES, all by default, save their weights, and print how often they use the shared object."""
     if not os.environ.get("CAPTUM_FAM_DATA"):
         raise click.ClickException("CAPTUM_FAM_DATA is not set: name the folder with photos/")
     data = Path(os.environ["CAPTUM_FAM_DATA"])
-    given = lessons(*pictures(data, folders), pairs)
-    FOLDER.mkdir(exist_ok=True)
+    given = {} if judge else lessons(*pictures(data, folders), pairs)
     for name in names or STUDENTS:
-        click.echo(f"saved {save(name, train(name, given, data))}")
+        if not judge:
+            click.echo(f"saved {save(name, train(name, given, data))}")
+        torch.manual_seed(0)
+        for weights, model in (("trained", load(name)), ("untrained", build(name))):
+            for half in (0, 1):
+                click.echo(f"{name}, {weights}: {used(model, data, half)}")
 
 
 if __name__ == "__main__":
