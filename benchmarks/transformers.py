@@ -79,9 +79,9 @@ def main() -> None:
     lines = [
         "# Transformers: the encoder, the layer or the method?",
         "",
-        f"Made by `python -m benchmarks.transformers`: {PAIRS} medium scenes of half {HALF}, four objects each, one"
-        " of them shared; chance is 0.25. *Used*: in how many the similarity falls most without the shared object. For each"
-        " method: how often the mean of its map is largest on the shared object, in all pairs / where it is used.",
+        f"Made by `python -m benchmarks.transformers`: {PAIRS} medium scenes of half {HALF}, four objects each, one of"
+        " them shared; chance is 0.25. *Used*: in how many the similarity falls most without the shared object. For"
+        " each method: how often the mean of its map is largest on the shared object, in all pairs / where it is used.",
         "",
         table(["encoder", "weights", "used", "layer", *METHODS], found),
     ]
