@@ -52,6 +52,7 @@ PLACE_WEIGHT, EMBEDDING_WEIGHT, TEMPERATURE = 20.0, 20.0, 0.1
 COCO_CROPS, LARGE_CROPS = 40, 3  # of a photo
 CIFAR_PICTURES, SMALL_PICTURES = 4_000, 9_000  # of those in --images that are smaller than SIDE
 WIDTH = 128  # of the transformers
+IN_VIT = "vit.patch_embed.trunk."  # the trunk's parameters in a transformer
 
 
 class Bundled(BundledEncoder):
@@ -61,6 +62,24 @@ class Bundled(BundledEncoder):
         """What the trunk gives, to embeddings (B, C) and a map (B, C, h, w)."""
         features = self.features[TRUNK:](x)
         return features.mean((2, 3)), features
+
+
+class Patches(nn.Module):
+    """Images to tokens, by the first layers of EfficientNet-Lite0."""
+
+    patch_size = (16, 16)  # says where a token lies, as timm's own do
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = BundledEncoder().features[:TRUNK]
+        self.project = nn.Conv2d(112, WIDTH, 1)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """From outputs of the trunk."""
+        return self.project(x).flatten(2).mT
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokens(self.trunk(images))
 
 
 class HybridTransformer(nn.Module):
@@ -74,8 +93,6 @@ class HybridTransformer(nn.Module):
         from timm.models.vision_transformer import VisionTransformer
 
         super().__init__()
-        self.trunk = BundledEncoder().features[:TRUNK]
-        self.project = nn.Conv2d(112, WIDTH, 1)
         self.vit: Any = VisionTransformer(
             img_size=SIDE,
             patch_size=16,
@@ -87,17 +104,17 @@ class HybridTransformer(nn.Module):
             global_pool=pool,
             fc_norm=False,
         )
-        self.vit.patch_embed = nn.Identity()
+        self.vit.patch_embed = Patches()
         for block in self.vit.blocks:
             block.attn.fused_attn = False  # its backward pass is twice as slow on CPUs
 
     def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.vit.forward_features(self.project(x).flatten(2).mT)
-        places = tokens[:, self.vit.num_prefix_tokens :].mT.unflatten(2, (GRID, GRID))
-        return self.vit.forward_head(tokens), places
+        vit = self.vit
+        tokens = vit.norm(vit.blocks(vit._pos_embed(vit.patch_embed.tokens(x))))
+        return vit.forward_head(tokens), tokens[:, vit.num_prefix_tokens :].mT.unflatten(2, (GRID, GRID))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(images))[0]
+        return self.vit(images)  # type: ignore[no-any-return]
 
 
 def build(name: str) -> Any:
@@ -110,7 +127,7 @@ def load(name: str) -> Any:
     if name == "bundled":
         return bundled.bundled_encoder()
     model = build(name)
-    trunk = {f"trunk.{k.removeprefix('features.')}": v for k, v in bundled.bundled_encoder().state_dict().items()}
+    trunk = {k.replace("features.", IN_VIT, 1): v for k, v in bundled.bundled_encoder().state_dict().items()}
     own = torch.load(FOLDER / f"{name}.pt", weights_only=True)
     kept = {k: v for k, v in trunk.items() if k in model.state_dict()}
     model.load_state_dict(kept | {k: v.float() for k, v in own.items()})
@@ -122,7 +139,7 @@ def save(name: str, model: nn.Module) -> Path:
     FOLDER.mkdir(exist_ok=True)
     file = Path(bundled.__file__).with_name(bundled.WEIGHTS) if name == "bundled" else FOLDER / f"{name}.pt"
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    torch.save({k: v for k, v in state.items() if name == "bundled" or not k.startswith("trunk.")}, file)
+    torch.save({k: v for k, v in state.items() if name == "bundled" or not k.startswith(IN_VIT)}, file)
     return file
 
 
@@ -336,13 +353,14 @@ def train(name: str, given: dict[str, Tensor], data: Path) -> nn.Module:
     torch.manual_seed(0)
     model, (epochs, rate) = build(name), STUDENTS[name]
     trunk, _ = teacher()
-    model.get_submodule("features" if name == "bundled" else "trunk")[:TRUNK].load_state_dict(trunk.state_dict())
+    first = model.features[:TRUNK] if name == "bundled" else model.vit.patch_embed.trunk
+    first.load_state_dict(trunk.state_dict())
     if name == "vit_mean":
         learned = load("vit_token").state_dict()
         del learned["vit.cls_token"]
         model.load_state_dict(learned | {"vit.pos_embed": learned["vit.pos_embed"][:, 1:]})
-    learning = [p for k, p in model.named_parameters() if not _is_trunk(k)]
-    optimiser = torch.optim.AdamW(learning, rate, weight_decay=0.05)
+    first.requires_grad_(False)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.05)
     batches = len(given["trunk"]) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches, pct_start=0.1)
     some = given["teacher"][::7].float()
@@ -361,11 +379,6 @@ def train(name: str, given: dict[str, Tensor], data: Path) -> nn.Module:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         click.echo(f"{name}, epoch {epoch + 1}: {used(model, data, 0)}")
     return model.eval()
-
-
-def _is_trunk(parameter: str) -> bool:
-    part, number = parameter.split(".")[:2]
-    return part == "trunk" or (part == "features" and int(number) < TRUNK)
 
 
 @click.command()

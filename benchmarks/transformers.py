@@ -25,8 +25,8 @@ from captum_fam.scenes import removal_effects
 OUTPUT = Path(__file__).with_suffix(".md")
 PAIRS, HALF = 32, 1
 LAYERS = {  # what the first, the third and the last attention see, and a map before all of them
-    "vit_token": ["trunk", *(f"vit.blocks.{n}.norm1" for n in (0, 2, 3))],
-    "vit_mean": ["trunk", *(f"vit.blocks.{n}.norm1" for n in (0, 2, 3))],
+    "vit_token": ["vit.patch_embed.trunk", *(f"vit.blocks.{n}.norm1" for n in (0, 2, 3))],
+    "vit_mean": ["vit.patch_embed.trunk", *(f"vit.blocks.{n}.norm1" for n in (0, 2, 3))],
     "vit_cifar10": ["patch_embed", *(f"blocks.{n}.norm1" for n in (0, 2, 3))],
     "dino_vit": ["patch_embed", *(f"blocks.{n}.norm1" for n in (0, 2, 3))],
 }
