@@ -58,6 +58,10 @@ IN_VIT = "vit.patch_embed.trunk."  # the trunk's parameters in a transformer
 class Bundled(BundledEncoder):
     """The package's encoder, in two parts."""
 
+    @property
+    def trunk(self) -> nn.Module:
+        return self.features[:TRUNK]
+
     def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the trunk gives, to embeddings (B, C) and a map (B, C, h, w)."""
         features = self.features[TRUNK:](x)
@@ -107,6 +111,10 @@ class HybridTransformer(nn.Module):
         self.vit.patch_embed = Patches()
         for block in self.vit.blocks:
             block.attn.fused_attn = False  # its backward pass is twice as slow on CPUs
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.vit.patch_embed.trunk  # type: ignore[no-any-return]
 
     def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
         vit = self.vit
@@ -353,13 +361,12 @@ def train(name: str, given: dict[str, Tensor], data: Path) -> nn.Module:
     torch.manual_seed(0)
     model, (epochs, rate) = build(name), STUDENTS[name]
     trunk, _ = teacher()
-    first = model.features[:TRUNK] if name == "bundled" else model.vit.patch_embed.trunk
-    first.load_state_dict(trunk.state_dict())
+    model.trunk.load_state_dict(trunk.state_dict())
+    model.trunk.requires_grad_(False)
     if name == "vit_mean":
         learned = load("vit_token").state_dict()
         del learned["vit.cls_token"]
         model.load_state_dict(learned | {"vit.pos_embed": learned["vit.pos_embed"][:, 1:]})
-    first.requires_grad_(False)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.05)
     batches = len(given["trunk"]) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches, pct_start=0.1)
