@@ -51,7 +51,7 @@ GROUPS = {
 }
 ENCODERS = [name for names in GROUPS.values() for name in names]
 LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # the size of their images
-STUDENTS = {"vit_token": BundledEncoder.size, "vit_mean": BundledEncoder.size}
+STUDENTS = {"vit_token": 160, "vit_mean": 160}
 PRETRAINED = {  # name: (size of the images, pictures of the scenes)
     "mobilenet_v2_imagenet": (128, "coco"),
     "mobilenet_v1_100_imagenet": (128, "coco"),
@@ -181,7 +181,7 @@ def encoder(name: str, data: Path, weights: str = "trained") -> Encoder:
 
         net = load(name)
         size, pictures, layer, embedder = STUDENTS[name], "coco", net.vit.blocks[-1].norm1, net
-        front = [Normalize(BundledEncoder.mean, BundledEncoder.std)]
+        front = [Normalize(net.mean, net.std)]
     elif name in PRETRAINED:
         loaded, (size, pictures) = pretrained(data, name), PRETRAINED[name]
         front = [Normalize(loaded.meta["mean"], loaded.meta["std"])]

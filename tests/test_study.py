@@ -165,18 +165,6 @@ def test_a_vision_transformer_behind_convolutions_is_forgotten_in_whole_and_stil
     assert cosines.fill_diagonal_(0).max() < 1 - 1e-5
 
 
-@pytest.mark.parametrize("name", study.STUDENTS)
-def test_a_vision_transformer_of_the_study_is_loaded_and_embeds_alike_in_both_ways(name):
-    pytest.importorskip("timm")
-    students = pytest.importorskip("benchmarks.train_students")
-    if not (students.FOLDER / f"{name}.pt").exists():
-        pytest.skip(f"{name} has no weights")
-    encoder = study.encoder(name, None)
-    images = torch.rand(2, 3, encoder.size, encoder.size)
-    assert encoder.fast is not encoder.net
-    torch.testing.assert_close(encoder.fast(images), encoder.net(images).detach(), rtol=1e-4, atol=1e-4)
-
-
 def test_what_maps_cost_is_counted_in_passes_of_one_image():
     net = seeded(PooledEncoder).float()
     encoder = study.Encoder("small", net, net, net.layer, 16, "none", net.early)
