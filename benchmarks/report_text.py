@@ -142,10 +142,6 @@ compare with the blob.
   these see what the referees see more often than another encoder would. *All hard scenes* has the others.
 * A scene is kept because painting over its shared object matters to the referees. So a map by masks, which paints, is
   favoured, if at all.
-* The vision transformers stand on EfficientNet-Lite0's first layers and were distilled from it, and so was the bundled
-  encoder: the good encoders are fewer witnesses than their number.
-* What was trained here saw COCO photos of half 0, so *half 0* is not new to the transformers and the bundled encoder;
-  half 1 is.
 * The palette, the plain background and outlines cut by hand are not natural.
 * TensorFlow's padding shifts the maps of MobileNets and EfficientNets by up to half a cell against the image; it was
   not corrected.

@@ -42,7 +42,7 @@ def everything(match=(1.0, 1, 1, 1), relax=(0.0, 0, 0, 0), integrated=0.9, many=
     masks = {"RELAX": list(relax), "Distance Explainer": [0.0, 0, 0, 0]}
     costs = dict.fromkeys(right, (2.0, 2.0, 0.5)) | {"integrated": (9.0, 17.0, 0.5)}
     found = []
-    for name in ("efficientnet_lite0", "vit_mean"):
+    for name in ("efficientnet_lite0", "efficientnet_lite2"):
         main = cell(name, right=right | masks, used=[1, 1, 1, 1], costs=costs)
         for m, ahead in {**dict.fromkeys(main["values"], 0.2), "integrated": integrated, report.MANY: many}.items():
             of = main["values"].setdefault(m, {})
@@ -134,7 +134,7 @@ def test_masks_that_saw_fewer_pairs_are_compared_on_those():
 
 def test_pairs_that_are_not_used_do_not_count_nor_do_encoders_that_use_few():
     right = {report.FAM: [1.0, 0, 1]}  # of three pairs of four
-    cells = [cell(right=right, used=[1, 1, 1, 0]), cell("vit_mean", right=right, used=[0, 1, 1, 1])]
+    cells = [cell(right=right, used=[1, 1, 1, 0]), cell("efficientnet_lite2", right=right, used=[0, 1, 1, 1])]
     found = report.Study(cells).samples(report.FAM, report.RIGHT, used=True)
     assert [*found] == ["efficientnet_lite0"]
     assert report.Study(cells).mean(report.FAM, report.RIGHT, used=True)[0] == pytest.approx(2 / 3)
@@ -144,7 +144,7 @@ def test_families_are_what_is_tested():
     margins = {
         "efficientnet_lite0": 0.5,
         "efficientnet_lite1": 1.0,
-        "vit_token": 0.25,
+        "clip": 0.25,
         "bundled": 0.5,
         "simclr": -0.25,
     }
