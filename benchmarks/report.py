@@ -22,6 +22,7 @@ Triple = tuple[float, float, float]  # a mean and its interval
 FAM = "FAM cosine"
 MANY = "RELAX, many masks"
 BY_MASKS = ("RELAX", "Distance Explainer")
+KNOWN = ("outline of the shared object", "outline of all objects")
 RESAMPLES, SEED = 2000, 0
 ORDER = (
     FAM,
@@ -243,7 +244,7 @@ def faithfulness_table(study: Study) -> str:
         return shown(margin(gap(study, m, kind, baseline), gap(study, other, kind, baseline)), sign=True)
 
     rows = []
-    for m in (*ORDER, MANY):
+    for m in (*ORDER, MANY, *KNOWN):
         if not gap(study, m, "", "blur"):
             continue
         ahead = ["", ""] if m == "integrated" else [over("integrated", m, b) for b in ("blur", "mean")]

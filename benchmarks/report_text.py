@@ -93,7 +93,8 @@ Insertion less deletion of the cosine on the hard scenes, good encoders, {faithf
 hides is the image's blur or its mean colour. Margins over a random map; *both images*: each image changed by its own
 map (`pair_insertion` less `pair_deletion`), for methods that have both. *Integrated over it*: the margin of the
 integrated map over this one, of the same encoders and pairs. RELAX with {many:,} masks was left out for the two larger
-EfficientNets, for its cost.
+EfficientNets, for its cost. The *outlines* are controls, drawn from what is known of the scenes: a metric that prefers
+the outline of all objects to that of the shared one does not ask which object is shared.
 
 {faithfulness}
 
@@ -142,6 +143,10 @@ compare with the blob.
   these see what the referees see more often than another encoder would. *All hard scenes* has the others.
 * A scene is kept because painting over its shared object matters to the referees. So a map by masks, which paints, is
   favoured, if at all.
+* The vision transformers stand on EfficientNet-Lite0's first layers and were distilled from it, and so was the bundled
+  encoder: the good encoders are fewer witnesses than their number.
+* What was trained here saw COCO photos of half 0, so *half 0* is not new to the transformers and the bundled encoder;
+  half 1 is.
 * The palette, the plain background and outlines cut by hand are not natural.
 * TensorFlow's padding shifts the maps of MobileNets and EfficientNets by up to half a cell against the image; it was
   not corrected.

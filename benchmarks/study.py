@@ -29,9 +29,8 @@ from captum_fam.methods.channel_attribution import ChannelAttribution
 from captum_fam.methods.relax import masks_of
 
 GROUPS = {
-    "good": ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"),
+    "good": ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "vit_token", "vit_mean", "bundled"),
     "weak": (
-        "bundled",
         "mobilenet_v2_imagenet",
         "mobilenet_v1_100_imagenet",
         "mobilenet_v1_050_imagenet",
@@ -52,6 +51,7 @@ GROUPS = {
 }
 ENCODERS = [name for names in GROUPS.values() for name in names]
 LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # the size of their images
+STUDENTS = {"vit_token": BundledEncoder.size, "vit_mean": BundledEncoder.size}
 PRETRAINED = {  # name: (size of the images, pictures of the scenes)
     "mobilenet_v2_imagenet": (128, "coco"),
     "mobilenet_v1_100_imagenet": (128, "coco"),
@@ -76,6 +76,7 @@ LAYERS: dict[str, Callable[[Any], nn.Module]] = {  # of the contrastive encoders
 FAMILIES = {  # encoders of one are not independent of each other
     **{name: name.split("_")[0].rstrip("0123456789") for name in PRETRAINED},
     **dict.fromkeys(LITE, "efficientnet-lite"),
+    **dict.fromkeys(STUDENTS, "hybrid ViT"),
     "protonet_omniglot": "omniglot",
     "bundled": "bundled",
     "simclr": "small CNN",
@@ -102,7 +103,7 @@ class Encoder:
     @cached_property
     def fast(self) -> Callable[[Tensor], Tensor]:
         """The same embeddings, without gradients, in half the time where convolutions are most of it."""
-        if self.name not in {*PRETRAINED, *LITE, "bundled"}:
+        if self.name not in {*PRETRAINED, *LITE, *STUDENTS, "bundled"}:
             return self.net
         example = torch.rand(2, 3, self.size, self.size).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -175,6 +176,12 @@ def encoder(name: str, data: Path, weights: str = "trained") -> Encoder:
         net: Any = lite(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         size, pictures, layer, embedder = LITE[name], "coco", net.last_map, net
         front: list[nn.Module] = [Normalize((0.5,) * 3, (0.5,) * 3)]
+    elif name in STUDENTS:
+        from benchmarks.train_students import load
+
+        net = load(name)
+        size, pictures, layer, embedder = STUDENTS[name], "coco", net.vit.blocks[-1].norm1, net
+        front = [Normalize(BundledEncoder.mean, BundledEncoder.std)]
     elif name in PRETRAINED:
         loaded, (size, pictures) = pretrained(data, name), PRETRAINED[name]
         front = [Normalize(loaded.meta["mean"], loaded.meta["std"])]

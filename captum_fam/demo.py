@@ -25,6 +25,7 @@ from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 # What both images have in common, and what is particular to the match: only the decomposition's adds up to zero.
 _ROWS: tuple[tuple[Any, str | None], ...] = ((FeatureActivationMap, None), (SimilarityDecomposition, "self"))
 PARTS, COLUMNS = 4, 2  # of the collage
+BATCH = 5  # collages at once: more are slower, as the first layers take much memory
 MATCHES = 3  # that are numbered in the figure
 UNTRAINED = 3  # encoders with random weights that the figures of the untrained encoder are a mean of
 
@@ -116,11 +117,13 @@ def all_pairs(encoder: BundledEncoder, photos: Sequence[Image.Image]) -> Shares:
     queries = torch.cat([squares[left], squares[right]], 3)
     found = []
     for method, contrast in _ROWS:
-        explainer = method(encoder, encoder.features)
-        halves = [
-            shares(explainer.attribute(queries, target, reference_embedding=s, contrast=contrast)[:, 0], 1, 2)[:, half]
-            for half, target in enumerate((left, right))
-        ]
+        explainer, halves = method(encoder, encoder.features), []
+        for half, target in enumerate((left, right)):
+            parts = zip(queries.split(BATCH), torch.tensor(target).split(BATCH))
+            maps = torch.cat(
+                [explainer.attribute(x, own, reference_embedding=s, contrast=contrast) for x, own in parts]
+            )
+            halves.append(shares(maps[:, 0], 1, 2)[:, half])
         found.append(torch.cat(halves))
     return Shares(*found)
 

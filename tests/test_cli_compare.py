@@ -140,7 +140,10 @@ def test_an_image_is_like_itself(run, two, tmp_path, drawn):  # noqa: F811
 def test_the_layer_that_the_integrated_decomposition_finds_is_printed(run, two, tmp_path):  # noqa: F811
     status, out, _ = run("compare", *two, "--method", "IntegratedDecomposition", "-o", tmp_path / "out.png")
     assert status == 0
-    assert re.search(r"^IntegratedDecomposition: layer features, which it found$", out, re.M)
+    # The end of the last stage of at least 14 by 14 places.
+    assert re.search(r"^IntegratedDecomposition: layer features.5, which it found$", out, re.M)
+    encoder, x = tensors(two, bundled_encoder().size)
+    assert [tuple(encoder.features[:n](x).shape[2:]) for n in (6, 7)] == [(20, 20), (10, 10)]
     _, out, _ = run("compare", *two, "--method", "FeatureActivationMap", "-o", tmp_path / "out.png")
     assert "Integrated" not in out
 

@@ -16,6 +16,7 @@ from test_cli_encoders import LAYERS, save, save_quietly
 from torch import nn
 
 from captum_fam import FeatureActivationMap
+from captum_fam.bundled import BundledEncoder
 from captum_fam.cli._common import loaded as loaded_by_the_shell
 from captum_fam.encoders import LoadedEncoder, load_encoder
 from captum_fam.images import read_image
@@ -349,7 +350,7 @@ def test_a_picture_is_as_the_shell_sees_it(tmp_path, mode):
     loaded = load_encoder("bundled")
     with Image.open(file) as image:
         made = loaded.transform(image)
-    assert made.shape == (3, 128, 128)
+    assert made.shape == (3, BundledEncoder.size, BundledEncoder.size)
     assert made.dtype == torch.float32
     options = {"weights": None, "device": "cpu", "mean": None, "std": None}
     with loaded_by_the_shell([read_image(file)] * 2, "bundled", None, None, **options) as shell:

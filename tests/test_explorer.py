@@ -430,7 +430,7 @@ def test_the_command_says_in_one_line_what_is_wrong(run, photos, monkeypatch, ar
 
 def test_a_page_of_37_by_37_places_of_photographs_has_less_than_four_megabytes():
     encoder, images = bundled_encoder(), photographs()
-    cat, view = (to_tensor(p, 296, encoder.mean, encoder.std) for p in (images["cat"], another_view(images["cat"])))
+    cat, view = (to_tensor(p, 37 * 16, encoder.mean, encoder.std) for p in (images["cat"], another_view(images["cat"])))
     decomposition = SimilarityDecomposition(encoder, encoder.features)
     page = explore_pair(cat[None], view[None], decomposition, mean=encoder.mean, std=encoder.std)
     (one,) = seen(page)["references"]

@@ -165,6 +165,18 @@ def test_a_vision_transformer_behind_convolutions_is_forgotten_in_whole_and_stil
     assert cosines.fill_diagonal_(0).max() < 1 - 1e-5
 
 
+@pytest.mark.parametrize("name", study.STUDENTS)
+def test_a_vision_transformer_of_the_study_is_loaded_and_embeds_alike_in_both_ways(name):
+    pytest.importorskip("timm")
+    students = pytest.importorskip("benchmarks.train_students")
+    if not (students.FOLDER / f"{name}.pt").exists():
+        pytest.skip(f"{name} has no weights")
+    encoder = study.encoder(name, None)
+    images = torch.rand(2, 3, encoder.size, encoder.size)
+    assert encoder.fast is not encoder.net
+    torch.testing.assert_close(encoder.fast(images), encoder.net(images).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_what_maps_cost_is_counted_in_passes_of_one_image():
     net = seeded(PooledEncoder).float()
     encoder = study.Encoder("small", net, net, net.layer, 16, "none", net.early)
@@ -208,6 +220,16 @@ def test_places_are_asked_on_both_sides_and_chance_is_the_share_of_the_masks(que
     assert chance["strongest pair"] == pytest.approx(here * there)
     assert chance["found in the reference"] == pytest.approx(there)
     assert chance["found in the image"] == pytest.approx(here)
+
+
+def test_what_is_known_of_scenes_is_a_map_of_both_images():
+    scenes = SimpleNamespace(
+        objects=torch.tensor([[[0, 1], [2, 3]]]), reference_objects=torch.tensor([[[4, 0], [0, 1]]])
+    )
+    scenes.masks, scenes.reference_masks = ((o == 1)[:, None] for o in (scenes.objects, scenes.reference_objects))
+    shared, every = (faithfulness.known_maps(scenes)[name] for name in report.KNOWN)
+    assert [m.tolist() for m in shared] == [[[[[0.0, 1], [0, 0]]]], [[[[0, 0], [0, 1]]]]]
+    assert [m.tolist() for m in every] == [[[[[0.0, 1], [1, 1]]]], [[[[1, 0], [0, 1]]]]]
 
 
 def test_masks_explain_the_first_pairs_for_every_reference_alike(question):

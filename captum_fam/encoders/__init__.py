@@ -42,7 +42,7 @@ def load_encoder(name: str, weights: str | Path | None = None, size: int | None 
         >>> encoder, layer, transform, mean, std = load_encoder("bundled")
         >>> query, reference = (transform(photographs()[name])[None] for name in ("cat", "coffee"))
         >>> FeatureActivationMap(encoder, layer).attribute(query, reference=reference).shape
-        torch.Size([1, 1, 16, 16])
+        torch.Size([1, 1, 10, 10])
     """
     weights = None if weights is None else Path(weights)
     loaded = _load(name, weights, size)

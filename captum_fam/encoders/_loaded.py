@@ -37,7 +37,7 @@ class LoadedEncoder:
         >>> from captum_fam.encoders import load_encoder
         >>> loaded = load_encoder("bundled")
         >>> loaded.size, loaded.model.training, loaded.layer_name
-        (128, False, 'features')
+        (160, False, 'features')
         >>> encoder, layer, transform, mean, std = loaded
         >>> encoder(transform(photographs()["cat"])[None]).shape
         torch.Size([1, 512])
