@@ -52,12 +52,12 @@ MANY = "RELAX, many masks"
 class Settings:
     """What a cell is made with."""
 
-    version: int = 6  # of the code that makes cells: raise it when their numbers would change
+    version: int = 7  # of the code that makes cells: raise it when their numbers would change
     pairs: int = 40  # of scenes
     photos: int = 24  # pairs of photos, at most
     masked: int = 40  # pairs that masks explain
     masks: int = 200  # of RELAX and Distance Explainer
-    faithful: int = 8  # pairs that are changed step by step
+    faithful: int = 12  # pairs that are changed step by step
     steps: int = 6
     many: int = 1000  # masks of RELAX, of the pairs that are changed
 
@@ -123,16 +123,17 @@ def cells() -> list[Cell]:
     return found
 
 
-def localisation(maps: Tensor, pairs: of_pairs.Pairs) -> dict[str, Tensor]:
-    """Per-example values of the metrics that need to know where."""
+def localisation(maps: Tensor, pairs: of_pairs.Pairs, effects: Tensor | None = None) -> dict[str, Tensor]:
+    """Per-example values of the metrics that need to know where; ``effects`` (N, n): what each object does."""
     large, masks = resized(maps, pairs.masks.shape[-1]), pairs.masks[: len(maps)]
     found = {
         "pointing game": metrics.pointing_game(maps, masks),
         "rank accuracy": metrics.relevance_rank_accuracy(large, masks),
     }
-    if pairs.scenes is not None:
-        scenes = pairs.scenes[: len(maps)]
-        found["right object"] = right_object(large, scenes.objects, scenes.labels.shape[1])
+    if pairs.scenes is not None and effects is not None:
+        objects, n = pairs.scenes.objects[: len(maps)], effects.shape[1]
+        found["right object"] = right_object(large, objects, n)
+        found["used object"] = right_object(large, objects, n, effects[: len(maps)].argmax(1))
     return found
 
 
@@ -140,12 +141,18 @@ def resized(maps: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(maps, (size, size), mode="bilinear")
 
 
-def right_object(maps: Tensor, objects: Tensor, n: int) -> Tensor:
-    """Whether the mean of the map is larger on the shared object than on each distractor; ties count in part."""
+def right_object(maps: Tensor, objects: Tensor, n: int, right: Tensor | None = None) -> Tensor:
+    """
+    Whether the mean of the map is larger on the right object than on each other; ties count in part.
+
+    ``right`` (N,): which of the n, counted from 0, which is the shared one and the default.
+    """
     inside = torch.stack([objects == number + 1 for number in range(n)], 1)
     means = (maps * inside).sum((2, 3)) / inside.sum((2, 3))
     top = means >= means.amax(1, keepdim=True)
-    return top[:, 0] / top.sum(1)
+    if right is None:
+        right = torch.zeros(len(maps), dtype=torch.long)
+    return top.gather(1, right[:, None])[:, 0] / top.sum(1)
 
 
 def faithfulness(q: study.Question, maps: Tensor, steps: int) -> dict[str, Tensor]:
@@ -202,6 +209,9 @@ def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[st
     encoder = study.encoder(cell.encoder, data, cell.weights)
     count = settings.photos if cell.source == "photos" else settings.pairs
     pairs = of_pairs.pairs(data, cell.source, encoder.pictures, encoder.size, cell.half, count, folder)
+    if cell.weights != "trained":
+        other = of_pairs.pairs(data, "medium", encoder.pictures, encoder.size, 1 - cell.half, settings.pairs)
+        study.settle(encoder, other.images)
     clock = Clock()
     q = study.Question.of(encoder, pairs.images, pairs.references)
     study.integrating(q)  # finds its layer
@@ -209,27 +219,29 @@ def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[st
     is_swapped = cell.is_main
     n, n_masked = settings.faithful, cell.masked(settings)
     found: dict[str, Any] = {}
+    effects = None
     if pairs.scenes is not None:
-        found["used"] = of_pairs.used(removal_effects(encoder.fast, pairs.scenes)).tolist()
+        effects = removal_effects(encoder.fast, pairs.scenes)
+        found["used"] = of_pairs.used(effects).tolist()
     maps, *swapped = study.explain((q, q.swapped(pairs.other))[: 1 + is_swapped])
     clock.lap("maps", settings.pairs)
     if n_masked:
-        s = [q.s[:n_masked], q.s[pairs.other][:n_masked]][: 1 + is_swapped]
+        s = [q.s, q.s[pairs.other]][: 1 + is_swapped]
         for more, of in zip(study.masked_maps(q[:n_masked], s, settings.masks), (maps, *swapped)):
             of.update(more)
         clock.lap("masks", n_masked * settings.masks)
-    values = {name: localisation(m, pairs) for name, m in maps.items()}
+    values = {name: localisation(m, pairs, effects) for name, m in maps.items()}
     for other in swapped:
         for name, m in other.items():
-            values[name]["right object, swapped"] = localisation(m, pairs)["right object"]
+            values[name]["right object, swapped"] = localisation(m, pairs, effects)["right object"]
     if cell.source in ("hard", "medium") and cell.half == 1 and cell.weights != "shuffled" and cell.encoder in GOOD:
         found["places"] = listed(places(q, pairs))
         clock.lap("places", settings.pairs)
     if cell.is_main:
         first = q[:n]
         if cell.encoder not in SLOW:
-            maps[MANY] = study.masked_maps(first, [first.s], settings.many)[0]["RELAX"]
-            values[MANY] = {}
+            maps[MANY] = study.masked_maps(first, [q.s], settings.many)[0]["RELAX"]
+            values[MANY] = localisation(maps[MANY], pairs, effects)
             clock.lap("many masks", n * settings.many)
         for name in (*CHANGED, MANY):
             if name in maps:

@@ -11,10 +11,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, false_discovery_control, wilcoxon
+from scipy.stats import bootstrap, false_discovery_control, norm, t, wilcoxon
 
 from benchmarks.report_text import TEXT
-from benchmarks.study import CONTROLS, FAMILIES, GROUPS
+from benchmarks.study import CONTROLS, FAMILIES, GROUPS, LITE, OTHERS
 
 Values = NDArray[np.float64]
 Triple = tuple[float, float, float]  # a mean and its interval
@@ -22,6 +22,12 @@ Triple = tuple[float, float, float]  # a mean and its interval
 FAM = "FAM cosine"
 MANY = "RELAX, many masks"
 BY_MASKS = ("RELAX", "Distance Explainer")
+LESS = tuple(f"{m} less others" for m in BY_MASKS)
+SEES_OTHERS = ("match less others", "contrast with the rest", *LESS)
+KINDS = {  # of good encoders
+    "EfficientNets": tuple(LITE),
+    "students": tuple(name for name in GROUPS["good"] if name not in LITE),
+}
 KNOWN = ("outline of the shared object", "outline of all objects")
 RESAMPLES, SEED = 2000, 0
 ORDER = (
@@ -39,6 +45,8 @@ ORDER = (
     "match less others",
     "contrast with the rest",
     *BY_MASKS,
+    MANY,
+    *LESS,
     *CONTROLS,
 )
 LEAST_USED = 5  # pairs that an encoder must use to count among those that do
@@ -49,7 +57,8 @@ def mean_over(samples: Sequence[Values]) -> tuple[float, float, float]:
     """
     The mean over encoders of their means, with a 95 % interval, from values (N,) of each; NaN: the pair does not count.
 
-    Pairs are drawn anew for all encoders together, because pair i is the same for those that share pictures.
+    Pairs are drawn anew for all encoders together, because pair i is the same for those that share pictures. The
+    percentiles of few pairs lie too near each other; they are stretched as Student's interval of the mean is.
     """
     samples = [np.asarray(s, float) for s in samples if np.isfinite(s).any()]
     if not samples:
@@ -59,22 +68,20 @@ def mean_over(samples: Sequence[Values]) -> tuple[float, float, float]:
         row[: len(sample)] = sample
 
     def statistic(drawn: NDArray[np.int64], axis: int) -> Values:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # encoders of which no pair was drawn
-            return np.nanmean(np.nanmean(values[:, drawn], axis=-1), axis=0)
+        return np.nanmean(np.nanmean(values[:, drawn], axis=-1), axis=0)
 
     centre, pairs = float(np.nanmean(values, axis=1).mean()), np.arange(values.shape[1])
     if len(pairs) < 2 or np.nanmax(np.ptp(np.nan_to_num(values, nan=centre), axis=1)) == 0:
         return centre, centre, centre
-    found = bootstrap(
-        (pairs,),
-        statistic,
-        n_resamples=RESAMPLES,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    )
-    return centre, float(found.confidence_interval.low), float(found.confidence_interval.high)
+    rng = np.random.default_rng(SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # encoders of which no pair was drawn
+        found = bootstrap((pairs,), statistic, n_resamples=RESAMPLES, vectorized=True, method="percentile", rng=rng)
+    ends = np.nanquantile(found.bootstrap_distribution, (0.025, 0.975))
+    n = len(pairs)
+    stretch = (n / (n - 1)) ** 0.5 * t.ppf(0.975, n - 1) / norm.ppf(0.975)
+    low, high = (centre + stretch * (float(end) - centre) for end in ends)
+    return centre, low, high
 
 
 def shown(triple: tuple[float, float, float], sign: bool = False) -> str:
@@ -92,8 +99,8 @@ class Study:
         self.settings = cells[0]["settings"]
 
     def group(self, group: str) -> list[str]:
-        """Its encoders, of which there are cells; "all" has the good and the weak."""
-        names = GROUPS["good"] + GROUPS["weak"] if group == "all" else GROUPS[group]
+        """Its encoders, of which there are cells; "all" has the good and the weak, and good ones are of two kinds."""
+        names = (GROUPS | KINDS | {"all": GROUPS["good"] + GROUPS["weak"]})[group]
         return [name for name in names if any(key[0] == name for key in self.cells)]
 
     def samples(
@@ -104,10 +111,10 @@ class Study:
         group: str = "good",
         weights: str = "trained",
         half: int = 1,
-        used: bool = False,
+        used: bool | None = None,
         of: str = "values",
     ) -> dict[str, Values]:
-        """Values by encoder; ``used``: of the pairs whose similarity comes from the shared object."""
+        """Values by encoder; ``used``: of the pairs whose similarity comes from the shared object, or does not."""
         found = {}
         for encoder in self.group(group):
             cell = self.cells.get((encoder, weights, source, half), {})
@@ -115,12 +122,11 @@ class Study:
             if values is None:
                 continue
             found[encoder] = np.array(values, float)
-            if used:
-                keep = np.array(cell["used"][: len(values)])
+            if used is not None:
+                keep = np.array(cell["used"]) == used
+                found[encoder][~keep[: len(values)]] = np.nan
                 if keep.sum() < LEAST_USED:
                     del found[encoder]
-                else:
-                    found[encoder][~keep] = np.nan
         return found
 
     def mean(self, method: str, metric: str, **of: Any) -> Triple:
@@ -134,13 +140,19 @@ class Study:
         return [m for m in ORDER if self.samples(m, RIGHT, source, group)]
 
     def passes(self, method: str) -> Triple:
-        """Forward passes for a pair, with gradients, and once a call, in the mean over the good encoders."""
-        masks = {MANY: "many", **dict.fromkeys(BY_MASKS, "masks")}.get(method)
+        """
+        Forward passes for a pair, with gradients, and once a call, in the mean over the good encoders.
+
+        References of other pairs are embedded once for all.
+        """
+        masks = {MANY: "many", **dict.fromkeys((*BY_MASKS, *LESS), "masks")}.get(method)
+        others = {"contrast with the rest": self.settings["pairs"] - 1}.get(method, OTHERS)
+        first = float(others) if method in SEES_OTHERS else 0.0
         if masks:
-            return self.settings[masks] + 1.0, self.settings[masks] + 1.0, 0.0
+            return self.settings[masks] + 1.0, self.settings[masks] + 1.0, first
         costs = [c["costs"][method] for c in self.cells.values() if method in c.get("costs", {})]
         forward, in_all, once = np.mean(costs, 0) if costs else (np.nan,) * 3
-        return float(forward), float(in_all), float(once)
+        return float(forward), float(in_all), float(once) + first
 
     def p_value(self, method: str, source: str) -> float:
         """Wilcoxon's signed-rank test of the mean differences to FAM of the families of encoders, two-sided."""
@@ -173,8 +185,8 @@ def title(method: str, study: Study) -> str:
         "best match": "best match ¹",
         "match less others": "match less others ¹ ²",
         "contrast with the rest": "contrast with the rest ²",
-        "RELAX": f"RELAX, {study.settings['masks']:,} masks",
-        "Distance Explainer": f"Distance Explainer, {study.settings['masks']:,} masks",
+        **{m: f"{m}, {study.settings['masks']:,} masks" for m in BY_MASKS},
+        **{m: f"{m} ²" for m in LESS},
         MANY: f"RELAX, {study.settings['many']:,} masks",
     }.get(method, method)
 
@@ -194,6 +206,8 @@ def main_table(study: Study) -> str:
                 shown(mean_over(list(found.values()))),
                 shown(margin(found, study.samples(m, RIGHT, weights="untrained")), sign=True),
                 shown(study.mean(m, RIGHT, used=True)),
+                shown(study.mean(m, RIGHT, used=False)),
+                shown(study.mean(m, "used object")),
                 shown(margin(found, study.samples(m, f"{RIGHT}, swapped")), sign=True),
                 shown(margin(found, study.samples(m, RIGHT, weights="shuffled")), sign=True),
                 shown(study.mean(m, RIGHT, half=0)),
@@ -201,8 +215,23 @@ def main_table(study: Study) -> str:
                 *("-" if m in CONTROLS else number(x) for x in study.passes(m)),
             ]
         )
-    header = ["method", RIGHT, "over untrained", "where used", "over swapped", "over shuffled", "half 0"]
-    return table([*header, "all hard scenes", "passes", "with gradients", "once a call"], rows)
+    header = ["method", RIGHT, "over untrained", "where used", "where not used", "used object", "over swapped"]
+    more = ["over shuffled", "half 0", "all hard scenes", "passes", "with gradients", "once a call"]
+    return table([*header, *more], rows)
+
+
+def kinds_table(study: Study) -> str:
+    """Hard scenes that can be solved: encoders that others trained, and those that were trained for this study."""
+    rows = []
+    for m in study.methods("hard", "good"):
+        row = [title(m, study)]
+        for kind in KINDS:
+            found = study.samples(m, RIGHT, group=kind)
+            untrained = study.samples(m, RIGHT, group=kind, weights="untrained")
+            row += [shown(mean_over(list(found.values()))), shown(margin(found, untrained), sign=True)]
+            row.append(shown(study.mean(m, RIGHT, group=kind, used=True)))
+        rows.append(row)
+    return table(["method", *(f"{kind}: {x}" for kind in KINDS for x in (RIGHT, "over untrained", "where used"))], rows)
 
 
 def scenes_table(study: Study, source: str, group: str) -> str:
@@ -232,9 +261,10 @@ def families_table(study: Study) -> str:
     return table(["method", "over FAM cosine", "p"], rows)
 
 
-def gap(study: Study, method: str, kind: str, baseline: str) -> dict[str, Values]:
+def gap(study: Study, method: str, kind: str, baseline: str, group: str = "good") -> dict[str, Values]:
     """Insertion less deletion by encoder; ``kind`` is "pair " or nothing."""
-    return less(*(study.samples(method, f"{kind}{name}, {baseline}") for name in ("insertion", "deletion")))
+    names = (f"{kind}{name}, {baseline}" for name in ("insertion", "deletion"))
+    return less(*(study.samples(method, name, group=group) for name in names))
 
 
 def faithfulness_table(study: Study) -> str:
@@ -244,7 +274,7 @@ def faithfulness_table(study: Study) -> str:
         return shown(margin(gap(study, m, kind, baseline), gap(study, other, kind, baseline)), sign=True)
 
     rows = []
-    for m in (*ORDER, MANY, *KNOWN):
+    for m in (*ORDER, *KNOWN):
         if not gap(study, m, "", "blur"):
             continue
         ahead = ["", ""] if m == "integrated" else [over("integrated", m, b) for b in ("blur", "mean")]
@@ -326,41 +356,51 @@ def mean_colour_table(study: Study) -> str:
     return table(["method", "hard", "medium"], rows)
 
 
-def goals(study: Study) -> str:
+def goals(study: Study, group: str) -> str:
     """What was to be reached, judged from the numbers; the map is chosen on half 0 and judged on half 1."""
-    candidates = [m for m in study.methods("hard", "good") if m not in (*BY_MASKS, *CONTROLS, "LaFAM")]
-    few = [m for m in candidates if study.passes(m)[0] <= 3.05]  # beyond passes, places are compared
-    if not few or not all(study.samples(m, RIGHT) for m in BY_MASKS):
-        return "Not measured, or no map needs so few passes."
-    best = max(few, key=lambda m: study.mean(m, RIGHT, half=0)[0])
-    cost = study.passes(best)
-    all_pairs, where_used = study.mean(best, RIGHT), study.mean(best, RIGHT, used=True)
-    rivals = {m: study.mean(m, RIGHT) for m in BY_MASKS}
-    against = "; ".join(f"{title(m, study)}: {shown(value)}" for m, value in rivals.items())
-    lines = [
-        (f"right object at least 0.65: *{best}*", all_pairs[0] >= 0.65, shown(all_pairs)),
-        ("where used at least 0.85: the same", where_used[0] >= 0.85, shown(where_used)),
-        (
-            "above RELAX and Distance Explainer, intervals that do not overlap: the same",
-            all(all_pairs[1] > value[2] for value in rivals.values()),
-            against,
-        ),
-        ("at most three passes: the same", cost[0] <= 3.05, f"{cost[0]:.2f}, and {cost[2]:.2f} once a call"),
-    ]
+    all_maps = [m for m in study.methods("hard", group) if m not in (*BY_MASKS, MANY, *LESS, *CONTROLS, "LaFAM")]
+    few = [m for m in all_maps if study.passes(m)[0] <= 3.05]  # beyond passes, places are compared
+    lines = []
+    for names, rivals in (([m for m in few if m not in SEES_OTHERS], BY_MASKS), (few, (*BY_MASKS, *LESS))):
+        if names and all(study.samples(m, RIGHT, group=group) for m in rivals):
+            best = max(names, key=lambda m: study.mean(m, RIGHT, group=group, half=0)[0])
+            lines += _of_map(study, group, best, rivals)
     for m in ("RELAX", MANY):
-        found = {b: margin(gap(study, "integrated", "", b), gap(study, m, "", b)) for b in ("blur", "mean")}
-        numbers = "; ".join(f"{b} {shown(value, sign=True)}" for b, value in found.items())
-        lines.append(
-            (
-                f"*integrated* more faithful than {title(m, study)}, the margin's interval above 0",
-                all(value[1] > 0 for value in found.values()),
-                numbers,
-            )
-        )
+        found = {b: less(gap(study, "integrated", "", b, group), gap(study, m, "", b, group)) for b in ("blur", "mean")}
+        margins = {b: mean_over(list(one.values())) for b, one in found.items()}
+        numbers = "; ".join(f"{b} {shown(value, sign=True)}" for b, value in margins.items())
+        goal = f"*integrated* more faithful than {title(m, study)}, the margin's interval above 0"
+        lines.append((goal, all(value[1] > 0 for value in margins.values()), f"{numbers}; {seen(found['blur'])}"))
     forward, in_all, once = study.passes("integrated")
     measured = f"{forward:.1f}; {in_all:.1f} with gradients, and {once:.1f} once a call"
     lines.append(("*integrated* at no more than ten passes", forward <= 10, measured))
     return table(["goal", "", "measured"], [[g, "reached" if ok else "**not reached**", n] for g, ok, n in lines])
+
+
+def _of_map(study: Study, group: str, best: str, rivals: Sequence[str]) -> list[tuple[str, bool, str]]:
+    """Goals of one map."""
+    found, cost = study.samples(best, RIGHT, group=group), study.passes(best)
+    all_pairs, where_used = mean_over(list(found.values())), study.mean(best, RIGHT, group=group, used=True)
+    learned = margin(found, study.samples(best, RIGHT, group=group, weights="untrained"))
+    of_rivals = {m: study.samples(m, RIGHT, group=group) for m in rivals}
+    means = {m: mean_over(list(v.values())) for m, v in of_rivals.items()}
+    against = "; ".join(
+        f"{title(m, study)}: {shown(means[m])}, on the same pairs {shown(margin(found, v), sign=True)}"
+        for m, v in of_rivals.items()
+    )
+    apart = all(all_pairs[1] > mean[2] for mean in means.values())
+    name = f"*{title(best, study)}*"
+    return [
+        (f"{name} over untrained encoders, the margin's interval above 0", learned[1] > 0, shown(learned, sign=True)),
+        (f"{name}: right object at least 0.65", all_pairs[0] >= 0.65, f"{shown(all_pairs)}; {seen(found)}"),
+        (f"{name}: where used at least 0.85", where_used[0] >= 0.85, shown(where_used)),
+        (f"{name} above {' and '.join(rivals)}, intervals that do not overlap", apart, against),
+        (f"{name}: at most three passes", cost[0] <= 3.05, f"{cost[0]:.2f}, and {cost[2]:.1f} once a call"),
+    ]
+
+
+def seen(samples: dict[str, Values]) -> str:
+    return f"{len(samples)} encoders, {sum(map(len, samples.values()))} pairs"
 
 
 def write_csv(study: Study, path: Path) -> None:
@@ -383,13 +423,13 @@ def draw_scenes(study: Study, path: Path) -> None:
     """Right objects by method: trained, untrained, another reference."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     methods = study.methods("hard", "good")[::-1]
-    for axis, used, name in zip(axes, (False, True), ("all pairs", "pairs whose shared object the encoder uses")):
+    for axis, used, name in zip(axes, (None, True), ("all pairs", "pairs whose shared object the encoder uses")):
         series: list[tuple[str, str, str, Callable[[str], Triple]]] = [
             ("trained", "C0", "o", lambda m, used=used: study.mean(m, RIGHT, used=used)),
             ("another reference", "C1", "s", lambda m, used=used: study.mean(m, f"{RIGHT}, swapped", used=used)),
             ("untrained encoder", "0.6", "^", lambda m, used=used: study.mean(m, RIGHT, weights="untrained")),
         ]
-        for row, (label, colour, marker, mean) in enumerate(series):
+        for row, (label, colour, marker, mean) in enumerate(series[: 2 if used else 3]):
             values = np.array([mean(m) for m in methods]).reshape(-1, 3)
             y = np.arange(len(methods)) + (1 - row) * 0.2
             error = np.abs(values[:, 1:] - values[:, :1]).T
@@ -455,7 +495,9 @@ def write_report(cells: list[dict[str, Any]], drawn: dict[str, Any], output: Pat
         resamples=RESAMPLES,
         least_used=LEAST_USED,
         kept="; ".join(f"half {half}: {len(d['kept'])} of {d['drawn']}" for half, d in drawn.items()),
-        goals=goals(study),
+        goals=goals(study, "good"),
+        goals_of_others=goals(study, "EfficientNets"),
+        kinds=kinds_table(study),
         summary=summary_table(study),
         main=main_table(study),
         by_encoder=encoders_table(study, "good", ("hard", "medium", "hard, all")),

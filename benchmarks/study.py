@@ -75,16 +75,15 @@ LAYERS: dict[str, Callable[[Any], nn.Module]] = {  # of the contrastive encoders
 }
 FAMILIES = {  # encoders of one are not independent of each other
     **{name: name.split("_")[0].rstrip("0123456789") for name in PRETRAINED},
-    **dict.fromkeys(LITE, "efficientnet-lite"),
-    **dict.fromkeys(STUDENTS, "hybrid ViT"),
+    **dict.fromkeys((*LITE, *STUDENTS, "bundled"), "efficientnet-lite"),  # its students stand on its first layers
     "protonet_omniglot": "omniglot",
-    "bundled": "bundled",
     "simclr": "small CNN",
     "barlow_twins": "small CNN",
     "byol": "small CNN",
     "dino_vit": "dino_vit",
     "clip": "clip",
 }
+OTHERS = 12  # references of other pairs that are taken away
 WEIGHTS = ("trained", "untrained", "shuffled")
 
 
@@ -227,6 +226,19 @@ def _forget(module: nn.Module, weights: str) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
+def settle(encoder: Encoder, images: Tensor) -> None:
+    """Batch norms without statistics take those of images: else all embeddings are nearly the same."""
+    norms = [m for m in encoder.net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    with torch.no_grad():
+        for batch in images.split(16) if norms else ():
+            encoder.net(batch)
+    encoder.net.eval()
+
+
 def pretrained(data: Path, name: str) -> Any:
     """An encoder of the data folder, by its own loader."""
     loader = _module(data, "encoders")
@@ -348,9 +360,13 @@ def match_less_others(q: Question) -> Tensor:
     found = CorrespondenceMap(q.encoder.net, q.encoder.layer).attribute_all(
         q.images, reference=q.references, internal_batch_size=16
     )
-    rows, n = torch.arange(len(found)), min(12, len(found) - 1)
-    others = (rows[:, None] + 1 + torch.arange(n)) % len(found)
+    rows, others = torch.arange(len(found)), next_ones(len(found))
     return found[rows, rows][:, None] - found[rows[:, None], others].mean(1, keepdim=True)
+
+
+def next_ones(n: int) -> Tensor:
+    """The numbers of the pairs that come after each of n, at most OTHERS: (n, OTHERS)."""
+    return (torch.arange(n)[:, None] + 1 + torch.arange(min(OTHERS, n - 1))) % n
 
 
 def random_map(q: Question) -> Tensor:
@@ -453,9 +469,21 @@ def explain(questions: Sequence[Question]) -> list[dict[str, Tensor]]:
 
 
 def masked_maps(q: Question, s: Sequence[Tensor], n_masks: int) -> list[dict[str, Tensor]]:
-    """Maps (N, 1, H, W) of the methods of masks, for each of several references (N, D) of the same images."""
+    """
+    Maps (N, 1, H, W) of the methods of masks, for each of several sets of references of the same images.
+
+    A set (N', D), N' >= N, has more references than these images, of which the next ones are "others".
+
+    "Less others": of each masked image's cosine less the mean of those with the references of the next pairs.
+    """
     masks, z = masked_embeddings(q, n_masks)
-    return [{name: method(masks, cosines_of(z, one)) for name, method in MASKS.items()} for one in s]
+    n, found = len(q.images), []
+    for one in s:
+        cosines = cosines_of(z, one[:n])
+        rest = torch.stack([cosines_of(z, one[others]) for others in next_ones(len(one))[:n].T]).mean(0)
+        maps = {name: method(masks, cosines) for name, method in MASKS.items()}
+        found.append(maps | {f"{name} less others": method(masks, cosines - rest) for name, method in MASKS.items()})
+    return found
 
 
 def cosines_of(z: Tensor, s: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ def test_the_right_object_is_the_one_with_the_largest_mean_and_ties_count_in_par
     objects = torch.tensor([[[1, 1, 2, 3]]]).expand(3, 1, 4)
     maps = torch.tensor([[1.0, 5, 2, 2], [1, 1, 9, 0], [1, 1, 1, 0]]).reshape(3, 1, 1, 4)
     assert right_object(maps, objects, 3).tolist() == [1, 0, 0.5]
+    assert right_object(maps, objects, 3, torch.tensor([0, 1, 1])).tolist() == [1, 1, 0.5]
 
 
 def test_weights_are_forgotten_without_changing_their_shapes():
@@ -234,11 +235,31 @@ def test_what_is_known_of_scenes_is_a_map_of_both_images():
 
 def test_masks_explain_the_first_pairs_for_every_reference_alike(question):
     other = question.s.flip(0)
-    one, two = study.masked_maps(question[:2], [question.s[:2], other[:2]], 20)
+    one, two = study.masked_maps(question[:2], [question.s, other], 20)
     masks, z = study.masked_embeddings(question[:2], 20)
-    assert set(one) == set(study.MASKS)
+    assert set(one) == {*study.MASKS, "RELAX less others", "Distance Explainer less others"}
     close(two["RELAX"], study.relax(masks, F.cosine_similarity(z, other[:2, None], dim=2)))
     assert not torch.equal(one["RELAX"], two["RELAX"])
+
+
+def test_less_others_is_of_the_cosine_less_the_mean_of_those_of_the_next_pairs(question):
+    (found,) = study.masked_maps(question[:2], [question.s], 20)
+    masks, z = study.masked_embeddings(question[:2], 20)
+    for i in range(2):
+        own, next_one, last = (F.cosine_similarity(z[i], question.s[(i + step) % 3][None], dim=1) for step in range(3))
+        left = (own - (next_one + last) / 2)[None]
+        for name, method in study.MASKS.items():
+            close(found[f"{name} less others"][i : i + 1], method(masks, left))
+
+
+def test_norms_that_have_forgotten_take_the_statistics_of_images():
+    norm = torch.nn.BatchNorm2d(3)
+    net = torch.nn.Sequential(norm, torch.nn.Dropout(0.5))
+    norm.running_mean.fill_(7)
+    images = random(32, 3, 4, 4).float()
+    study.settle(study.Encoder("small", net.eval(), net, norm, 4, "none"), images)
+    torch.testing.assert_close(norm.running_mean, images.mean((0, 2, 3)))
+    assert not any(m.training for m in net.modules())
 
 
 def test_a_cell_is_finished_if_its_file_was_made_with_the_same_settings(tmp_path):
