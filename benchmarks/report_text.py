@@ -61,9 +61,9 @@ each encoder: the same pictures in the same cells at each encoder's size.
 * *Over swapped*: less the map for a reference of another pair without the shared class.
 * *Half 0*: the other half of the pictures, for methods without masks. *All hard scenes*: before the referees chose.
 * *Passes*: forward passes of one image that a pair costs, with its reference, counted in operations, so that a pass
-  from a layer on counts by its part, and comparisons of places count, too. *With gradients*: with those of backward passes.
-  *Once a call*: for any number of pairs, as the package asks an unknown transformer how its tokens lie. All are means
-  over these encoders.
+  from a layer on counts by its part, and comparisons of places count, too. *With gradients*: with those of backward
+  passes. *Once a call*: for any number of pairs, as the package asks an unknown transformer how its tokens lie. All are
+  means over these encoders.
 
 {main}
 
