@@ -86,6 +86,7 @@ class Cell:
         if self.half == 0 or self.source not in scenes or self.weights not in weights:
             return 0
         share = SLOW.get(self.encoder, 1.0) * (1 if self.is_main else 0.5)
+        share *= 0.5 if GROUP[self.encoder] == "weak" else 1
         return max(1, round(settings.masked * share))
 
 

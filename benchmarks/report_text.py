@@ -80,7 +80,8 @@ by place, so the two differ only where a head treats places differently. Grad-CA
 ReLU). RELAX and Distance Explainer take {masks} masks of 7 x 7 cells and paint with the mean colour instead of black,
 because black would be one more object. RELAX's paper takes 3,000, Distance Explainer's class 1,000 of 8 x 8
 cells. For their cost they see half of the pairs of untrained encoders, and of the larger EfficientNets 60 and 40 %
-(untrained 30 and 20 %). RELAX with {many:,} masks sees {faithful} pairs, and not the larger EfficientNets.
+(untrained 30 and 20 %), and a quarter of the pairs of
+weak ones. RELAX with {many:,} masks sees {faithful} pairs, and not the larger EfficientNets.
 *integrated*: `IntegratedDecomposition`, its layer named. *best match* and *match less others*: `CorrespondenceMap`.
 ¹ sees the reference's map, not only its embedding, and looks for like places: it does not explain the score.
 ² sees other references and explains the difference to their mean: the next twelve, or all. They are embedded *once a

@@ -344,13 +344,13 @@ def test_shares_count_each_map_in_its_own_part_of_the_collage():
 
 
 def test_the_demos_maps_find_the_photo_and_those_of_an_untrained_encoder_do_not():
-    """Measured: FAM 0.69 inside, 87 % above chance; "self" 0.90, all above. Untrained: 0.50, 50 %; 0.53, 63 %."""
+    """Measured: FAM 0.74 inside, 87 % above chance; "self" 0.96, all above. Untrained: 0.50, 50 %; 0.53, 63 %."""
     photos = list(demo.photographs().values())
     ours, untrained = (demo.all_pairs(e, photos) for e in (bundled_encoder(), demo.untrained_encoder(0)))
     assert len(ours.fam) == len(ours.contrast) == 60
-    assert ours.fam.mean() >= 0.65
-    assert demo.above(ours.fam) >= 0.8
-    assert ours.contrast.mean() >= 0.85
+    assert ours.fam.mean() >= 0.7
+    assert demo.above(ours.fam) >= 0.85
+    assert ours.contrast.mean() >= 0.95
     assert demo.above(ours.contrast) >= 0.95
     assert untrained.fam.mean() < 0.55
     assert demo.above(untrained.fam) < 0.65

@@ -223,7 +223,7 @@ def test_cells_have_names_of_their_own_and_those_of_the_main_table_come_first():
         (Cell("efficientnet_lite0", "trained", "hard", 0), 0),
         (Cell("efficientnet_lite0", "shuffled", "hard"), 0),
         (Cell("efficientnet_lite0", "trained", "photos"), 0),
-        (Cell("simclr", "untrained", "medium"), 20),
+        (Cell("simclr", "untrained", "medium"), 10),
         (Cell("simclr", "trained", "hard, all"), 0),
         (Cell("mean_colour", "trained", "hard"), 20),
     ],
@@ -235,7 +235,7 @@ def test_how_many_pairs_masks_explain(cell, masked):
 def test_the_time_of_a_cell_grows_with_what_it_does():
     seconds = {"maps": (4.0, 4), "masks": (1.0, 80), "curves": (3.0, 6)}
     made = {"cell": {"encoder": "simclr", "weights": "trained", "source": "medium", "half": 1}, "seconds": seconds}
-    expected = 40 + 20 * 200 / 80 + 3 * 12 * 7 / 6
+    expected = 40 + 10 * 200 / 80 + 3 * 12 * 7 / 6
     assert faithfulness.expected_seconds(made, Settings()) == pytest.approx(expected)
 
 
