@@ -88,20 +88,6 @@ def test_every_row_that_names_a_library_is_tested():
     assert named == set(MODELS)
 
 
-def test_the_readme_names_the_same_layers_and_embeddings():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"^\| encoder \| layer \| embedding \|.*?\n\n", readme, re.M | re.S)
-    for line in table.strip().splitlines()[2:]:
-        name, layer, embedding = (cell.strip() for cell in line.strip("|").split("|"))
-        libraries = re.findall("torchvision|timm|transformers", name)
-        models = re.findall(r"\b(?:[A-Z]\w*[A-Z0-9]\w*|Swin)\b", name)
-        rows = [r for r in ROWS if any(x in r[0] for x in libraries) and any(m in r[0] for m in models)]
-        assert rows or "your own" in name
-        if rows:
-            assert set(code(layer)) <= {c for row in rows for c in code(row[1])}
-            assert set(code(embedding)) <= {c for row in rows for c in code(row[2])}
-
-
 def test_the_last_blocks_of_transformers_are_where_the_page_says():
     (text,) = re.findall(r"In transformers, the last block is.*?\n\n", PAGE, re.S)
     vit, dino, _ = (make() for make in MODELS["ViT, DINOv2, CLIP of transformers"])
