@@ -1,72 +1,33 @@
 """Feature Activation Map and its companions: explanations of similarity scores, for Captum users."""
 
+import importlib
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 from captum_fam import _interrupt  # noqa: F401  # first: Ctrl-C may come while torch is imported
-from captum_fam.adapters import explanation_func, to_input_space
-from captum_fam.comparison import compare_attributions
-from captum_fam.encoders import LoadedEncoder, load_encoder
-from captum_fam.explorer import PairExplorer, explore_pair
-from captum_fam.matches import visualize_matches
-from captum_fam.methods.class_activation_map import ClassActivationMap
-from captum_fam.methods.correspondence_map import CorrespondenceMap
-from captum_fam.methods.feature_activation_map import FeatureActivationMap
-from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
-from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
-from captum_fam.methods.relax import Relax
-from captum_fam.methods.relevance_cam import RelevanceCam
-from captum_fam.methods.score_cam import ScoreCam
-from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
-from captum_fam.score import SimilarityScore, prototypes
-from captum_fam.similarity import channel_contributions, contribution_weights
-from captum_fam.tasks.contrastive import NearestReferences, nearest_references
-from captum_fam.tasks.episode_explanation import EpisodeExplanation
-from captum_fam.tasks.few_shot import explain_episode
-from captum_fam.tasks.hits import Hits, explain_hits
-from captum_fam.tasks.late_interaction import MaxSimExplanation, explain_maxsim
-from captum_fam.tasks.retrieval import explain_retrieval
-from captum_fam.tasks.retrieval_explanation import RetrievalExplanation
-from captum_fam.tasks.verification import explain_verification
-from captum_fam.tasks.verification_explanation import VerificationExplanation
-from captum_fam.tokens import channels_last, patch_tokens
-from captum_fam.visualization import visualize_comparison, visualize_pair
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ClassActivationMap",
-    "CorrespondenceMap",
-    "EpisodeExplanation",
-    "FeatureActivationMap",
-    "Hits",
-    "IntegratedDecomposition",
-    "LabelFreeActivationMap",
-    "LoadedEncoder",
-    "MaxSimExplanation",
-    "NearestReferences",
-    "PairExplorer",
-    "Relax",
-    "RelevanceCam",
-    "RetrievalExplanation",
-    "ScoreCam",
-    "SimilarityDecomposition",
-    "SimilarityScore",
-    "VerificationExplanation",
-    "channel_contributions",
-    "channels_last",
-    "compare_attributions",
-    "contribution_weights",
-    "explain_episode",
-    "explain_hits",
-    "explain_maxsim",
-    "explain_retrieval",
-    "explain_verification",
-    "explanation_func",
-    "explore_pair",
-    "load_encoder",
-    "nearest_references",
-    "patch_tokens",
-    "prototypes",
-    "to_input_space",
-    "visualize_comparison",
-    "visualize_matches",
-    "visualize_pair",
-]
+if TYPE_CHECKING:
+    from captum_fam._public import *  # noqa: F403
+    from captum_fam._public import __all__ as __all__
+else:
+
+    def __getattr__(name):
+        """
+        The public names are imported when the first of them is used, and a module when it is: the command's help
+        does not wait for torch.
+        """
+        if name == "__all__" or not name.startswith("__"):
+            if find_spec(f"{__name__}.{name}"):
+                return importlib.import_module(f"{__name__}.{name}")
+            public = importlib.import_module(f"{__name__}._public")
+            for each in ("__all__", *public.__all__):
+                globals().setdefault(each, getattr(public, each))
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -24,6 +24,7 @@ from captum_fam._checks import (
 from captum_fam._distances import canonical
 from captum_fam.adapters import resize
 from captum_fam.engine.untouched import attributes_restored, buffers_restored
+from captum_fam.methods import DEFAULT
 from captum_fam.methods.by_name import OF_SIMILARITIES
 from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.correspondence_map import CorrespondenceMap
@@ -32,15 +33,6 @@ from captum_fam.score import SimilarityScore
 Method: TypeAlias = str | type[Attribution] | Attribution | Callable[[Tensor, Any], Any]
 
 _OURS: tuple[type[Attribution], ...] = (ClassActivationMap, *OF_SIMILARITIES.values())
-DEFAULT = (
-    "FeatureActivationMap",
-    "SimilarityDecomposition",
-    "IntegratedDecomposition",
-    "LabelFreeActivationMap",
-    "LayerGradCam",
-    "RelevanceCam",
-    "Relax",
-)
 
 
 class Comparison(dict[str, Tensor]):

@@ -388,7 +388,7 @@ def command(tmp_path):
 @pytest.mark.parametrize("torch", [WAITING_TORCH, SWALLOWING_TORCH], ids=["", "swallowed"])
 def test_an_interrupt_of_the_import_of_torch_is_one_line(tmp_path, command, way, torch):
     (tmp_path / "torch.py").write_text(torch)
-    process = begin(tmp_path, *command[way], "--version")
+    process = begin(tmp_path, *command[way], "explain", "a.png", "b.png")
     assert reached(tmp_path / "at_work")
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "captum-fam: interrupted\n")
@@ -398,12 +398,12 @@ def test_an_interrupt_of_the_import_of_torch_is_one_line(tmp_path, command, way,
 @posix
 def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path, command):
     (tmp_path / "torch.py").write_text(WAITING_TORCH)
-    process = begin(tmp_path, *command["module"], ignored=True)
+    process = begin(tmp_path, *command["module"], "explain", "a.png", "b.png", ignored=True)
     assert reached(tmp_path / "at_work")
     process.send_signal(signal.SIGINT)
     (tmp_path / "go").touch()
-    assert "no torch here" in process.communicate(timeout=60)[1]
-    assert process.returncode == 1
+    assert process.communicate(timeout=60) == ("", "captum-fam: ImportError: no torch here\n")
+    assert process.returncode == 2
 
 
 @posix

@@ -1,60 +1,20 @@
-"""What the commands have in common: options, encoders, and how they speak."""
+"""What the commands have in common: encoders and their images."""
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_fam._files import printable
+from captum_fam.cli._say import say, short
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import ReadyEncoder, ready_encoder, running
 from captum_fam.images import read_image
-
-
-def encoder_options(function: Callable[..., int | None]) -> Callable[..., int | None]:
-    """The options of commands that explain images with an encoder."""
-    options = [
-        click.option(
-            "--encoder",
-            default="bundled",
-            show_default=True,
-            help="bundled, torchvision:NAME, timm:NAME, open_clip:NAME/PRETRAINED or open_clip:local-dir:PATH, hf:PATH"
-            " or sentence-transformers:PATH (a folder of its library, or a name on huggingface.co) or"
-            " module.path:factory, a function without arguments: its code is run, of a module in the current folder"
-            " first.",
-        ),
-        click.option("--weights", type=Path, help="State dict of the encoder, as torch.save writes it."),
-        click.option(
-            "--layer",
-            help="Dotted name.  [default: the last module with a map, or tokens of one, that the embedding depends on]",
-        ),
-        click.option(
-            "--similarity", type=click.Choice(["cosine", "dot", "euclidean"]), default="cosine", show_default=True
-        ),
-        click.option(
-            "--size",
-            type=click.IntRange(1, 4096),
-            help="Side in pixels that images are resized to.  [default: the encoder's]",
-        ),
-        click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda."),
-        click.option(
-            "--mean", type=float, nargs=3, help="Mean of the RGB channels in [0, 1].  [default: the encoder's]"
-        ),
-        click.option(
-            "--std", type=float, nargs=3, help="Standard deviation of the RGB channels.  [default: the encoder's]"
-        ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 @dataclass(frozen=True)
@@ -151,17 +111,6 @@ def read_references(paths: Sequence[Path], needed: int = 1) -> list[Reference]:
     for reference in broken:
         say(f"captum-fam: reference {reference.number} is left out: {reference.error}", err=True)
     return found
-
-
-def say(line: object, err: bool = False) -> None:
-    """A line of ours, with names and messages of others in it."""
-    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
-    click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
-
-
-def short(path: Path, longest: int = 30) -> str:
-    name = printable(path.name)
-    return name if len(name) <= longest else f"{name[: longest // 2]}\N{HORIZONTAL ELLIPSIS}{name[-longest // 2 :]}"
 
 
 def number(value: float) -> float | None:

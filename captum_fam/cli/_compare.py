@@ -5,29 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
-from captum_fam.cli._common import encoder_options, loaded, say, short
-from captum_fam.comparison import DEFAULT, compare_attributions
+from captum_fam.cli._common import loaded
+from captum_fam.cli._say import say, short
+from captum_fam.comparison import compare_attributions
 from captum_fam.images import FIGURES, check_output, read_image, write_figure
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.score import SimilarityScore
 from captum_fam.visualization import visualize_comparison
 
 
-@click.command()
-@click.argument("query", type=Path)
-@click.argument("reference", type=Path)
-@click.option(
-    "-o", "--output", type=Path, help="PNG, PDF or SVG to write.  [default: QUERY_compare.png beside the query]"
-)
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    help=f"A class of captum_fam or captum.attr, any number of times.  [default: {', '.join(DEFAULT)}]",
-)
-@encoder_options
 def compare(
     query: Path,
     reference: Path,
@@ -38,11 +24,6 @@ def compare(
     similarity: str,
     **loading: Any,
 ) -> None:
-    """
-    Compare attribution methods on the similarity of the images QUERY and REFERENCE.
-
-    Writes one figure: a row for each of the two images, a column for each method.
-    """
     images = [read_image(path) for path in (query, reference)]
     output = output or query.with_name(f"{query.stem}_compare.png")
     check_output(output, FIGURES, (query, reference))

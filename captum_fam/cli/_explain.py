@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from captum_fam._files import utf8
-from captum_fam.cli._common import Reference, encoder_options, loaded, number, read_references, say, short
+from captum_fam.cli._common import Reference, loaded, number, read_references
 from captum_fam.cli._explore import controls, page_of
 from captum_fam.cli._figure import explanation_figure
 from captum_fam.cli._rows import ITSELF, NOTHING, USUAL, Asked, Compared, Row, check_method, rows_of, usual_rows
+from captum_fam.cli._say import say, short
 from captum_fam.images import FIGURES, check_output, read_image, write_figure
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.margins import why_opposite
@@ -23,33 +24,6 @@ from captum_fam.similarity import channel_contributions, widen
 _PAGE = ".html"
 
 
-@click.command()
-@click.argument("query", type=Path)
-@click.argument("references", type=Path, nargs=-1, metavar="[REFERENCE]...")
-@click.option(
-    "-o",
-    "--output",
-    type=Path,
-    help="PNG, PDF or SVG, or HTML for the page that explore makes.  [default: QUERY_fam.png beside the query]",
-)
-@click.option("--text", "texts", multiple=True, metavar="SENTENCE", help="A reference in words; any number of times.")
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="NAME",
-    help="A class of captum_fam, a row of the figure; any number of times.  [default: FeatureActivationMap,"
-    ' SimilarityDecomposition with "self", CorrespondenceMap]',
-)
-@click.option(
-    "--contrast",
-    help='Why each reference rather than another: its number, from 1, or "rest" for the mean; or "self": beyond what'
-    " the query has with itself.",
-)
-@click.option("--threshold", type=float, help="Why each score lies above or below this one.")
-@click.option("--json", "as_json", is_flag=True, help="Print scores, layer, encoder and map statistics as JSON.")
-@click.option("--json-maps", is_flag=True, help="The same, with all values of the maps.")
-@encoder_options
 def explain(
     query: Path,
     references: Sequence[Path],
@@ -65,26 +39,14 @@ def explain(
     similarity: str,
     **loading: Any,
 ) -> int:
-    """
-    Explain the similarity of the image QUERY to each REFERENCE, and to each --text.
-
-    Writes one figure with the scores: what the query has in common with each reference (FAM),
-    what is particular to this match ("self", not for euclidean), which places look alike (less the
-    other references, if there are any), and all this on the references. Sentences, which have no
-    places, are numbered after the images.
-    """
     output = output or query.with_name(f"{query.stem}_fam.png")
     check_output(output, (*FIGURES, _PAGE), (query, *references))
     is_page = output.suffix.lower() == _PAGE
-    if not references and not texts:
-        raise ValueError("there is nothing to compare with: name an image as REFERENCE, or a sentence with --text")
     if is_page and (methods or texts or contrast is not None or threshold is not None):
         raise ValueError(
             f"cannot write {output}: a page has no --method, --text, --contrast and --threshold; leave them out, or"
             " name a file that ends in .png, .pdf or .svg with -o"
         )
-    if not all(text.strip() for text in texts):
-        raise ValueError("--text must be a sentence, but one of them is empty")
     image = read_image(query)
     given = read_references(references, needed=0 if texts else 1)
     given += [Reference(len(references) + i, text) for i, text in enumerate(texts, 1)]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 from PIL import Image
 
-from captum_fam.cli._common import Loaded, encoder_options, loaded, read_references, say, short
+from captum_fam.cli._common import Loaded, loaded, read_references
+from captum_fam.cli._say import say, short
 from captum_fam.demo import photographs
 from captum_fam.explorer import PairExplorer, explore_pair
 from captum_fam.explorer._computed import BASELINE, STEPS
@@ -16,16 +16,6 @@ from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.similarity import channel_contributions, widen
 
 
-@click.command()
-@click.argument("query", type=Path)
-@click.argument("references", type=Path, nargs=-1, required=True, metavar="REFERENCE...")
-@click.option("-o", "--output", type=Path, help="HTML to write.  [default: QUERY_explore.html beside the query]")
-@click.option(
-    "--control",
-    type=Path,
-    help="An image that has nothing to do with the query.  [default: the least similar of the package's photographs]",
-)
-@encoder_options
 def explore(
     query: Path,
     references: Sequence[Path],
@@ -36,11 +26,6 @@ def explore(
     similarity: str,
     **loading: Any,
 ) -> int:
-    """
-    Make a page to explore which places of the image QUERY match those of each REFERENCE.
-
-    The page is one file, which any browser opens without a network. Transformers take a minute or more on a CPU.
-    """
     paths = [query, *references, *([] if control is None else [control])]
     output = output or query.with_name(f"{query.stem}_explore.html")
     check_output(output, ".html", paths)
