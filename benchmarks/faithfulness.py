@@ -85,9 +85,8 @@ class Cell:
         weights = ("trained",) if self.encoder in GOOD and self.source == "medium" else ("trained", "untrained")
         if self.half == 0 or self.source not in scenes or self.weights not in weights:
             return 0
-        share = SLOW.get(self.encoder, 1.0) * (1 if self.is_main else 0.5)
-        share *= 0.5 if GROUP[self.encoder] == "weak" else 1
-        return max(1, round(settings.masked * share))
+        share = 1 if self.is_main else {"hard": 0.5, "medium": 0.25}[self.source]
+        return max(1, round(settings.masked * share * SLOW.get(self.encoder, 1.0)))
 
 
 GROUP = {name: group for group, names in study.GROUPS.items() for name in names}
@@ -95,33 +94,26 @@ GOOD = study.GROUPS["good"]
 
 
 def cells() -> list[Cell]:
-    """All of them: those of the main table first, the long ones before the short ones."""
+    """All of them: those of the main table first, the long ones before the short ones, further controls last."""
+    good, weak, control = (study.GROUPS[group] for group in ("good", "weak", "control"))
     found = []
-    for weights, source, half in (
-        ("trained", "hard", 1),
-        ("untrained", "hard", 1),
-        ("trained", "hard, all", 1),
-        ("trained", "hard", 0),
-        ("shuffled", "hard", 1),
-        ("trained", "medium", 1),
-        ("untrained", "medium", 1),
-        ("trained", "photos", 1),
+    for names, weights, source, half in (
+        (good, "trained", "hard", 1),
+        (good, "untrained", "hard", 1),
+        (good, "trained", "hard", 0),
+        (good, "trained", "hard, all", 1),
+        (good, "trained", "medium", 1),
+        (good, "trained", "photos", 1),
+        (control, "trained", "hard", 1),
+        (control, "trained", "medium", 1),
+        (weak, "trained", "medium", 1),
+        (weak, "untrained", "medium", 1),
+        (weak, "trained", "photos", 1),
+        (good, "untrained", "medium", 1),
+        (good, "shuffled", "hard", 1),
     ):
-        found += [Cell(name, weights, source, half) for name in GOOD[::-1]]
-    found += [Cell(name, "trained", source) for source in ("hard", "medium") for name in study.GROUPS["control"]]
-    for weights, source in (
-        ("trained", "medium"),
-        ("untrained", "medium"),
-        ("trained", "hard, all"),
-        ("untrained", "hard, all"),
-        ("trained", "photos"),
-    ):
-        found += [
-            Cell(name, weights, source)
-            for name in study.GROUPS["weak"]
-            if (name, source) != ("protonet_omniglot", "photos")
-        ]
-    return found
+        found += [Cell(name, weights, source, half) for name in names[::-1]]
+    return [cell for cell in found if (cell.encoder, cell.source) != ("protonet_omniglot", "photos")]
 
 
 def localisation(maps: Tensor, pairs: of_pairs.Pairs, effects: Tensor | None = None) -> dict[str, Tensor]:
@@ -339,7 +331,8 @@ def draw_examples(data: Path, settings: Settings, path: Path) -> None:
     "--output", default=FOLDER, show_default=False, type=click.Path(path_type=Path), help="Folder of results."
 )
 @click.option("--smoke", is_flag=True, help="Few pairs, steps and masks: does it run, and how long will all take?")
-def main(jobs: int, only: tuple[str, ...], groups: tuple[str, ...], output: Path, smoke: bool) -> None:
+@click.option("--report", is_flag=True, help="Only write the report, of what is finished.")
+def main(jobs: int, only: tuple[str, ...], groups: tuple[str, ...], output: Path, smoke: bool, report: bool) -> None:
     """Measure all cells that are not finished and write the report."""
     if not os.environ.get("CAPTUM_FAM_DATA"):
         raise click.ClickException("CAPTUM_FAM_DATA is not set: name the folder with encoders.py and photos/")
@@ -350,9 +343,25 @@ def main(jobs: int, only: tuple[str, ...], groups: tuple[str, ...], output: Path
     names = {*only, *(name for group in groups for name in study.GROUPS[group])} or {*study.ENCODERS}
     wanted = [cell for cell in cells() if cell.encoder in names]
     todo = [cell for cell in wanted if not is_finished(cell, settings, folder)]
+    if not report:
+        run(todo, len(wanted), jobs, settings, data, folder)
+        todo = []
+    found = [json.loads((folder / f"{cell.name}.json").read_text()) for cell in wanted if cell not in todo]
+    if smoke:
+        times = {Cell(**cell["cell"]).name: expected_seconds(cell, Settings()) for cell in found}
+        click.echo("\n".join(f"{name}: {seconds:.0f} s" for name, seconds in times.items()))
+        click.echo(f"in all {sum(times.values()) / 60:.0f} minutes of processor time")
+    draw_examples(data, settings, output / "maps.png")
+    drawn = {str(half): json.loads((folder / f"solvable-{half}.json").read_text()) for half in (0, 1)}
+    write_report(found, [cell.name for cell in todo], drawn, output, COMMAND)
+    click.echo((output / "README.md").read_text())
+
+
+def run(todo: list[Cell], count: int, jobs: int, settings: Settings, data: Path, folder: Path) -> None:
+    """Measures cells, of which there are so many in all, in processes of their own."""
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc="cells") as progress,
+        tqdm(total=count, initial=count - len(todo), desc="cells") as progress,
     ):
         try:
             for scenes in [pool.submit(find_solvable, data, half, settings.pairs, folder) for half in (1, 0)]:
@@ -363,15 +372,6 @@ def main(jobs: int, only: tuple[str, ...], groups: tuple[str, ...], output: Path
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what is finished is kept
             raise
-    found = [json.loads((folder / f"{cell.name}.json").read_text()) for cell in wanted]
-    if smoke:
-        times = {Cell(**cell["cell"]).name: expected_seconds(cell, Settings()) for cell in found}
-        click.echo("\n".join(f"{name}: {seconds:.0f} s" for name, seconds in times.items()))
-        click.echo(f"in all {sum(times.values()) / 60:.0f} minutes of processor time")
-    draw_examples(data, settings, output / "maps.png")
-    drawn = {str(half): json.loads((folder / f"solvable-{half}.json").read_text()) for half in (0, 1)}
-    write_report(found, drawn, output, COMMAND)
-    click.echo((output / "README.md").read_text())
 
 
 if __name__ == "__main__":

@@ -471,8 +471,14 @@ def draw_maps(columns: dict[str, NDArray[np.float64]], outlines: dict[str, NDArr
     plt.close(figure)
 
 
-def write_report(cells: list[dict[str, Any]], drawn: dict[str, Any], output: Path, command: str) -> None:
-    """README.md, results.csv and figures in a folder; ``drawn``: which hard scenes were kept, by half."""
+def write_report(
+    cells: list[dict[str, Any]], missing: Sequence[str], drawn: dict[str, Any], output: Path, command: str
+) -> None:
+    """
+    README.md, results.csv and figures in a folder.
+
+    ``missing``: names of cells that are not finished; ``drawn``: which hard scenes were kept, by half.
+    """
     study = Study(cells)
     write_csv(study, output / "results.csv")
     draw_scenes(study, output / "scenes.png")
@@ -501,12 +507,12 @@ def write_report(cells: list[dict[str, Any]], drawn: dict[str, Any], output: Pat
         summary=summary_table(study),
         main=main_table(study),
         by_encoder=encoders_table(study, "good", ("hard", "medium", "hard, all")),
-        by_weak_encoder=encoders_table(study, "weak", ("medium", "hard, all")),
+        by_weak_encoder=encoders_table(study, "weak", ("medium",)),
         both=places_table(study),
         faithfulness=faithfulness_table(study),
         medium=scenes_table(study, "medium", "good"),
         weak_medium=scenes_table(study, "medium", "weak"),
-        weak_hard=scenes_table(study, "hard, all", "weak"),
+        missing=f"\n**Not measured yet**: {', '.join(missing)}.\n" if missing else "",
         family_tests=families_table(study),
         photo_places=photos_table(study),
         mean_colour=mean_colour_table(study),

@@ -4,7 +4,7 @@ TEXT = """# Which map can be trusted?
 
 Made by `{command}` (Python {python}, {packages}; CPU, one thread a process). All seeds are fixed in the code.
 Settings: {settings}. All numbers by encoder, with their intervals: [results.csv](results.csv).
-
+{missing}
 What is compared, and how: [study.py](../study.py) (encoders, methods), [pairs.py](../pairs.py) (scenes and photos),
 [faithfulness.py](../faithfulness.py) (metrics). The score is the cosine of the embeddings for every encoder, also for
 ProtoNets, which are trained with Euclidean distance. {good} encoders are good enough to be asked: they use the shared
@@ -78,10 +78,9 @@ FAM cosine stands for FAM with the dot product too: the contributions differ by 
 *self*: `contrast="self"`, what a match has beyond what the image has with itself; for the decomposition it is Grad-CAM
 by place, so the two differ only where a head treats places differently. Grad-CAM is signed here (the paper's has a
 ReLU). RELAX and Distance Explainer take {masks} masks of 7 x 7 cells and paint with the mean colour instead of black,
-because black would be one more object. RELAX's paper takes 3,000, Distance Explainer's class 1,000 of 8 x 8
-cells. For their cost they see half of the pairs of untrained encoders, and of the larger EfficientNets 60 and 40 %
-(untrained 30 and 20 %), and a quarter of the pairs of
-weak ones. RELAX with {many:,} masks sees {faithful} pairs, and not the larger EfficientNets.
+because black would be one more object. RELAX's paper takes 3,000, Distance Explainer's class 1,000 of 8 x 8 cells. For
+their cost they see half of the pairs of untrained encoders, a quarter of those of medium scenes, and of the larger
+EfficientNets 60 and 40 % of these. RELAX with {many:,} masks sees {faithful} pairs, and not the larger EfficientNets.
 *integrated*: `IntegratedDecomposition`, its layer named. *best match* and *match less others*: `CorrespondenceMap`.
 ¹ sees the reference's map, not only its embedding, and looks for like places: it does not explain the score.
 ² sees other references and explains the difference to their mean: the next twelve, or all. They are embedded *once a
@@ -124,7 +123,7 @@ the outline of all objects to that of the shared one does not ask which object i
 ## Medium scenes
 
 The shared object is the same picture in another view: mirrored, turned, resized, other gamma (`difficulty="medium"`).
-They favour methods that find the same picture again. Good encoders; masks on half of the pairs, trained only:
+They favour methods that find the same picture again. Good encoders; masks of trained ones only:
 
 {medium}
 
@@ -133,11 +132,6 @@ They favour methods that find the same picture again. Good encoders; masks on ha
 {weak} encoders that are small, or see these scenes at a size that is not theirs. Medium scenes:
 
 {weak_medium}
-
-All hard scenes: these encoders hardly use the shared object, so there is little that a map could find, and no ranking
-should be drawn from it.
-
-{weak_hard}
 
 By encoder, right object on medium scenes:
 
