@@ -309,13 +309,14 @@ def summary_table(study: Study) -> str:
             [
                 title(m, study),
                 f"{shown(study.mean(m, RIGHT))} ({number(untrained, '.2f')})",
-                shown(margin(gap(study, m, "", "mean"), gap(study, "random", "", "mean")), sign=True),
+                shown(margin(gap(study, m, "", "blur"), gap(study, "random", "", "blur")), sign=True),
+                shown(study.mean(m, "used object")),
                 shown(study.mean(m, RIGHT, source="medium")),
                 shown(study.mean(m, "rank accuracy", source="photos")),
                 "-" if m in CONTROLS else number(study.passes(m)[0]),
             ]
         )
-    return table(["method", RIGHT, "faithfulness", "medium scenes", "photos", "passes"], rows)
+    return table(["method", RIGHT, "faithfulness", "used object", "medium scenes", "photos", "passes"], rows)
 
 
 def encoders_table(study: Study, group: str, sources: Sequence[str]) -> str:

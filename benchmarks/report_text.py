@@ -34,8 +34,8 @@ The same, of the three EfficientNets alone, which others trained and for another
 ## In short
 
 Good encoders. *Right object* (chance 0.25; untrained encoders in brackets) on hard scenes that can be solved,
-*faithfulness* (insertion less deletion with the mean colour, over a random map) on the same, right object on *medium
-scenes*, rank accuracy in the masks of objects in *photos*; forward *passes* for a pair. All are explained below.
+*faithfulness* (insertion less deletion with blur, over a random map) and *used object* on the same, right object on
+*medium scenes*, rank accuracy in masks of objects in *photos*; forward *passes* for a pair. All are explained below.
 
 {summary}
 
