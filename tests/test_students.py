@@ -100,23 +100,28 @@ def loss(maps, taught=MAPS, positive=True, mean=ZERO, means=None, numbers=NUMBER
     """Of a student that finds these maps (B, 2, C, h, w)."""
     torch.manual_seed(0)
     lesson = students.Lesson(mean, ZERO.expand(2, 8) if means is None else means, torch.tensor(norm), positive)
-    flat = maps.flatten(0, 1)
-    return lesson.loss(lambda _: (flat.mean((2, 3)), flat), torch.zeros(len(maps), 2, 1), taught, scene, numbers).item()
+    return lesson.loss(lambda x: (x.mean((2, 3)), x), maps, taught, scene, numbers).item()
 
 
-def least(n=8):
+def least(positive=True, wrong=7, wrong_collages=6):
     """NT-Xent where an image is like its pair alone, and orthogonal to the others: by hand."""
-    return math.log(1 + (n - 1) * math.exp(-1 / students.TEMPERATURE))
+    pairs = math.log(1 + wrong * math.exp(-1 / students.TEMPERATURE))
+    collages = math.log(
+        1 + wrong_collages * math.exp(-(0.5**0.5) / students.TEMPERATURE)
+    )  # half of each is the image's
+    return pairs + collages * positive
 
 
 @pytest.mark.parametrize("positive", [True, False])
 def test_who_has_the_teachers_relations_has_nothing_left_to_learn_but_who_is_a_pair(positive):
-    assert loss(MAPS, positive=positive) == pytest.approx(least(), abs=1e-6)
+    assert loss(MAPS, positive=positive) == pytest.approx(least(positive), abs=1e-6)
     turned, _ = torch.linalg.qr(torch.randn(8, 8, generator=seeded()))  # other features of the same relations
-    assert loss(torch.einsum("dc, bpchw -> bpdhw", turned, MAPS), positive=positive) == pytest.approx(least(), abs=1e-5)
+    assert loss(torch.einsum("dc, bpchw -> bpdhw", turned, MAPS), positive=positive) == pytest.approx(
+        least(positive), abs=1e-5
+    )
     for seed in range(3):
         random = torch.rand(MAPS.shape, generator=seeded(seed))
-        assert loss(random, positive=positive) > least() + 1
+        assert loss(random, positive=positive) > least(positive) + 1
 
 
 @pytest.mark.parametrize("positive", [True, False])
@@ -149,8 +154,19 @@ def test_views_and_scenes_have_means_of_their_own():
 def test_two_pairs_of_one_photo_are_not_told_apart():
     same = torch.cat([MAPS[:4], MAPS[:4]])
     numbers = torch.arange(8) % 4
-    assert loss(same, same, numbers=numbers) == pytest.approx(math.log(1 + 6 * math.exp(-10)), abs=1e-6)
+    assert loss(same, same, numbers=numbers) == pytest.approx(least(wrong=6, wrong_collages=4), abs=1e-6)
     assert loss(same, same) > math.log(2)
+
+
+def test_a_collage_has_half_of_a_map_beside_half_of_the_next():
+    torch.manual_seed(0)
+    maps = torch.arange(16.0).reshape(4, 1, 1, 4)
+    made = students._halves(maps)[:, 0, 0].tolist()
+    for n, row in enumerate(made):
+        own, after = ([maps[m % 4, 0, 0, :2].tolist(), maps[m % 4, 0, 0, 2:].tolist()] for m in (n, n + 1))
+        assert row[:2] in own
+        assert row[2:] in after
+    assert len({row[0] % 4 for row in made}) == 2  # at either end
 
 
 # The pictures
