@@ -80,7 +80,7 @@ def mean_over(samples: Sequence[Values]) -> tuple[float, float, float]:
     ends = np.nanquantile(found.bootstrap_distribution, (0.025, 0.975))
     n = len(pairs)
     stretch = (n / (n - 1)) ** 0.5 * t.ppf(0.975, n - 1) / norm.ppf(0.975)
-    low, high = (centre + stretch * (float(end) - centre) for end in ends)
+    low, high = np.clip(centre + stretch * (ends - centre), np.nanmin(values), np.nanmax(values)).tolist()
     return centre, low, high
 
 
@@ -361,11 +361,11 @@ def goals(study: Study, group: str) -> str:
     """What was to be reached, judged from the numbers; the map is chosen on half 0 and judged on half 1."""
     all_maps = [m for m in study.methods("hard", group) if m not in (*BY_MASKS, MANY, *LESS, *CONTROLS, "LaFAM")]
     few = [m for m in all_maps if study.passes(m)[0] <= 3.05]  # beyond passes, places are compared
-    lines = []
+    judged: dict[str, Sequence[str]] = {}  # maps, and what each is measured against
     for names, rivals in (([m for m in few if m not in SEES_OTHERS], BY_MASKS), (few, (*BY_MASKS, *LESS))):
         if names and all(study.samples(m, RIGHT, group=group) for m in rivals):
-            best = max(names, key=lambda m: study.mean(m, RIGHT, group=group, half=0)[0])
-            lines += _of_map(study, group, best, rivals)
+            judged[max(names, key=lambda m: study.mean(m, RIGHT, group=group, half=0)[0])] = rivals
+    lines = [line for best, rivals in judged.items() for line in _of_map(study, group, best, rivals)]
     for m in ("RELAX", MANY):
         found = {b: less(gap(study, "integrated", "", b, group), gap(study, m, "", b, group)) for b in ("blur", "mean")}
         margins = {b: mean_over(list(one.values())) for b, one in found.items()}
