@@ -341,7 +341,7 @@ def photos_table(study: Study) -> str:
     rows = []
     for m in study.methods("medium", "good"):
         values = [shown(study.mean(m, k, source="photos", group=g)) for g in ("good", "weak") for k in PHOTO_METRICS]
-        if m not in BY_MASKS:
+        if m not in (*BY_MASKS, *LESS):
             rows.append([title(m, study), *values])
     return table(["method", *(f"{g}: {k}" for g in ("good", "weak") for k in PHOTO_METRICS)], rows)
 
@@ -486,7 +486,7 @@ def write_report(
     s = study.settings
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "captum", "scipy", "numpy", "timm", "transformers"))
     photos = [len(v) for v in study.samples(FAM, "rank accuracy", "photos", "all").values()]
-    families = {g: len({FAMILIES[encoder] for encoder in study.group(g)}) for g in ("good", "all")}
+    families = len({FAMILIES[encoder] for encoder in study.group("all")})
     text = TEXT.format(
         command=command,
         python=platform.python_version(),
@@ -494,10 +494,8 @@ def write_report(
         settings=", ".join(f"{k} {v}" for k, v in s.items()),
         good=len(study.group("good")),
         weak=len(study.group("weak")),
-        good_families=families["good"],
-        families=families["all"],
-        least_p=f"{0.5 ** (families['all'] - 1):.3f}",
-        least_good_p=f"{0.5 ** (families['good'] - 1):.2f}",
+        families=families,
+        least_p=f"{0.5 ** (families - 1):.3f}",
         photos=max(photos, default=0),
         resamples=RESAMPLES,
         least_used=LEAST_USED,

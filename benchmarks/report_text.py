@@ -141,8 +141,7 @@ By encoder, right object on medium scenes:
 
 Right object on medium scenes, good and weak encoders together. p: Wilcoxon's signed-rank test of the mean differences
 to FAM cosine of {families} families of encoders, adjusted for the number of methods (Benjamini and Yekutieli); before
-that it cannot be smaller than {least_p}. The good encoders alone are {good_families} families, too few for a test
-(p cannot be smaller than {least_good_p}).
+that it cannot be smaller than {least_p}. The good encoders are one family, so there is no such test of them.
 
 {family_tests}
 
