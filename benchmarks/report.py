@@ -401,7 +401,8 @@ def _of_map(study: Study, group: str, best: str, rivals: Sequence[str]) -> list[
 
 
 def seen(samples: dict[str, Values]) -> str:
-    return f"{len(samples)} encoders, {sum(map(len, samples.values()))} pairs"
+    encoders = "one encoder" if len(samples) == 1 else f"{len(samples)} encoders"
+    return f"{encoders}, {sum(map(len, samples.values()))} pairs"
 
 
 def write_csv(study: Study, path: Path) -> None:

@@ -20,14 +20,14 @@ encoders is, not what another encoder would give, and not what other masks would
 
 ## Goals
 
-Hard scenes, good encoders, half 1. Two maps are judged: of those that see one reference only, and of all, the one with
-the largest share of right objects on half 0, among those that need at most three forward passes (and what comparing
-places costs, at most 0.05). RELAX and Distance Explainer have no part in the choice. Shares are judged by their mean,
-not by the end of their interval.
+Hard scenes, good encoders, half 1. Judged is the map with the largest share of right objects on half 0, among those
+that need at most three forward passes (and what comparing places costs, at most 0.05): one of those that see one
+reference only, and, if another is better, one of all. RELAX and Distance Explainer have no part in the choice. Shares
+are judged by their mean, not by the end of their interval. *On the same pairs*: the judged map less the other.
 
 {goals}
 
-The same, of the three EfficientNets alone, which others trained and for another purpose:
+The same, chosen and judged on the three EfficientNets alone, which others trained and for another purpose:
 
 {goals_of_others}
 
@@ -173,6 +173,6 @@ compare with the blob.
 * An untrained encoder's explanation need not show the shared object: *over untrained* tests encoder and map together.
   One draw of random weights for each encoder.
 * Insertion and deletion show pictures that no encoder was trained on; few pairs, since each costs a thousand passes.
-* *residual 0.9* was chosen on half 0, with weak encoders: [weightings.md](weightings.md). The layers, steps and the
-  number of other images were chosen there, too.
+* *residual 0.9* was tried among other shares on half 0, with weak encoders, and was not the best there:
+  [weightings.md](weightings.md). The layers, steps and the number of other images were chosen there.
 """
