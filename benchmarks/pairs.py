@@ -17,7 +17,6 @@ from torch import Tensor
 from benchmarks import objects, study
 from captum_fam.scenes import Scenes, removal_effects, shared_object_scenes
 
-SOURCES = ("hard", "medium", "hard, all", "photos")  # "hard": of "hard, all" those that the referees use
 REFEREES = ("mobilenet_v2_imagenet", "mobilenet_v1_100_imagenet")
 REFEREE_SIZE = 224
 CHUNK = 64  # hard scenes of one seed
@@ -97,7 +96,11 @@ def chosen_scenes(data: Path, size: int, half: int, chosen: Sequence[tuple[int, 
 
 @cache
 def pairs(data: Path, source: str, name: str, size: int, half: int, count: int, folder: Path | None = None) -> Pairs:
-    """Pairs of one half, of a source; "hard" keeps in the folder which scenes can be solved."""
+    """
+    Pairs of one half, of a source: "medium" or "hard, all" scenes, "hard" ones that the referees use, or "photos".
+
+    Which hard scenes these are is kept in the folder.
+    """
     if source == "photos":
         return _photos(data, size, half, count)
     if source == "hard":

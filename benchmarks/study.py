@@ -84,7 +84,6 @@ FAMILIES = {  # encoders of one are not independent of each other
     "clip": "clip",
 }
 OTHERS = 12  # references of other pairs that are taken away
-WEIGHTS = ("trained", "untrained", "shuffled")
 
 
 @dataclass
@@ -472,9 +471,8 @@ def masked_maps(q: Question, s: Sequence[Tensor], n_masks: int) -> list[dict[str
     """
     Maps (N, 1, H, W) of the methods of masks, for each of several sets of references of the same images.
 
-    A set (N', D), N' >= N, has more references than these images, of which the next ones are "others".
-
-    "Less others": of each masked image's cosine less the mean of those with the references of the next pairs.
+    A set (N', D), N' >= N, may have more references than there are images. "Less others": of each masked image's
+    cosine less the mean of those with the next references of the set.
     """
     masks, z = masked_embeddings(q, n_masks)
     n, found = len(q.images), []

@@ -4,16 +4,16 @@
 
 Needs ``pip install 'captum-fam[tutorials]'``. All stand on the teacher's first layers, which stay as they are. So the
 outputs of these, and the teacher's last map, are made once, for pairs of images that share a photo: two views of it,
-or two scenes with pieces of four photos each. A student learns three things of each batch:
+or two scenes with pieces of four photos each. A student learns of each batch:
 
 * how similar places are, within and across images: the cosines of the teacher's features less their mean, weighed by
   the norms of the features, which are small on plain ground;
 * how similar embeddings are, in the same way;
-* which images are a pair (NT-Xent).
+* which images are a pair (NT-Xent);
+* the package's encoder alone: which collages have a half of an image's partner (NT-Xent, with two that are right for
+  each image), so every part of an image must use the channels of the whole.
 
-The package's encoder has features that are not negative, so it learns the positive part of the cosines. It learns a
-fourth thing: which collages have a half of an image's partner (NT-Xent again, with two collages that are right for each
-image), so every part of an image must use the channels of the whole. Pictures: the
+The package's encoder has features that are not negative, so it learns the positive part of the cosines. Pictures: the
 training photos of ``clothing.zip`` and ``cifar10.zip``, the COCO photos of half 0, and what lies in ``--images``. The
 photos of half 1, by which the study judges encoders, are never seen. The weights in the repository saw two more
 folders: Tiny ImageNet's training images (http://cs231n.stanford.edu/tiny-imagenet-200.zip) and one photo of each class

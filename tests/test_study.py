@@ -129,6 +129,20 @@ def test_the_right_object_is_the_one_with_the_largest_mean_and_ties_count_in_par
     assert right_object(maps, objects, 3, torch.tensor([0, 1, 1])).tolist() == [1, 1, 0.5]
 
 
+def test_a_map_is_asked_for_the_shared_object_and_for_the_one_that_the_encoder_uses():
+    objects = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    objects[:, :8, :8], objects[:, 8:, 8:] = 1, 2  # the shared one, and another
+    maps = torch.zeros(2, 1, 16, 16)
+    maps[0, :, :8, :8], maps[1, :, 8:, 8:] = 1, 1
+    scenes = SimpleNamespace(objects=objects)
+    asked = pairs.Pairs(None, None, (objects == 1)[:, None], None, scenes)
+    effects = torch.tensor([[0.1, 0.5], [0.1, 0.5]])  # the encoder uses the other one
+    found = faithfulness.localisation(maps, asked, effects)
+    assert found["right object"].tolist() == [1, 0]
+    assert found["used object"].tolist() == [0, 1]
+    assert "right object" not in faithfulness.localisation(maps, asked)
+
+
 def test_weights_are_forgotten_without_changing_their_shapes():
     layer = torch.nn.Conv2d(3, 4, 3)
     before = layer.weight.detach().clone()
