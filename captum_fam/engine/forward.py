@@ -114,7 +114,8 @@ class _Forward:
         self._parallel = func if isinstance(func, nn.DataParallel) else None
         self._in_threads = self._parallel is not None or encoder.device_ids is not None
         self._constants = way.constants and CAN_BE_CONSTANT and not self._in_threads  # which would not see them
-        self._one_batch = way.one_batch and not self._in_threads and not has_batch_statistics(func)
+        may_be_one = self._path is not None and way.one_batch and not self._in_threads
+        self._one_batch = may_be_one and not has_batch_statistics(func)
         self._thread, self._lock = threading.get_ident(), threading.Lock()
         self._dimensions: int | None = None  # of the embedding, which tell channels from places
         self._begin(None)

@@ -33,12 +33,14 @@ def place_maps(recording: Recording, f: Tensor, multiples: Multiples, n_referenc
     """
     M (B, P, N) of each of the activations, for the f of P of that many references.
 
-    f.v is found in the cheapest of three ways: without a gradient where z is aligned, by a gradient for each of a few
-    references, and by the v_i themselves for many.
+    f.v is found in the cheapest way: without a gradient where z is aligned, by one for each of a few references, which
+    costs little where all places share it, and by the v_i themselves for many.
     """
     if _aligned(multiples):
         return [_of_channels(f, A).mul_(a) for a, A in zip(multiples, recording.moved) if a is not None]
     N = [math.prod(A.shape[2:]) for A in recording.activations]
+    if 0 < n_references <= f.shape[2] and (found := _of_means(recording, f, multiples)) is not None:
+        return [M.mul_(n) for M, n in zip(found, N)]
     if 0 < n_references <= min(f.shape[2], max(N)):
         rows = [[term.sum(1) for term in terms] for terms in place_terms(recording, f, multiples)]
         return [torch.stack(maps, 1) for maps in zip(*rows)]
@@ -57,17 +59,25 @@ def place_terms(recording: Recording, f: Tensor, multiples: Multiples) -> Iterat
 
 
 def place_embeddings(recording: Recording, multiples: Multiples) -> list[Tensor]:
-    """v (B, D, N) of each of the activations: by N forward-mode or D vector-Jacobian products, whichever are fewer."""
+    """v (B, D, N) of each of the activations: by N forward-mode or D vector-Jacobian products, whichever cost less."""
     z = widen(recording.embedding)
     N = [math.prod(A.shape[2:]) for A in recording.activations]
     if _aligned(multiples):
         return [by_place(A) * (a / n) for A, a, n in zip(recording.moved, multiples, N) if a is not None]
+    if (of_means := _of_means(recording, unit_vectors(z), multiples)) is not None:
+        return of_means
     if max(N) < z.shape[1] and z.dtype == recording.embedding.dtype and not any(a is not None for a in multiples):
         found = recording.place_products()
         if found is not None and _is_right(recording, found, multiples):
             return found
     rows = [[term.sum(1) for term in terms] for terms in place_terms(recording, unit_vectors(z), multiples)]
     return [torch.stack(v, 1) / n for v, n in zip(zip(*rows), N)]
+
+
+def _of_means(recording: Recording, u: Tensor, multiples: Multiples) -> list[Tensor] | None:
+    """u.v (B, R, N) for u (B, R, D), where z is made of the means of all activations."""
+    shared = None if any(a is not None for a in multiples) else recording.shared_gradients(u)
+    return shared and [_of_channels(g, A) for g, A in zip(shared, recording.moved)]
 
 
 def _is_right(recording: Recording, v: list[Tensor], multiples: Multiples) -> bool:

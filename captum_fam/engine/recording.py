@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from captum_fam import _captum
 from captum_fam._checks import describe
@@ -16,6 +17,7 @@ from captum_fam.engine.chunks import Tensors
 from captum_fam.engine.layers import last_map
 from captum_fam.engine.order import Layouts
 from captum_fam.engine.path import Path
+from captum_fam.engine.pools import Pool, pools_of
 from captum_fam.engine.report import Dependence, Report
 from captum_fam.engine.ways import NotInOneBatchError
 from captum_fam.similarity import widen
@@ -143,17 +145,54 @@ class Recording:
         """For each of R rows of u (B, R, D), the gradients of u.z, one (B, C, *spatial) for each of the activations."""
         self._check_graph()
         flat = self._flat()
-        for rows in u.split(self._rows_at_once(flat), 1):
-            # One row for all: its terms do not cancel by chance.
-            shares = torch.linspace(1, 2, rows.shape[1], dtype=u.dtype, device=u.device)
-            mixed = (shares[:, None] * rows).sum(1)
-            self._asked = mixed if self._asked is None else self._asked + mixed
+        for rows in u.split(_rows_at_once(flat), 1):
+            self._note_asked(rows)
             found, scale = self._gradients(rows.transpose(0, 1), flat)
             for r in range(rows.shape[1]):
                 laid_out = self._laid_out([None if g is None else g[r] for g in found])
                 gradients = [scale[r].reshape(-1, *[1] * (g.ndim - 1)) * widen(g) for g in laid_out]
                 self._used_by(gradients)
                 yield gradients
+
+    def shared_gradients(self, u: Tensor) -> list[Tensor] | None:
+        """
+        For R rows of u (B, R, D), the gradients of u.z (B, R, C) that all places of an activation share, one for each
+        of the activations; None where the encoder does not average the places of all of them first.
+        """
+        self._check_graph()
+        pools = self.once("pools", self._pools)
+        if pools is None:
+            return None
+        parts = []
+        for rows in u.split(_rows_at_once([channels for _, channels in pools]), 1):
+            found, scale = self._gradients(rows.transpose(0, 1), [pool.edge for pool, _ in pools])
+            of_means = [g.reshape(*g.shape[:2], -1) for g in found if g is not None]
+            if len(of_means) < len(pools):
+                return None
+            laid_out = [g[..., channels] / pool.places for g, (pool, channels) in zip(of_means, pools)]
+            parts.append([(scale[..., None] * widen(g)).transpose(0, 1) for g in laid_out])
+            self._note_asked(rows)
+            self._used_by(parts[-1])
+        return [torch.cat(of_one, 1) for of_one in zip(*parts)]
+
+    def _pools(self) -> list[tuple[Pool, Tensor]] | None:
+        """How the encoder averages the places of each of the activations, and which value of the mean a channel is."""
+        pools = pools_of(self._embedding, self._flat())
+        if pools is None or len(pools) != len(self.given):  # of several devices
+            return None
+        found = []
+        for pool, given in zip(pools, self.given):
+            numbers = self.reshape(pool.numbers(given.shape).to(given.device)).flatten(2)
+            if not numbers.eq(numbers[:1, :, :1]).all():
+                return None
+            found.append((pool, numbers[0, :, 0].long()))
+        return found
+
+    def _note_asked(self, rows: Tensor) -> None:
+        """Notes rows (B, R, D) whose gradients were asked for, as one, whose terms do not cancel by chance."""
+        shares = torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        mixed = (shares[:, None] * rows).sum(1)
+        self._asked = mixed if self._asked is None else self._asked + mixed
 
     def place_products(self) -> list[Tensor] | None:
         """
@@ -170,17 +209,13 @@ class Recording:
                 )
                 gradients = self._laid_out([None if g is None else self._over_points(g) for g in given])
                 sums = [(A * g).sum(1).reshape(len(A), -1) for A, g in zip(self.moved, gradients)]
-            at_once = self._rows_at_once(flat) * (1 if u.device.type == "cpu" else _ELSEWHERE)
+            at_once = _rows_at_once(flat) * (1 if u.device.type == "cpu" else _ELSEWHERE)
             found = [_derivative(y, u, at_once) for y in sums]
         except RuntimeError:
             return None
         self._used_by(found)
         self._asked = torch.linspace(1, 2, u.shape[1], dtype=u.dtype, device=u.device).expand(u.shape)
         return found
-
-    def _rows_at_once(self, flat: list[Tensor]) -> int:
-        """How many products may be one batch: what lies behind the layer has about its size, for each of them."""
-        return max(1, _AT_ONCE // max(1, *(a.numel() for a in flat)))
 
     def _check_graph(self) -> None:
         if not self.has_graph:
@@ -230,20 +265,22 @@ class Recording:
             laid_out += [self.reshape(g) for g in _captum.reduce_list(filled)]
         return laid_out
 
-    def _gradients(self, u: Tensor, tensors: list[Tensor]) -> tuple[Sequence[Tensor | None], Tensor]:
+    def _gradients(
+        self, u: Tensor, by: Sequence[Tensor] | Sequence[GradientEdge]
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
         """
         Gradients (R, ...) of a multiple of u.z, for u (R, B, D), in a range that half precision holds, and the scale
         (R, B) that undoes it.
         """
         largest = u.abs().amax(2).clamp(min=torch.finfo(u.dtype).tiny)
-        half = any(t.dtype == torch.float16 for t in (self._embedding, *tensors))
+        half = any(t.dtype == torch.float16 for t in (self._embedding, *self.given))
         if not half and len(u[0]):  # one scale for a batch, whose examples may depend on each other
             largest = largest.amax(1, keepdim=True).expand_as(largest)
         if not self._embedding.requires_grad:
-            return [None] * len(tensors), largest
+            return [None] * len(by), largest
         for gain in (4096.0, 1.0) if half else (1.0,):  # float16 rounds to zero below 6e-8 and overflows at 65504
             v = self._at_points((u / largest[..., None] * gain).to(self._embedding.dtype))
-            given = _vector_jacobian_products(self._embedding, tensors, v)
+            given = _vector_jacobian_products(self._embedding, by, v)
             found = [None if g is None else self._over_points(g, 1) for g in given]
             if gain == 1 or all(g is None or bool(g.isfinite().all()) for g in found):
                 break
@@ -303,7 +340,14 @@ class Recording:
         return A
 
 
-def _vector_jacobian_products(output: Tensor, by: list[Tensor], rows: Tensor) -> Sequence[Tensor | None]:
+def _rows_at_once(tensors: list[Tensor]) -> int:
+    """How many products may be one batch: what lies behind the tensors has about their size, for each of them."""
+    return max(1, _AT_ONCE // max(1, *(a.numel() for a in tensors)))
+
+
+def _vector_jacobian_products(
+    output: Tensor, by: Sequence[Tensor] | Sequence[GradientEdge], rows: Tensor
+) -> Sequence[Tensor | None]:
     """The gradients (R, ...) of rows (R, *output.shape), in one batch where the operations between can be batched."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     if len(rows) > 1:

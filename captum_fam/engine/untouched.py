@@ -207,10 +207,11 @@ class Guard:
         """The hook before the forward pass of any module."""
         if threading.get_ident() == self._thread and module not in self.called:
             self.called[module] = None
-            self.hold(module)
+            if module not in self.held:
+                self.hold(module)
 
     def hold(self, model: nn.Module) -> None:
-        for module in () if model in self.held else model.modules():
+        for module in model.modules():
             if module not in self.held:
                 self.held[module] = None
                 if len(module._buffers):
