@@ -249,7 +249,8 @@ def sensitivity_of_a_map() -> Result:
 
 def picture(several: bool) -> Result:
     shown = enlarged(Case().fam.attribute(X, TARGET, contrast="rest"))[0].permute(1, 2, 0).numpy()
-    photo, options = X[0].permute(1, 2, 0).sigmoid().numpy(), {"use_pyplot": False, "outlier_perc": 0}
+    photo = X[0].permute(1, 2, 0).sigmoid().numpy()
+    options = {"use_pyplot": False, "outlier_perc": 1e-6}  # with 0, Captum fails where a sum is rounded
     if several:
         how = ["original_image", "heat_map"], ["all", "all"]
         axes = visualization.visualize_image_attr_multiple(shown, photo, *how, **options)[1]
