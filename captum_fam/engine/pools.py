@@ -45,7 +45,8 @@ def pools_of(embedding: Tensor, tensors: list[Tensor]) -> list[Pool] | None:
                 if child not in users:
                     waiting.append(child)
                 users.setdefault(child, []).append(node)
-    pools = [_pool_of(tensor, users) for tensor in tensors]
+    with torch.enable_grad():  # without it, torch 2.3 finds no leaf
+        pools = [_pool_of(tensor, users) for tensor in tensors]
     found = [pool for pool in pools if pool is not None]
     return found if len(found) == len(pools) else None
 
