@@ -6,6 +6,7 @@ Reads photos/clothing.zip of the folder (default: CAPTUM_FAM_DATA). Prints a tab
 benchmarks/throughput.md.
 """
 
+import importlib
 import math
 import os
 import platform
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torchvision
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.report import table
@@ -57,6 +59,35 @@ A pair is two images; in a log with {hits} hits for each query, a query goes thr
 
 {conclusion}
 """
+
+
+class Timed(nn.Module):
+    """An encoder that notes when it is at work."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.spans = model, list[tuple[float, float]]()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        begin = time.perf_counter()
+        z: torch.Tensor = self.model(images)
+        self.spans.append((begin, time.perf_counter()))
+        return z
+
+    def busy(self) -> float:
+        """The share of the time from its first pass to its last that it is at work."""
+        return sum(end - begin for begin, end in self.spans) / (self.spans[-1][1] - self.spans[0][0])
+
+
+made: list[Timed] = []
+
+
+def timed() -> nn.Module:
+    """A factory, as --encoder takes it, of a small and so a hungry encoder."""
+    model = torchvision.models.mobilenet_v3_small(weights=None)
+    model.classifier = nn.Identity()
+    made.append(Timed(model))
+    return made[-1]
 
 
 class Photos(Dataset):
@@ -131,7 +162,8 @@ def main(data: Path | None, encoder: str, pairs: int, few: int, output: Path) ->
             file, result = root / f"{label}.parquet", root / label
             pq.write_table(pa.table(dict(zip(("query", "reference"), columns))), file)
             begin = time.perf_counter()
-            found = explain_pairs(file, result, encoder=name, weights=weights, **options)  # type: ignore[arg-type]
+            options = {"encoder": name, "weights": weights} | options
+            found = explain_pairs(file, result, **options)  # type: ignore[arg-type]
             seconds = time.perf_counter() - begin
             assert found.explained == len(columns[0]), found
             return len(columns[0]) / seconds
@@ -166,11 +198,13 @@ def main(data: Path | None, encoder: str, pairs: int, few: int, output: Path) ->
         for label, run in runs.items():
             rows.append([label, f"{(value := run()):.1f}", f"{value / base:.2f}"])
             click.echo(rows[-1], err=True)
-        photos, few_photos = Photos(both[0], name, weights), 500
+        photos, few_photos = Photos(both[0], name, weights), min(pairs, 500)
         begin = time.perf_counter()
         for i in range(few_photos):
             photos[i]
         decoded = few_photos / (time.perf_counter() - begin)
+        batch("busy", first(few), encoder="benchmarks.throughput:timed", weights=None, size=224, workers=1)
+        busy = importlib.import_module("benchmarks.throughput").made[-1].busy()  # this module has another name here
         size = sum(path.stat().st_size for path in (root / "all").glob("part-*")) / pairs
     names_of = {
         apart: "{n} processes of one thread each",
@@ -190,10 +224,10 @@ def main(data: Path | None, encoder: str, pairs: int, few: int, output: Path) ->
         hits=HITS,
         batch=BATCH,
         table=table(["", "pairs in a second", "of plain"], rows),
-        bounds=f"Reading, decoding and resizing alone: {decoded:.0f} images in a second on one core. Written:"
-        f" {size:.0f} bytes for each pair (a map of 7 by 7 places, compressed, with the paths of both images).",
-        conclusion=f"Goal: at least 0.8 of the plain throughput. {'Reached' if done / base >= 0.8 else 'Missed'}:"
-        f" {done / base:.2f}.",
+        bounds=f"Reading, decoding and resizing alone: {decoded:.0f} images in a second on one core. With one worker, a"
+        f" mobilenet_v3_small of {n} threads is at work {busy:.0%} of the time between its first pass and its last."
+        f" Written: {size:.0f} bytes for each pair (a map of 7 by 7 places, compressed, with both images' paths).",
+        conclusion=f"Goal: no less than plain. {'Reached' if done / base >= 1 else 'Missed'}: {done / base:.2f}.",
     )
     output.write_text(text)
     click.echo(text)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -515,7 +514,7 @@ def test_a_second_run_at_the_same_time_is_an_error(photos, tmp_path, run):
     assert err.count("\n") == 1
 
 
-# Worker processes and Ray
+# Worker processes
 
 JOB = [*(PAIRS * 2)[:39], ("nope.jpg", NAMES[0])]
 PARTS = 14
@@ -758,73 +757,3 @@ def test_killed_many_times_during_the_work_it_ends_as_if_undisturbed(
     job, undisturbed, forked, forked_duration, tmp_path, seed
 ):
     ends_as_if_undisturbed(forked, job, undisturbed[0], forked_duration, tmp_path / "out", seed, kills=8)
-
-
-class FakeRay(types.ModuleType):
-    """Ray where no Ray need start: it fails as told, and says what has been shut down."""
-
-    def __init__(self, start=None, rows=()):
-        super().__init__("ray")
-        self.start, self.rows, self.down = start, rows, 0
-        self.exceptions = types.SimpleNamespace(RayError=type("RayError", (Exception,), {}))
-        self.data = types.ModuleType("ray.data")
-        self.data.DataContext = types.SimpleNamespace(get_current=types.SimpleNamespace)
-        self.data.ActorPoolStrategy = self.data.from_items = lambda *_, **__: self
-
-    def is_initialized(self):
-        return False
-
-    def init(self, **_):
-        if self.start:
-            raise self.start
-
-    def cluster_resources(self):
-        return {"CPU": 2}
-
-    def map_batches(self, *_, **__):
-        return self
-
-    def iter_rows(self):
-        yield from self.rows
-        raise self.exceptions.RayError("The actor died.\nTraceback (most recent call last):")
-
-    def shutdown(self):
-        self.down += 1
-
-
-def test_ray_that_does_not_start_or_that_ends_is_one_line(photos, tmp_path, run, monkeypatch):
-    pairs = write(tmp_path / "pairs.csv", PAIRS[:2])
-    slow = Exception("The current node timed out during startup. This could happen because.\nlogs of the raylet")
-    for ray, words in (
-        (FakeRay(slow), "Ray did not start (Exception: The current node timed out during startup. This could happen"),
-        (FakeRay(), "Ray ended the job (RayError: The actor died.): start again, which finishes what is left"),
-    ):
-        monkeypatch.setitem(sys.modules, "ray", ray)
-        monkeypatch.setitem(sys.modules, "ray.data", ray.data)
-        status, out, err = run(pairs, "-o", tmp_path / "out", "--root", photos, "--engine", "ray")
-        assert (status, out, err.count("\n")) == (2, "", 1)
-        assert words in err
-        assert "--engine local" in err
-        assert ray.down == 1
-
-
-def by_ray(job, output, *arguments):
-    """What the command says, once Ray starts: on a busy machine it may not, within limits that are its own."""
-    for _ in range(3):
-        process = start(job, output, "--engine", "ray", *arguments)
-        out, err = process.communicate(timeout=300)
-        assert "Traceback" not in err
-        if "Ray did not start" not in err:
-            return process.returncode, out, err
-    pytest.skip("Ray does not start on this machine")
-
-
-def test_ray_writes_the_same_files(job, undisturbed, tmp_path):
-    pytest.importorskip("ray", reason="needs the extra ray")
-    status, out, err = by_ray(job, tmp_path / "out")
-    assert status == 1, err
-    assert "explained 39 pairs, 1 failed" in out
-    assert contents(tmp_path / "out") == undisturbed[0]
-    status, _, err = by_ray(job, tmp_path / "wrong", "--layer", "feature")
-    assert status == 2
-    assert "did you mean features" in err.splitlines()[-1]

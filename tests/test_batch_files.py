@@ -266,32 +266,6 @@ def test_what_is_left_is_explained_at_the_layer_of_what_is_done(again, jobs, mon
     assert asked == [([1], "features")]  # once: then nothing is left
 
 
-def test_what_ray_calls_gives_the_same_parts_or_the_error_of_the_first_that_fails(again, jobs, monkeypatch):
-    """Without Ray, which takes half a minute to start."""
-    output, start = again
-    rows = []
-
-    def engine(left, options, workers, parts):
-        explain = _engines._RayExplainer(**options, threads=1)
-        for part in left:
-            rows.append({name: value for name, (value,) in explain({"part": np.array([part])}).items()})
-            yield rows[-1]["pairs"], json.loads(rows[-1]["warned"])
-        monkeypatch.setattr(_part, "ready_encoder", None)  # whatever follows, the first error stays
-        assert not rows[-1]["error"] or explain({"part": np.array([0])}) == {n: [v] for n, v in rows[-1].items()}
-
-    monkeypatch.setitem(_engines.ENGINES, "local", engine)
-    for name in (PART, "part-000002.parquet"):
-        (output / name).unlink()
-    assert start()[0] == 1
-    assert rows == [{"pairs": 2, "warned": "[]", "error": ""}] * 2
-    assert files(output) == files(jobs / "job")
-    (output / PART).write_bytes(b"")
-    monkeypatch.setattr(batch, "layers_of", lambda *_: {0: "nope", 2: "nope"})
-    start()
-    assert rows[-1]["error"].startswith(f"{output / PART} is not as this job wrote it")
-    assert rows[-1]["pairs"] == 0
-
-
 # A run that is stopped in between, or refused
 
 

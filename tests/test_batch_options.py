@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811  # fixtures of other tests
 
+import multiprocessing
 import sys
 from collections import Counter
 from pathlib import Path
@@ -29,7 +30,7 @@ from captum_fam.images import read_image, to_tensor
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 from captum_fam import batch  # noqa: E402  # after the skip
-from captum_fam.batch import _engines, _part, _work  # noqa: E402
+from captum_fam.batch import _local, _part, _work  # noqa: E402
 
 SIZE = 64
 FACTORY = '''
@@ -149,6 +150,27 @@ def test_contrast_and_threshold_are_those_of_attribute_and_the_score_is_the_scor
         assert row["score"] == pytest.approx(score.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_encoder_has_the_precision_that_is_asked_for(photos, small, in_process, precision):
+    assert not explain(FEW, photos, precision=precision).failed
+    encoder = small.small().eval().to(getattr(torch, precision))
+    fam = FeatureActivationMap(encoder, encoder[3])
+    for row in read(Path("out")):
+        query, reference = (
+            tensor_of(photos / row[side]).to(encoder[0].weight.dtype) for side in ("query", "reference")
+        )
+        close(the_map(row), fam.attribute(query, reference=reference)[0, 0])
+    with pytest.raises(ValueError, match=rf"a job of other precision \('{precision}' then\)"):
+        explain(FEW, photos)
+
+
+def test_a_precision_that_torch_does_not_know_is_named(photos, small, in_process):
+    with pytest.raises(
+        ValueError, match="Expected `precision` to be 'float32' or 'bfloat16' or 'float16', or None, but got"
+    ):
+        explain(FEW, photos, precision="half")
+
+
 @pytest.mark.parametrize("sides", ["query", "reference", "both"])
 def test_a_job_has_the_columns_of_its_sides(photos, small, in_process, sides):
     explain(FEW, photos, sides=sides, part_size=2)
@@ -265,11 +287,11 @@ def test_a_worker_s_progress_bars_make_no_semaphore_that_it_would_leave_behind(m
     for kind in auto.tqdm.__mro__:  # as in a new process
         if "_lock" in vars(kind):
             monkeypatch.delattr(kind, "_lock")
-    monkeypatch.setattr(_engines, "PartExplainer", dict)
-    monkeypatch.setattr(_engines, "_explainer", None, raising=False)
+    monkeypatch.setattr(_local, "PartExplainer", dict)
+    monkeypatch.setattr(_local, "_explainer", None, raising=False)
     made = []
     monkeypatch.setattr(TqdmDefaultWriteLock, "__init__", lambda self: made.append(self))
-    _engines._start({"device": "cpu"}, None)
+    _local._start({"device": "cpu"}, multiprocessing.Value("i", 1))
     auto.tqdm(disable=True).close()
     assert not made
 

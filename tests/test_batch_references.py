@@ -108,6 +108,55 @@ def test_a_table_s_missing_embeddings_cost_their_own_pairs(photos, small, in_pro
     check(read("out")[:1], photos, small, embeddings, [0])
 
 
+def indexed(embeddings, kind, file="gallery.index"):
+    """An index of faiss; an IndexIDMap numbers its vectors 7, 8, ..."""
+    faiss = pytest.importorskip("faiss", reason="needs the extra retrieval")
+    index, vectors = faiss.index_factory(embeddings.shape[1], kind), embeddings.astype(np.float32)
+    index.train(vectors)
+    if kind.startswith("IDMap"):
+        index.add_with_ids(vectors, np.arange(7, 7 + len(vectors)))
+    else:
+        index.add(vectors)
+    faiss.write_index(index, str(file))
+    return Path(file)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW4,Flat", "IDMap,Flat", "IDMap2,HNSW4,Flat"])
+def test_vectors_of_an_index_by_its_numbers(photos, small, in_process, embeddings, kind):
+    first = 7 if kind.startswith("IDMap") else 0
+    hits = [(query, str(first + n)) for query, n in HITS]
+    found = explain([*hits, (NAMES[0], str(first + 4))], photos, indexed(embeddings, kind))
+    assert (found.explained, found.failures) == (4, {"no embedding": 1})
+    check(read("out")[:4], photos, small, embeddings.astype(np.float32).astype(np.float64), [n for _, n in HITS])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("SQ8", "IndexScalarQuantizer"), ("IDMap,SQ8", "IndexScalarQuantizer"), ("IVF1,Flat", "IndexIVFFlat")],
+)
+def test_an_index_that_does_not_keep_its_vectors_is_refused(photos, small, in_process, embeddings, kind, name):
+    with pytest.raises(ValueError, match=f"gallery.faiss holds an {name}, which does not keep its vectors one by one"):
+        explain(HITS, photos, indexed(embeddings, kind, "gallery.faiss"))
+    assert not Path("out").exists()
+
+
+def test_an_index_of_others_or_of_nothing_or_of_one_number_twice_is_named(photos, small, in_process, embeddings):
+    faiss = pytest.importorskip("faiss", reason="needs the extra retrieval")
+    Path("z.index").write_bytes(b"no index")
+    with pytest.raises(
+        ValueError, match=r"cannot read z\.index as an index of faiss: pass one that faiss.write_index wrote"
+    ):
+        explain(HITS, photos, Path("z.index"))
+    faiss.write_index(faiss.IndexFlatL2(5), "z.index")
+    with pytest.raises(ValueError, match=r"z\.index holds no embeddings: call index\.add\(embeddings\)"):
+        explain(HITS, photos, Path("z.index"))
+    index = faiss.IndexIDMap(faiss.IndexFlatIP(5))
+    index.add_with_ids(embeddings.astype(np.float32), np.array([1, 2, 3, 2]))
+    faiss.write_index(index, "z.index")
+    with pytest.raises(ValueError, match=r"z\.index has more than one row of id '2'"):
+        explain(HITS, photos, Path("z.index"))
+
+
 def test_contrast_and_threshold_need_no_images(photos, small, in_process, embeddings):
     np.save("index.npy", embeddings)
     explain(HITS, photos, Path("index.npy"), threshold=0.1)
@@ -171,7 +220,7 @@ BAD = {
     "another suffix": (
         "z.pt",
         lambda file: file.write_bytes(b"x"),
-        "pass an array (N, D) that ends in .npy, or a table",
+        "pass an array (N, D) that ends in .npy, a table with",
     ),
     "no array": ("z.npy", lambda file: file.write_bytes(b"x"), "cannot read z.npy as embeddings ("),
     "objects": ("z.npy", array(np.array([None, 1])), "cannot read z.npy as embeddings ("),

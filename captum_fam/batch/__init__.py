@@ -24,6 +24,7 @@ from captum_fam.batch._part import EMBEDDINGS, PAIRS, PartExplainer, layers_of, 
 from captum_fam.batch._references import check_references, numbered
 from captum_fam.batch._stored import StoredPair, StoredPairs, read_maps
 from captum_fam.batch._work import NAMES, SIDES
+from captum_fam.encoders._ready import PRECISIONS
 from captum_fam.engine.question import less_of
 from captum_fam.images import write_whole
 from captum_fam.methods.by_name import OF_SIMILARITIES, method_named
@@ -78,7 +79,8 @@ def explain_pairs(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     root: Path | str = Path(),
-    part_size: int = 512,
+    precision: Literal["float32", "bfloat16", "float16"] | None = None,
+    part_size: int | None = None,
     batch_size: int = 32,
     workers: int | None = None,
     engine: Literal["local", "ray"] | str = "local",
@@ -113,8 +115,8 @@ def explain_pairs(
                     once with ``sides="both"``.
         output (Path): A new or empty folder, or that of the same job. Another encoder (the name, and
                     what is in ``weights``; what a factory does is not looked at), layer, method, similarity,
-                    contrast, threshold, sides, neighbours, embeddings, size, mean, std, root, part_size or pairs
-                    are another job.
+                    contrast, threshold, sides, neighbours, embeddings, size, mean, std, root, precision, part_size
+                    or pairs are another job.
         encoder, weights, size: As in :func:`~captum_fam.load_encoder`.
         layer (str, optional): Dotted name.
                     Default: None, the last module with a map that the embedding depends on, or what the method finds
@@ -136,8 +138,10 @@ def explain_pairs(
                     stop until then loses this.
                     Default: None, all pairs
         reference_embeddings (Path, optional): Embeddings of the references in place of their images: a .npy file
-                    (N, D), and the column reference has numbers of rows, from 0; or a .parquet file
-                    with the columns id and embedding, and the column reference has ids. They must be this
+                    (N, D), and the column reference has numbers of rows, from 0; a .parquet file
+                    with the columns id and embedding, and the column reference has ids; or a .index or .faiss file
+                    of ``faiss.write_index``, of an index that keeps its vectors as they are (flat, HNSWFlat, or an
+                    IndexIDMap of one), and the column reference has its numbers. They must be this
                     encoder's. For ``sides="query"``, and not for CorrespondenceMap.
                     Default: None
         device (str): A torch device; with ``"cuda"``, each worker has a GPU of its own.
@@ -146,13 +150,16 @@ def explain_pairs(
                     Default: None, the encoder's
         root (Path): Where relative paths in a list start. Images that lie in it get such paths.
                     Default: the current folder
-        part_size (int): Pairs in each file, the unit of work.
-                    Default: 512
+        precision (str, optional): ``"float32"``, ``"bfloat16"`` or ``"float16"``: the encoder's. Scores and maps are
+                    computed in float32 from its activations.
+                    Default: None, as the encoder is loaded, which is float32 as a rule
+        part_size (int, optional): Pairs in each file, the unit of work.
+                    Default: None, 512, of less than 8,192 pairs a sixteenth of them, but at least 64
         batch_size (int): Images that go through the encoder at once. It changes results only by rounding.
                     Default: 32
         workers (int, optional): Processes, each with its own encoder.
                     Default: None, one for each CPU, or each GPU with ``device="cuda"``
-        engine (str): ``"local"``, or ``"ray"`` for Ray Data, whose nodes must all see the files.
+        engine (str): ``"local"``, or ``"ray"`` for Ray, whose nodes must all see the files.
                     Default: ``"local"``
         errors (Path, optional): A .csv file to write: id, query, reference, failure and error of pairs that failed,
                     separated as the list is.
@@ -179,7 +186,7 @@ def explain_pairs(
         None if path is None else Path(path) for path in (weights, reference_embeddings, errors)
     )
     for name, number in {
-        "part_size": part_size,
+        "part_size": 1 if part_size is None else part_size,
         "batch_size": batch_size,
         "workers": 1 if workers is None else workers,
         "neighbours": 1 if neighbours is None else neighbours,
@@ -189,6 +196,10 @@ def explain_pairs(
         raise ValueError(f"Expected `engine` to be {' or '.join(map(repr, ENGINES))}, but got {engine!r}.")
     if sides not in SIDES:
         raise ValueError(f"Expected `sides` to be {' or '.join(map(repr, SIDES))}, but got {sides!r}.")
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(
+            f"Expected `precision` to be {' or '.join(map(repr, PRECISIONS))}, or None, but got {precision!r}."
+        )
     kind = _check_method(method, similarity, contrast, threshold, layer)
     _check_output(output, errors, given)
     for file in (weights, reference_embeddings):
@@ -206,12 +217,12 @@ def explain_pairs(
 
     what: dict[str, Any] = {"encoder": encoder, "layer": layer, "method": _name(kind), "similarity": similarity}
     what |= {"contrast": contrast, "threshold": threshold, "sides": sides, "size": size, "mean": mean, "std": std}
-    what["root"] = str(root.resolve())
+    what |= {"precision": precision, "root": str(root.resolve())}
     job = what | {"pairs": digest(given[0]) if images is None else digest_of("\n".join(images)), "part_size": part_size}
     job |= {"weights": weights and digest(weights), "neighbours": neighbours}
     job["reference_embeddings"] = reference_embeddings and digest(reference_embeddings)
     job = json.loads(json.dumps(job))
-    copied = reference_embeddings is not None and reference_embeddings.suffix.lower() == ".parquet"
+    copied = reference_embeddings is not None and reference_embeddings.suffix.lower() != ".npy"
     rows = reference_embeddings and (output / EMBEDDINGS if copied else reference_embeddings).resolve()
     options: dict[str, Any] = what | {
         "output": output.resolve(),
@@ -223,7 +234,7 @@ def explain_pairs(
         "batch_size": batch_size,
     }
 
-    def write(to: Path, embeddings: Path | None = None) -> int:
+    def write(to: Path, embeddings: Path | None = None) -> tuple[int, int]:
         if images is None:
             numbers = None if reference_embeddings is None else numbered(reference_embeddings, embeddings)
             return write_pairs(given[0], to, part_size, numbers)
@@ -234,12 +245,12 @@ def explain_pairs(
         return write_tables(nearest(images, embedded, similarity, neighbours), to, part_size)
 
     with locked(output):
-        total = prepare(output, job, [PAIRS, EMBEDDINGS] if copied else [PAIRS], write)
-        parts = range(-(-total // part_size))
+        total, size_of_part = prepare(output, job, [PAIRS, EMBEDDINGS] if copied else [PAIRS], write)
+        parts = range(-(-total // size_of_part))
         layers = layers_of(output, parts, seal(job))
         layer = next(iter(layers.values()), layer)  # if none is named, and the encoder is no longer what it was
         left = [part for part in parts if part not in layers]
-        done = sum(min(part_size, total - part * part_size) for part in layers)
+        done = sum(min(size_of_part, total - part * size_of_part) for part in layers)
         warned: dict[str, str] = {}
         with tqdm(total=total, initial=done, desc="captum-fam batch", unit="pair", disable=None) as progress:
             for count, new in ENGINES[engine](left, options | {"layer": layer}, workers, len(parts)) if left else ():

@@ -78,10 +78,12 @@ def read_job(output: Path) -> dict[str, Any] | None:
     raise ValueError(f"{file} is not as this version writes it: pass another folder with -o")
 
 
-def prepare(output: Path, job: dict[str, Any], names: Sequence[str], write: Callable[..., int]) -> int:
+def prepare(
+    output: Path, job: dict[str, Any], names: Sequence[str], write: Callable[..., tuple[int, int]]
+) -> tuple[int, int]:
     """
-    Makes the folder that of this job, or finds that it is; the number of pairs. ``write`` gets the files of these names
-    to write what all parts share.
+    Makes the folder that of this job, or finds that it is; the number of pairs, and of those in a part. ``write`` gets
+    the files of these names to write what all parts share.
     """
     before, file, copies = read_job(output), output / JOB, [output / name for name in names]
     then: dict[str, Any] = before["job"] if before else {}
@@ -98,8 +100,8 @@ def prepare(output: Path, job: dict[str, Any], names: Sequence[str], write: Call
         file.unlink()  # first: it says that the pairs are whole and its own
     if before is None or then != job or not all(map(os.path.lexists, copies)):
         with ExitStack() as stack:
-            total = write(*[stack.enter_context(whole(copy)) for copy in copies])
-        before = {"job": job, "pairs": total, "sha256": [digest(copy) for copy in copies]}
+            total, size = write(*[stack.enter_context(whole(copy)) for copy in copies])
+        before = {"job": job, "pairs": total, "part_size": size, "sha256": [digest(copy) for copy in copies]}
         with whole(file) as partial:
             partial.write_text(json.dumps(before | {"seal": seal(before)}, indent=2))
     else:
@@ -109,4 +111,4 @@ def prepare(output: Path, job: dict[str, Any], names: Sequence[str], write: Call
     for path in output.iterdir():
         if re.fullmatch(rf"{PARTIAL}\d+-[0-9a-f]{{32}}", path.name) and path.is_file():
             path.unlink()
-    return int(before["pairs"])
+    return int(before["pairs"]), int(before["part_size"])

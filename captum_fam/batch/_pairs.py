@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -17,22 +17,28 @@ from captum_fam.encoders import one_line
 
 LISTS = (".parquet", ".csv", ".tsv")
 _AT_ONCE = 2**14  # rows of a list
+_PARTS = 16  # of a short list, so that each worker has some
+_LEAST, _MOST = 64, 512  # pairs in a part whose size nobody has asked for
 
 Numbers: TypeAlias = Callable[[pa.ChunkedArray], pa.Array]  # the rows of references in a file of embeddings
 
 
-def write_pairs(pairs: Path, file: Any, part_size: int, numbers: Numbers | None = None) -> int:
-    """The columns of a list of pairs as an Arrow file, whose record batch i is part i; the number of pairs."""
-    total = write_tables(_read_pairs(pairs, numbers), file, part_size)
+def write_pairs(pairs: Path, file: Any, part_size: int | None, numbers: Numbers | None = None) -> tuple[int, int]:
+    """
+    The columns of a list of pairs as an Arrow file, whose record batch i is part i; the number of pairs, and of those
+    in a part.
+    """
+    total, size = write_tables(_read_pairs(pairs, numbers), file, part_size)
     if not total:
         raise ValueError(f"{pairs} lists no pairs: it has columns, but no rows")
-    return total
+    return total, size
 
 
-def write_tables(tables: Iterable[pa.Table], file: Any, part_size: int) -> int:
+def write_tables(tables: Iterable[pa.Table], file: Any, part_size: int | None) -> tuple[int, int]:
     """The same for pairs as tables."""
     total, writer = 0, None
-    for table in _in_parts(tables, part_size):
+    size, tables = _sized(tables, part_size)
+    for table in _in_parts(tables, size):
         if "id" not in table.column_names:
             table = table.add_column(0, "id", pa.array(range(total, total + len(table)), pa.int64()))
         if writer is None:
@@ -41,7 +47,20 @@ def write_tables(tables: Iterable[pa.Table], file: Any, part_size: int) -> int:
         total += len(table)
     if writer is not None:
         writer.close()
-    return total
+    return total, size
+
+
+def _sized(tables: Iterable[pa.Table], part_size: int | None) -> tuple[int, Iterable[pa.Table]]:
+    """How many pairs a part has, and the tables; without a size, it is their number that decides."""
+    if part_size is not None:
+        return part_size, tables
+    tables, first, total = iter(tables), [], 0
+    for table in tables:
+        first.append(table)
+        total += len(table)
+        if total >= _PARTS * _MOST:
+            return _MOST, chain(first, tables)
+    return max(_LEAST, -(-total // _PARTS)), first
 
 
 @contextmanager

@@ -177,6 +177,10 @@ class PartExplainer:
             write_part(partial, pairs, layer, self.job, part, opposite)
         return len(pairs), list(warned)
 
+    def load(self) -> None:
+        """The encoder, if it is not loaded yet."""
+        self._explaining  # noqa: B018  # which is kept
+
     def embeddings(self, paths: Sequence[str]) -> dict[Key, Tensor]:
         """Embeddings (D,) of images; those that cannot be read have none."""
         work = Work(self._explaining, (paths, paths), {})
@@ -210,7 +214,9 @@ class PartExplainer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with running(self.encoder, self.loading["size"], "--size, a smaller --batch-size, or another --layer"):
+        advice = "--size, a smaller --batch-size, or another --layer"
+        advice += ", or leave out --precision" if self.loading["precision"] else ""
+        with running(self.encoder, self.loading["size"], advice):
             yield
 
     def _explain(self, pairs: pa.Table) -> tuple[dict[str, pa.Array], tuple[int, int]]:

@@ -11,19 +11,21 @@ import pyarrow.parquet as pq
 
 from captum_fam.batch._pairs import Numbers, plain_text, reading
 from captum_fam.encoders import one_line
+from captum_fam.encoders._loading import optional
 
-FILES = (".npy", ".parquet")
+_INDEXES = (".index", ".faiss")
+FILES = (".npy", ".parquet", *_INDEXES)
 
 
 def check_references(file: Path) -> None:
     """
     Raises:
-        ValueError: it is neither an array (N, D) nor a table of ids and embeddings.
+        ValueError: it is neither an array (N, D) nor a table of ids and embeddings nor an index of faiss.
     """
     if file.suffix.lower() not in FILES:
         raise ValueError(
-            f"cannot read {file} as embeddings: pass an array (N, D) that ends in .npy, or a table with the columns id"
-            " and embedding that ends in .parquet"
+            f"cannot read {file} as embeddings: pass an array (N, D) that ends in .npy, a table with the columns id and"
+            " embedding that ends in .parquet, or an index of faiss that ends in .index or .faiss"
         )
     if file.suffix.lower() == ".npy":
         _array(file)
@@ -31,13 +33,15 @@ def check_references(file: Path) -> None:
 
 def numbered(file: Path, copy: Path | None) -> Numbers:
     """
-    What tells the rows of references, None for those that have none. Embeddings of a table are copied as an array.
+    What tells the rows of references, None for those that have none. Embeddings of a table or an index are copied as
+    an array.
 
     Raises:
         ValueError: the file is not as described.
     """
-    if copy is None:
-        count = len(_array(file))
+    ids = None if copy is None else (_copied if file.suffix.lower() == ".parquet" else _copied_index)(file, copy)
+    if ids is None:
+        count = len(_array(file if copy is None else copy))
 
         def rows(references: pa.Array) -> pa.Array:
             """They are the rows' numbers themselves."""
@@ -45,7 +49,6 @@ def numbered(file: Path, copy: Path | None) -> Numbers:
             return pa.array(found, pa.int64())
 
         return rows
-    ids = _copied(file, copy)
     return lambda references: pc.index_in(references, value_set=ids, skip_nulls=True).cast(pa.int64())
 
 
@@ -90,12 +93,40 @@ def _copied(file: Path, copy: Path) -> pa.Array:
             ids.append(keys)
     if D is None:
         raise ValueError(f"{file} lists no embeddings: it has columns, but no rows")
-    all_ids = pa.chunked_array(ids)
-    counts = pc.value_counts(all_ids.drop_null())
+    return _each_once(file, pa.chunked_array(ids))
+
+
+def _each_once(file: Path, ids: pa.ChunkedArray) -> pa.Array:
+    counts = pc.value_counts(ids.drop_null())
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
         raise ValueError(f"{file} has more than one row of id {twice[0]['values'].as_py()!r}: which is meant?")
-    return all_ids.combine_chunks()
+    return ids.combine_chunks()
+
+
+def _copied_index(file: Path, copy: Path) -> pa.Array | None:
+    """The ids as text, None if they are the rows' numbers; the vectors are written as an array."""
+    faiss = optional("faiss", "retrieval")
+    try:
+        owner = index = faiss.read_index(str(file))  # what it holds ends with it
+    except RuntimeError as error:
+        raise ValueError(f"cannot read {file} as an index of faiss: pass one that faiss.write_index wrote") from error
+    ids = None
+    if hasattr(index, "id_map"):
+        ids = pa.chunked_array([pa.array(faiss.vector_to_array(index.id_map)).cast(pa.string())])
+        index = faiss.downcast_index(index.index)
+    kind = type(index).__name__
+    index = faiss.downcast_index(getattr(index, "storage", index))  # of HNSW, the storage has the vectors
+    if not isinstance(index, faiss.IndexFlat):
+        raise ValueError(
+            f"{file} holds an {kind}, which does not keep its vectors one by one as they were: pass the embeddings"
+            " themselves as .npy or .parquet, or an IndexFlatIP, IndexFlatL2 or IndexHNSWFlat"
+        )
+    if not owner.ntotal:
+        raise ValueError(f"{file} holds no embeddings: call index.add(embeddings) before faiss.write_index")
+    with copy.open("wb") as stream:
+        np.save(stream, index.reconstruct_n(0, owner.ntotal))
+    return None if ids is None else _each_once(file, ids)
 
 
 def _batches(file: Path, table: pq.ParquetFile) -> Iterator[tuple[pa.Array, Any]]:

@@ -88,7 +88,7 @@ class StoredPairs(Sequence[StoredPair]):
                 f"{folder} is no folder that this version's captum-fam batch or explain_pairs wrote: pass their OUTPUT"
             )
         self.job: dict[str, Any] = about["job"]
-        self._folder, self._size, self._seal = folder, int(self.job["part_size"]), seal(self.job)
+        self._folder, self._size, self._seal = folder, int(about["part_size"]), seal(self.job)
         self._loaded: tuple[int, Any] = -1, None
         total = int(about["pairs"])
         parts = range(-(-total // self._size))

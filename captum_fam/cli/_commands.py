@@ -126,9 +126,12 @@ def encoder_options(function: Callable[..., int | None]) -> Callable[..., int | 
 @click.option(
     "--part-size",
     type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Pairs in each file: what a stop can cost each worker.",
+    help="Pairs in each file: what a stop can cost each worker.  [default: 512, of a short list fewer]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the encoder; maps are computed in float32.  [default: as it is loaded, mostly float32]",
 )
 @encoder_options
 def batch(**options: Any) -> int:

@@ -16,6 +16,8 @@ from captum_fam.encoders import LoadedEncoder, load_encoder, one_line
 from captum_fam.engine.untouched import embed
 from captum_fam.images import to_tensor
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyEncoder(LoadedEncoder):
@@ -60,12 +62,15 @@ def ready_encoder(
     device: str,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    precision: str | None = None,
 ) -> ReadyEncoder:
     """Loads an encoder; to be called, as all that runs it, in the context ``running``."""
     if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
         raise ValueError("--mean must be finite and --std positive: give three numbers for each")
     loaded = load_encoder(encoder, weights, size)
     model = _to_device(loaded.model, device)
+    if precision is not None:
+        model = model.to(PRECISIONS[precision])
     return ReadyEncoder(
         model,
         loaded.size,
