@@ -4,8 +4,8 @@
 
 Results go to ``benchmarks/faithfulness``: README.md, results.csv, figures. What is finished is kept in its folder
 ``cells`` (one file for each encoder, its weights, source and half of images), so that a run that was interrupted goes
-on where it stopped; a file made with other settings is made again. Needs ``pip install 'captum-fam[tutorials]'`` for
-the EfficientNet-Lites.
+on where it stopped; a file made with other settings is made again. Needs ``pip install
+'captum-fam[parts,tutorials]'``, for the EfficientNet-Lites and the parts.
 """
 
 import json
@@ -41,6 +41,7 @@ CHANGED = (  # what is asked for its faithfulness
     "integrated",
     "best match",
     "match less others",
+    "FAME",
     "RELAX",
     "Distance Explainer",
     "random",
@@ -57,6 +58,7 @@ class Settings:
     photos: int = 24  # pairs of photos, at most
     masked: int = 40  # pairs that masks explain
     masks: int = 200  # of RELAX and Distance Explainer
+    descent: int = 75  # steps of FAME, on the same pairs
     faithful: int = 12  # pairs that are changed step by step
     steps: int = 6
     many: int = 1000  # masks of RELAX, of the pairs that are changed
@@ -223,6 +225,9 @@ def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[st
         for more, of in zip(study.masked_maps(q[:n_masked], s, settings.masks), (maps, *swapped)):
             of.update(more)
         clock.lap("masks", n_masked * settings.masks)
+        for one, of in zip(s, (maps, *swapped)):
+            of["FAME"] = study.fame(q[:n_masked], one, settings.descent)
+        clock.lap("descent", n_masked * settings.descent)
     values = {name: localisation(m, pairs, effects) for name, m in maps.items()}
     for other in swapped:
         for name, m in other.items():
@@ -276,6 +281,7 @@ def expected_seconds(found: dict[str, Any], settings: Settings) -> float:
         "maps": settings.pairs,
         "places": settings.pairs,
         "masks": cell.masked(settings) * settings.masks,
+        "descent": cell.masked(settings) * settings.descent,
         "many masks": settings.faithful * settings.many,
         "curves": settings.faithful * (settings.steps + 1),
         **dict.fromkeys(("start", "costs"), 1),
@@ -338,7 +344,7 @@ def main(jobs: int, only: tuple[str, ...], groups: tuple[str, ...], output: Path
         raise click.ClickException("CAPTUM_FAM_DATA is not set: name the folder with encoders.py and photos/")
     data, folder = Path(os.environ["CAPTUM_FAM_DATA"]), output / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    few = Settings(pairs=4, photos=3, masked=4, masks=20, faithful=2, steps=2, many=40)
+    few = Settings(pairs=4, photos=3, masked=4, masks=20, descent=3, faithful=2, steps=2, many=40)
     settings = few if smoke else Settings()
     names = {*only, *(name for group in groups for name in study.GROUPS[group])} or {*study.ENCODERS}
     wanted = [cell for cell in cells() if cell.encoder in names]

@@ -21,6 +21,7 @@ Triple = tuple[float, float, float]  # a mean and its interval
 
 FAM = "FAM cosine"
 MANY = "RELAX, many masks"
+FAME = "FAME"
 BY_MASKS = ("RELAX", "Distance Explainer")
 LESS = tuple(f"{m} less others" for m in BY_MASKS)
 SEES_OTHERS = ("match less others", "contrast with the rest", *LESS)
@@ -44,6 +45,9 @@ ORDER = (
     "best match",
     "match less others",
     "contrast with the rest",
+    "SharedParts",
+    "FFAM",
+    FAME,
     *BY_MASKS,
     MANY,
     *LESS,
@@ -148,6 +152,8 @@ class Study:
         masks = {MANY: "many", **dict.fromkeys((*BY_MASKS, *LESS), "masks")}.get(method)
         others = {"contrast with the rest": self.settings["pairs"] - 1}.get(method, OTHERS)
         first = float(others) if method in SEES_OTHERS else 0.0
+        if method == FAME:  # a backward pass has about two forward passes
+            return self.settings["descent"] + 1.0, 3.0 * self.settings["descent"] + 1.0, first
         if masks:
             return self.settings[masks] + 1.0, self.settings[masks] + 1.0, first
         costs = [c["costs"][method] for c in self.cells.values() if method in c.get("costs", {})]
@@ -185,8 +191,10 @@ def title(method: str, study: Study) -> str:
         "best match": "best match ¹",
         "match less others": "match less others ¹ ²",
         "contrast with the rest": "contrast with the rest ²",
+        "SharedParts": "SharedParts ¹",
         **{m: f"{m}, {study.settings['masks']:,} masks" for m in BY_MASKS},
         **{m: f"{m} ²" for m in LESS},
+        FAME: f"FAME, {study.settings['descent']:,} steps",
         MANY: f"RELAX, {study.settings['many']:,} masks",
     }.get(method, method)
 
@@ -341,7 +349,7 @@ def photos_table(study: Study) -> str:
     rows = []
     for m in study.methods("medium", "good"):
         values = [shown(study.mean(m, k, source="photos", group=g)) for g in ("good", "weak") for k in PHOTO_METRICS]
-        if m not in (*BY_MASKS, *LESS):
+        if m not in (FAME, *BY_MASKS, *LESS):
             rows.append([title(m, study), *values])
     return table(["method", *(f"{g}: {k}" for g in ("good", "weak") for k in PHOTO_METRICS)], rows)
 
@@ -359,7 +367,7 @@ def mean_colour_table(study: Study) -> str:
 
 def goals(study: Study, group: str) -> str:
     """What was to be reached, judged from the numbers; the map is chosen on half 0 and judged on half 1."""
-    all_maps = [m for m in study.methods("hard", group) if m not in (*BY_MASKS, MANY, *LESS, *CONTROLS, "LaFAM")]
+    all_maps = [m for m in study.methods("hard", group) if m not in (FAME, *BY_MASKS, MANY, *LESS, *CONTROLS, "LaFAM")]
     few = [m for m in all_maps if study.passes(m)[0] <= 3.05]  # beyond passes, places are compared
     judged: dict[str, Sequence[str]] = {}  # maps, and what each is measured against
     for names, rivals in (([m for m in few if m not in SEES_OTHERS], BY_MASKS), (few, (*BY_MASKS, *LESS))):
@@ -516,6 +524,6 @@ def write_report(
         family_tests=families_table(study),
         photo_places=photos_table(study),
         mean_colour=mean_colour_table(study),
-        **{name: s[name] for name in ("pairs", "masks", "faithful", "steps", "many")},
+        **{name: s[name] for name in ("pairs", "masks", "descent", "faithful", "steps", "many")},
     )
     (output / "README.md").write_text(text)

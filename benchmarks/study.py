@@ -19,9 +19,12 @@ from torchvision.transforms import Normalize
 from benchmarks import train_contrastive as trained
 from captum_fam import (
     CorrespondenceMap,
+    Fame,
     FeatureActivationMap,
+    FeatureFactorizationActivationMap,
     IntegratedDecomposition,
     LabelFreeActivationMap,
+    SharedParts,
     SimilarityDecomposition,
 )
 from captum_fam.bundled import BundledEncoder, bundled_encoder
@@ -368,6 +371,17 @@ def next_ones(n: int) -> Tensor:
     return (torch.arange(n)[:, None] + 1 + torch.arange(min(OTHERS, n - 1))) % n
 
 
+def shared_parts(q: Question) -> Tensor:
+    """What each place contributes with its own part in the reference."""
+    return SharedParts(q.encoder.net, q.encoder.layer).attribute(
+        q.images, torch.arange(len(q.images)), reference=q.references, internal_batch_size=16
+    )
+
+
+def _ffam(q: Question) -> Tensor:
+    return _paired(FeatureFactorizationActivationMap(q.encoder.net, q.encoder.layer), q)
+
+
 def random_map(q: Question) -> Tensor:
     seed = crc32(q.encoder.name.encode())  # another for each encoder
     return torch.rand(len(q.images), 1, 7, 7, generator=torch.Generator().manual_seed(seed))
@@ -424,6 +438,8 @@ METHODS: dict[str, Callable[[Question], Tensor]] = {
     "best match": best_match,
     "match less others": match_less_others,
     "contrast with the rest": decomposition("rest"),
+    "SharedParts": shared_parts,
+    "FFAM": _ffam,
     **CONTROLS,
 }
 
@@ -484,6 +500,12 @@ def masked_maps(q: Question, s: Sequence[Tensor], n_masks: int) -> list[dict[str
     return found
 
 
+def fame(q: Question, s: Tensor, n_steps: int) -> Tensor:
+    """Similar maps (N, 1, H, W) for references (N', D), N' >= N. The encoder takes pixels."""
+    method = Fame(q.encoder.net, n_steps=n_steps)
+    return method.attribute(q.images, reference_embedding=s[: len(q.images)], internal_batch_size=16)
+
+
 def cosines_of(z: Tensor, s: Tensor) -> Tensor:
     """Cosines (N, M) of embeddings (N, M, D) with references (N, D)."""
     return (F.normalize(z, dim=2) * F.normalize(s, dim=1)[:, None]).sum(2)
@@ -526,7 +548,7 @@ def costs(encoder: Encoder, images: Tensor, references: Tensor) -> dict[str, tup
     for name, method in METHODS.items():
         small, large = ([x / max(one, 1) for x in counted(lambda m=m, method=method: method(q[:m]))] for m in (few, n))
         forward, in_all = ((b - a) / (n - few) for a, b in zip(small, large))
-        embeds_reference = name not in ("best match", "match less others", "LaFAM", *CONTROLS)
+        embeds_reference = name not in ("best match", "match less others", "SharedParts", "LaFAM", *CONTROLS)
         once = max(large[1] - n * in_all, 0.0)
         found[name] = (forward + embeds_reference, in_all + embeds_reference, once)
     return found

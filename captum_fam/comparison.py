@@ -28,11 +28,13 @@ from captum_fam.methods import DEFAULT
 from captum_fam.methods.by_name import OF_SIMILARITIES
 from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.shared_parts import SharedParts
 from captum_fam.score import SimilarityScore
 
 Method: TypeAlias = str | type[Attribution] | Attribution | Callable[[Tensor, Any], Any]
 
-_OURS: tuple[type[Attribution], ...] = (ClassActivationMap, *OF_SIMILARITIES.values())
+_OF_PLACES = (CorrespondenceMap, SharedParts)  # these compare places, which embeddings do not have
+_OURS: tuple[type[Attribution], ...] = (ClassActivationMap, SharedParts, *OF_SIMILARITIES.values())
 
 
 class Comparison(dict[str, Tensor]):
@@ -84,8 +86,8 @@ def compare_attributions(
                     the score is of another similarity than their three, and with CorrespondenceMap
                     where there is a ``reference``
         reference (Tensor, optional): The K inputs whose embeddings the score compares with, for
-                    CorrespondenceMap, which compares places.
-                    Default: None, CorrespondenceMap has no map
+                    CorrespondenceMap and SharedParts, which compare places.
+                    Default: None, these have no map
         additional_forward_args (Any, optional): As for other Captum methods; not given to
                     functions.
                     Default: None
@@ -205,7 +207,7 @@ def _function(
         parameters = inspect.signature(method).parameters
         where = (layer,) if "layer" in parameters and parameters["layer"].default is inspect.Parameter.empty else ()
         method = method(score, *where, **({"show_progress": progress} if "show_progress" in parameters else {}))
-    if isinstance(method, CorrespondenceMap) and reference is None:
+    if isinstance(method, _OF_PLACES) and reference is None:
         raise ValueError(
             "it compares places, and embeddings have none: pass compare_attributions the references themselves as"
             " reference="
@@ -221,7 +223,7 @@ def _function(
 
     def attribute(inputs: Tensor, target: Any) -> Any:
         arguments: dict[str, Any] = {"target": target, "additional_forward_args": additional_forward_args}
-        if isinstance(method, CorrespondenceMap):
+        if isinstance(method, _OF_PLACES):
             arguments["reference"] = reference
         if isinstance(method, Occlusion):
             size = [max(1, n // 8) for n in inputs.shape[2:]]

@@ -12,6 +12,7 @@ from test_cli import BAD_ENCODERS, is_png, photos, run  # noqa: F401
 
 from captum_fam import (
     CorrespondenceMap,
+    Fame,
     FeatureActivationMap,
     IntegratedDecomposition,
     Relax,
@@ -130,7 +131,7 @@ def answered():
     for name in OF_SIMILARITIES:
         for asked, (options, _, there) in ASKED.items():
             no_terms, no_reference = name == "ScoreCam" and there, name == "LabelFreeActivationMap" and options
-            if name not in ("CorrespondenceMap", "Relax") and not no_terms and not no_reference:
+            if name not in ("CorrespondenceMap", "Fame", "Relax") and not no_terms and not no_reference:
                 yield name, asked
 
 
@@ -181,6 +182,18 @@ def test_relax_is_that_of_python(report, three, monkeypatch):
     torch.testing.assert_close(values(found[0], "Relax"), expected.double(), rtol=1e-4, atol=1e-6)
     back = relax.attribute(images[:1], reference_embedding=z)[0, 0]
     torch.testing.assert_close(values(found[0], "Relax", "reference_maps"), back.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_fame_is_that_of_python(report, three, monkeypatch):
+    made = Fame.__init__
+    monkeypatch.setattr(made, "__kwdefaults__", made.__kwdefaults__ | {"n_steps": 3})
+    found = report(*three, "--method", "Fame", "--contrast", "2")["references"]
+    encoder, query, images, z, s = embedded(three)
+    fame = Fame(encoder)
+    expected = fame.attribute(query, 0, reference_embedding=s, contrast=1)[0, 0]
+    torch.testing.assert_close(values(found[0], "Fame"), expected.double(), rtol=1e-4, atol=1e-6)
+    back = fame.attribute(images[:1], reference_embedding=z)[0, 0]
+    torch.testing.assert_close(values(found[0], "Fame", "reference_maps"), back.double(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "euclidean"])

@@ -29,6 +29,7 @@ from torch import nn
 
 from captum_fam import (
     ClassActivationMap,
+    Fame,
     LabelFreeActivationMap,
     Relax,
     RelevanceCam,
@@ -65,10 +66,16 @@ def relax(layer=None, model=None, dtype=torch.float64, **options):
     return Relax(SimilarityScore(model, REFERENCES.to(dtype)), n_samples=12, grid=3, **options), model
 
 
+def fame(layer=None, model=None, dtype=torch.float64, **options):
+    model = seeded(model or PooledEncoder).to(dtype)
+    return Fame(SimilarityScore(model, REFERENCES.to(dtype)), n_steps=3, **options), model
+
+
 METHODS = [ClassActivationMap, LabelFreeActivationMap, RelevanceCam, ScoreCam, SimilarityDecomposition]
 MAKES = {method.__name__: channels_method(method) for method in METHODS}
 each_channels = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
-each_method = pytest.mark.parametrize("make", [*MAKES.values(), relax], ids=[*MAKES, "Relax"])
+OF_INPUTS = {"Fame": fame, "Relax": relax}  # no layer is asked for
+each_method = pytest.mark.parametrize("make", [*MAKES.values(), *OF_INPUTS.values()], ids=[*MAKES, *OF_INPUTS])
 OF_TERMS = [LabelFreeActivationMap, RelevanceCam, SimilarityDecomposition]
 OF_REFERENCES = [*METHODS[1:], lambda encoder, layer: Relax(encoder, n_samples=12, grid=3)]
 each_of_references = pytest.mark.parametrize("method", OF_REFERENCES, ids=[*list(MAKES)[1:], "Relax"])
@@ -249,9 +256,9 @@ def test_each_example_is_explained_as_if_it_were_alone(make):
 def test_an_empty_batch_has_an_empty_map(make):
     method, _ = make()
     maps = method.attribute(X[:0], 2)
-    assert maps.shape == (0, 1, *((8, 8) if isinstance(method, Relax) else (4, 4)))
+    assert maps.shape == (0, 1, *((8, 8) if isinstance(method, (Fame, Relax)) else (4, 4)))
     assert maps.dtype == torch.float64
-    if not isinstance(method, Relax):
+    if not isinstance(method, (Fame, Relax)):
         assert method.attribute_all(X[:0]).shape[0] == 0
 
 
@@ -269,7 +276,7 @@ def test_what_is_not_implemented_says_so_and_flags_are_captums(make):
     with pytest.raises(NotImplementedError, match=type(method).__name__):
         method.attribute_future()
     assert not method.has_convergence_delta()
-    if not isinstance(method, Relax):  # as Captum's other perturbation methods
+    if not isinstance(method, (Fame, Relax)):  # as Captum's other perturbation methods
         assert not method.multiplies_by_inputs
     assert hasattr(type(method).attribute, "__wrapped__")
     first = list(inspect.signature(method.attribute).parameters)[:3]
@@ -422,7 +429,7 @@ CALLS = {
 }
 COMBINATIONS = {
     f"{name}-{call}": (make, CALLS[call])
-    for name, make in [*MAKES.items(), ("Relax", relax)]
+    for name, make in [*MAKES.items(), *OF_INPUTS.items()]
     for call in CALLS
     if hasattr(make()[0], call) and (name, call) != ("ClassActivationMap", "attribute_pair")
 }

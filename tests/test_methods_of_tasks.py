@@ -13,7 +13,6 @@ from captum_fam import (
     CorrespondenceMap,
     FeatureActivationMap,
     Hits,
-    Relax,
     SimilarityDecomposition,
     explain_episode,
     explain_hits,
@@ -24,7 +23,7 @@ from captum_fam.methods.by_name import OF_SIMILARITIES
 QUERIES = random(3, 3, 8, 8)
 SUPPORT, LABELS = random(6, 3, 8, 8, seed=2), [4, 4, 7, 7, 9, 9]
 HITS = random(3, 4, 3, 8, 8, seed=3)
-OPTIONS = {"Relax": {"n_samples": 20}}
+OPTIONS = {"Fame": {"n_steps": 3}, "Relax": {"n_samples": 20}}
 TERMS = ["FeatureActivationMap", "SimilarityDecomposition", "IntegratedDecomposition", "RelevanceCam"]
 ENCODER = seeded(PooledEncoder)
 HEAD = seeded(HeadEncoder)
@@ -35,7 +34,7 @@ quiet = pytest.mark.filterwarnings("ignore:The mean of a contrast", "ignore:The 
 
 def made(name, encoder=ENCODER, **options):
     kind = OF_SIMILARITIES[name]
-    return kind(encoder, *([] if kind is Relax else [encoder.layer]), **OPTIONS.get(name, {}), **options)
+    return kind(encoder, *([] if name in ("Fame", "Relax") else [encoder.layer]), **OPTIONS.get(name, {}), **options)
 
 
 def by_hand(method, x, s, images, **asked):
@@ -172,7 +171,7 @@ def test_a_method_that_compares_places_needs_images():
         explain_hits(QUERIES, Hits(embeddings=s), ENCODER, ENCODER.layer, method="CorrespondenceMap")
 
 
-@pytest.mark.parametrize("name", ["ScoreCam", "CorrespondenceMap", "Relax"])
+@pytest.mark.parametrize("name", ["ScoreCam", "CorrespondenceMap", "Fame", "Relax"])
 @pytest.mark.parametrize("asked", [{"contrast": "self"}, {"threshold": 0.4}])
 def test_a_method_without_an_own_share_says_so(name, asked):
     options = OPTIONS.get(name, {})
@@ -298,7 +297,7 @@ def test_of_what_adds_up_to_nothing_no_sum_is_missed():
         options = {"method": SimilarityDecomposition, "contrast": "self"}
         explain_hits(QUERIES, HITS, HEAD, HEAD.layer, **options)
         explain_episode(HEAD, HEAD.layer, QUERIES, SUPPORT, LABELS, **options)
-        for name in ("Relax", "CorrespondenceMap"):
+        for name in ("Relax", "Fame", "CorrespondenceMap"):
             found = explain_hits(QUERIES, HITS, HEAD, HEAD.layer, method=name, **OPTIONS.get(name, {}))
             for rank in range(4):
                 found.contrast(rank, "rest")

@@ -15,13 +15,16 @@ from captum_fam.engine.question import Question, usable
 from captum_fam.engine.report import SIDES, Report
 from captum_fam.methods.class_activation_map import ClassActivationMap
 from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.fame import Fame
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.feature_factorization_activation_map import FeatureFactorizationActivationMap
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.layer_explanation import Ask, Explained
 from captum_fam.methods.relax import Relax
 from captum_fam.methods.relevance_cam import RelevanceCam
 from captum_fam.methods.score_cam import ScoreCam
+from captum_fam.methods.shared_parts import SharedParts
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.similarity import Similarity, check_similarity
@@ -30,7 +33,9 @@ OF_SIMILARITIES: dict[str, type[SimilarityAttribution]] = {
     kind.__name__: kind
     for kind in (
         CorrespondenceMap,
+        Fame,
         FeatureActivationMap,
+        FeatureFactorizationActivationMap,
         IntegratedDecomposition,
         LabelFreeActivationMap,
         Relax,
@@ -50,7 +55,8 @@ def method_named(method: Any, function: str) -> type[SimilarityAttribution]:
     """
     if isinstance(method, str) and method in OF_SIMILARITIES:
         return OF_SIMILARITIES[method]
-    if isinstance(method, type) and issubclass(method, SimilarityAttribution) and method is not ClassActivationMap:
+    others = (ClassActivationMap, SharedParts)
+    if isinstance(method, type) and issubclass(method, SimilarityAttribution) and method not in others:
         return method
     name = method.__name__ if isinstance(method, type) else method if isinstance(method, str) else describe(method)
     known = f"Expected `method` of {function} to be one of {', '.join(OF_SIMILARITIES)}, but got {name}."
@@ -58,6 +64,8 @@ def method_named(method: Any, function: str) -> type[SimilarityAttribution]:
         raise ValueError(f"{known} That is an instance: pass its class, and its options to {function}.")
     if name == ClassActivationMap.__name__:
         raise ValueError(f"{known} It explains classifiers; SimilarityDecomposition is the same for similarities.")
+    if name == SharedParts.__name__:
+        raise ValueError(f"{known} It explains pairs of images: SharedParts(encoder, layer).explain(query, reference).")
     if hasattr(captum.attr, name):
         raise ValueError(
             f"{known} It is Captum's: compare_attributions, or {name}(SimilarityScore(encoder, embeddings), ...), runs"

@@ -3,18 +3,22 @@
 from captum_fam.engine.question import Less
 from captum_fam.engine.report import Report
 from captum_fam.methods.correspondence_map import CorrespondenceMap
+from captum_fam.methods.fame import Fame
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
+from captum_fam.methods.feature_factorization_activation_map import FeatureFactorizationActivationMap
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
 from captum_fam.methods.relax import Relax
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
+# The score that a place brings less the mean; changes; strengths.
+ADD_UP_TO_NOTHING = (Relax, Fame, FeatureFactorizationActivationMap)
 ROUNDING = 1e-4  # of the largest score: what is less has no sign
 
 
 def are_opposite(kind: type[SimilarityAttribution], mean: float, margin: float, score: float) -> bool:
     """Whether a map adds up to the other sign than its margin; ``score`` is the largest of those compared."""
-    if issubclass(kind, Relax):  # adds up to nothing: the score that a place brings, less the mean
+    if issubclass(kind, ADD_UP_TO_NOTHING):
         return False
     return mean * margin < 0 and min(abs(mean), abs(margin)) > ROUNDING * score
 

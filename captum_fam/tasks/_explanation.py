@@ -16,8 +16,7 @@ from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.label_free_activation_map import LabelFreeActivationMap
 from captum_fam.methods.layer_explanation import Explained
-from captum_fam.methods.margins import ROUNDING
-from captum_fam.methods.relax import Relax
+from captum_fam.methods.margins import ADD_UP_TO_NOTHING, ROUNDING
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.similarity import widen
 
@@ -130,7 +129,7 @@ class Explanation:
     def _opposite(self, maps: Tensor, margins: Tensor, constants: Tensor) -> str:
         """What is to be told where maps (B, *spatial) and the margins (B,) that they explain have opposite signs."""
         method = None if self._origin is None else self._origin.method
-        if not len(maps) or isinstance(method, (CorrespondenceMap, Relax)):  # whose maps add up to nothing
+        if not len(maps) or isinstance(method, (CorrespondenceMap, *ADD_UP_TO_NOTHING)):
             return ""
         means = maps.flatten(1).mean(1).to(margins)
         least = ROUNDING * torch.where(self.similarities.isfinite(), self.similarities, 0).abs().amax(1)

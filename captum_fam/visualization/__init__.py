@@ -12,6 +12,7 @@ from captum_fam.comparison import Comparison
 from captum_fam.visualization._captions import SIDES, Scores, Titles, as_titles, side_captions
 from captum_fam.visualization._forms import Listed, Numbers, Pictures, Values, as_maps, panels, pictures
 from captum_fam.visualization._panels import show
+from captum_fam.visualization._parts import visualize_parts
 from captum_fam.visualization._scales import (
     CHARACTERS,
     Scale,
@@ -37,6 +38,7 @@ __all__ = [
     "show",
     "visualize_comparison",
     "visualize_pair",
+    "visualize_parts",
 ]
 
 _LARGEST = {"all": "largest value", "row": "largest value of each row"}
