@@ -258,11 +258,10 @@ class _Buffers:
         self.__exit__()
         self._copy(copies)
 
-    @torch.no_grad()
     def _copy(self, copies: dict[int, Tensor]) -> None:
         for b in self._originals.values():
             if b is not None and id(b) not in copies:
-                copies[id(b)] = b if is_lazy(b) else b.clone()
+                copies[id(b)] = b if is_lazy(b) else b.detach().clone()
         self._own = {name: None if b is None else copies[id(b)] for name, b in self._originals.items()}
         self._put(self._own)
 
