@@ -130,7 +130,8 @@ def answered():
     """Methods and what they are asked, but for what they refuse: see below."""
     for name in OF_SIMILARITIES:
         for asked, (options, _, there) in ASKED.items():
-            no_terms, no_reference = name == "ScoreCam" and there, name == "LabelFreeActivationMap" and options
+            no_terms = name in ("ScoreCam", "FeatureFactorizationActivationMap") and there
+            no_reference = name == "LabelFreeActivationMap" and options
             if name not in ("CorrespondenceMap", "Fame", "Relax") and not no_terms and not no_reference:
                 yield name, asked
 
