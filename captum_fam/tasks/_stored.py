@@ -106,7 +106,7 @@ def _of_parquet(file: Path, at_once: int, channels: int) -> Iterator[tuple[Seque
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'captum-fam[batch]'") from error
-    with pq.ParquetFile(file, memory_map=True, buffer_size=2**20) as table:  # a row group may be all of it
+    with pq.ParquetFile(file, buffer_size=2**20) as table:  # a row group may be all of it
         names, group = table.schema_arrow.names, table.metadata
         if names.count("id") != 1 or names.count("places") != 1:
             raise ValueError(f"Expected {file} to have one column 'id' and one 'places', but its columns are {names}.")
