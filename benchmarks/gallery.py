@@ -49,7 +49,8 @@ The median of {runs} runs, in microseconds for an image, and as multiples of the
 
 {times}
 
-The peak of resident memory of a process that matches a query, and of one that imports the package and makes the query:
+The peak of resident memory of a process that matches a query, and of one that imports the package and makes the query;
+and the time of a single run, by the kind of file (Parquet without compression, in row groups of {drawn:,}):
 
 {memory}
 """
@@ -155,6 +156,11 @@ def peak(shape: tuple[int, int, int], *file: Path) -> str:
     return done.stdout.strip()
 
 
+def once(shape: tuple[int, int, int], count: int, file: Path) -> list[str]:
+    """The peak of a process that matches a query, and the time for an image of another run."""
+    return [peak(shape, file), f"{seconds(lambda: match_places(unit_vectors(*shape, seed=0), file)) / count * 1e6:.0f}"]
+
+
 @click.command()
 @click.option("--images", default=100_000, show_default=True, help="Of the first shape; a tenth of the second.")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where the stores are made.")
@@ -170,15 +176,15 @@ def main(images: int, folder: Path | None, output: Path) -> None:
             sizes.append(f"{name}, {count:,} images, {file.stat().st_size / 1e9:.1f} GB")
             rows.append({step: value / count * 1e6 for step, value in times(file, count, shape).items()})
             click.echo(rows[-1], err=True)
-            memory.append([name, f"{count:,}", ".npy", peak(shape, file)])
+            memory.append([name, f"{count:,}", ".npy", *once(shape, count, file)])
             file.unlink()
         name, shape = next(iter(SHAPES.items()))
         for count in (images // 10, images // 100):
             for file, make in ((Path(made) / "a.parquet", write_table), (Path(made) / "a.npy", write)):
                 make(file, count, shape)
-                memory.append([name, f"{count:,}", file.suffix, peak(shape, file)])
+                memory.append([name, f"{count:,}", file.suffix, *once(shape, count, file)])
                 file.unlink()
-        memory.append(["", "none", "", peak(shape)])
+        memory.append(["", "none", "", peak(shape), ""])
     cpu = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -193,7 +199,7 @@ def main(images: int, folder: Path | None, output: Path) -> None:
             ["", *sizes],
             [[step, *(f"{row[step]:.1f} ({row[step] / row['product']:.2f})" for row in rows)] for step in rows[0]],
         ),
-        memory=table(["", "stored images", "file", "peak, MB"], memory),
+        memory=table(["", "stored images", "file", "peak, MB", "microseconds for an image"], memory),
     )
     output.write_text(text)
     click.echo(text)

@@ -5,6 +5,7 @@ import os
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def _of_parquet(file: Path, at_once: int, channels: int) -> Iterator[tuple[Seque
         if names.count("id") != 1 or names.count("places") != 1:
             raise ValueError(f"Expected {file} to have one column 'id' and one 'places', but its columns are {names}.")
         size = sum(group.row_group(i).total_byte_size for i in range(group.num_row_groups))
-        for batch in table.iter_batches(max(1, at_once * group.num_rows // max(1, size)), columns=["id", "places"]):
+        rows = max(1, at_once * group.num_rows // max(1, size))
+        groups = ([number] for number in range(group.num_row_groups))  # of all at once, each would stay in memory
+        for batch in chain.from_iterable(table.iter_batches(rows, one, columns=["id", "places"]) for one in groups):
             lists = batch["places"]
             shape = getattr(lists.type, "shape", None)  # of Arrow's fixed_shape_tensor
             lists = lists.storage if shape is not None else lists
