@@ -7,6 +7,7 @@ from helpers import close
 from torch import nn
 
 from captum_fam import FeatureActivationMap, SimilarityDecomposition, channels_last, patch_tokens
+from captum_fam.engine import recording
 from captum_fam.engine.pools import pools_of
 from captum_fam.engine.recording import Recording
 
@@ -118,6 +119,21 @@ def test_maps_are_those_of_the_gradients_at_every_place(monkeypatch, name, refer
         monkeypatch.setattr(Recording, "gradients", forbidden)
         monkeypatch.setattr(Recording, "place_products", forbidden)
         close(explainer.attribute_all(X, reference_embedding=s), expected)
+
+
+def test_gradients_by_the_mean_are_found_a_few_at_a_time(monkeypatch):
+    encoder = Encoder(MEANS["mean"], nn.Identity()).double().eval()
+    compute, at_once = recording._vector_jacobian_products, []
+
+    def watched(output, by, rows):
+        at_once.append(len(rows))
+        return compute(output, by, rows)
+
+    monkeypatch.setattr(recording, "_vector_jacobian_products", watched)
+    monkeypatch.setattr(recording, "_AT_ONCE", 24)  # values: two rows for two images of six channels
+    fam = FeatureActivationMap(encoder, encoder.layer)
+    fam.attribute_all(random(2, 3, 10, 16), reference_embedding=random(3, 4, seed=2))
+    assert at_once == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

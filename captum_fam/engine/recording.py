@@ -164,13 +164,13 @@ class Recording:
         if pools is None:
             return None
         parts = []
-        for rows in u.split(_rows_at_once([channels for _, channels in pools]), 1):
+        for rows in u.split(_rows_at_once([A.flatten(2)[..., 0] for A in self.activations]), 1):
             found, scale = self._gradients(rows.transpose(0, 1), [pool.edge for pool, _ in pools])
-            of_means = [g.reshape(*g.shape[:2], -1) for g in found if g is not None]
+            of_means = [widen(g).reshape(*g.shape[:2], -1) for g in found if g is not None]
             if len(of_means) < len(pools):
                 return None
             laid_out = [g[..., channels] / pool.places for g, (pool, channels) in zip(of_means, pools)]
-            parts.append([(scale[..., None] * widen(g)).transpose(0, 1) for g in laid_out])
+            parts.append([(scale[..., None] * g).transpose(0, 1) for g in laid_out])
             self._note_asked(rows)
             self._used_by(parts[-1])
         return [torch.cat(of_one, 1) for of_one in zip(*parts)]
