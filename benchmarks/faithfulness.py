@@ -58,7 +58,8 @@ class Settings:
     photos: int = 24  # pairs of photos, at most
     masked: int = 40  # pairs that masks explain
     masks: int = 200  # of RELAX and Distance Explainer
-    descent: int = 75  # steps of FAME, on the same pairs
+    descended: int = 16  # pairs that FAME explains, at most, of those
+    descent: int = 75  # its steps
     faithful: int = 12  # pairs that are changed step by step
     steps: int = 6
     many: int = 1000  # masks of RELAX, of the pairs that are changed
@@ -89,6 +90,10 @@ class Cell:
             return 0
         share = 1 if self.is_main else {"hard": 0.5, "medium": 0.25}[self.source]
         return max(1, round(settings.masked * share * SLOW.get(self.encoder, 1.0)))
+
+    def descended(self, settings: Settings) -> int:
+        """How many pairs FAME explains."""
+        return min(settings.descended, self.masked(settings))
 
 
 GROUP = {name: group for group, names in study.GROUPS.items() for name in names}
@@ -225,9 +230,10 @@ def measure(cell: Cell, settings: Settings, data: Path, folder: Path) -> dict[st
         for more, of in zip(study.masked_maps(q[:n_masked], s, settings.masks), (maps, *swapped)):
             of.update(more)
         clock.lap("masks", n_masked * settings.masks)
+        n_descended = cell.descended(settings)
         for one, of in zip(s, (maps, *swapped)):
-            of["FAME"] = study.fame(q[:n_masked], one, settings.descent)
-        clock.lap("descent", n_masked * settings.descent)
+            of["FAME"] = study.fame(q[:n_descended], one, settings.descent)
+        clock.lap("descent", n_descended * settings.descent)
     values = {name: localisation(m, pairs, effects) for name, m in maps.items()}
     for other in swapped:
         for name, m in other.items():
@@ -281,7 +287,7 @@ def expected_seconds(found: dict[str, Any], settings: Settings) -> float:
         "maps": settings.pairs,
         "places": settings.pairs,
         "masks": cell.masked(settings) * settings.masks,
-        "descent": cell.masked(settings) * settings.descent,
+        "descent": cell.descended(settings) * settings.descent,
         "many masks": settings.faithful * settings.many,
         "curves": settings.faithful * (settings.steps + 1),
         **dict.fromkeys(("start", "costs"), 1),
@@ -344,7 +350,7 @@ def main(jobs: int, only: tuple[str, ...], groups: tuple[str, ...], output: Path
         raise click.ClickException("CAPTUM_FAM_DATA is not set: name the folder with encoders.py and photos/")
     data, folder = Path(os.environ["CAPTUM_FAM_DATA"]), output / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    few = Settings(pairs=4, photos=3, masked=4, masks=20, descent=3, faithful=2, steps=2, many=40)
+    few = Settings(pairs=4, photos=3, masked=4, masks=20, descended=3, descent=3, faithful=2, steps=2, many=40)
     settings = few if smoke else Settings()
     names = {*only, *(name for group in groups for name in study.GROUPS[group])} or {*study.ENCODERS}
     wanted = [cell for cell in cells() if cell.encoder in names]

@@ -524,6 +524,6 @@ def write_report(
         family_tests=families_table(study),
         photo_places=photos_table(study),
         mean_colour=mean_colour_table(study),
-        **{name: s[name] for name in ("pairs", "masks", "descent", "faithful", "steps", "many")},
+        **{name: s[name] for name in ("pairs", "masks", "descended", "descent", "faithful", "steps", "many")},
     )
     (output / "README.md").write_text(text)

@@ -82,9 +82,9 @@ because black would be one more object. RELAX's paper takes 3,000, Distance Expl
 their cost they see half of the pairs of untrained encoders, a quarter of those of medium scenes, and of the larger
 EfficientNets 60 and 40 % of these. RELAX with {many:,} masks sees {faithful} pairs, and not the larger EfficientNets.
 *integrated*: `IntegratedDecomposition`, its layer named. *best match* and *match less others*: `CorrespondenceMap`.
-*FAME*: `Fame`, the similar map, {descent} steps in pixels, on the pairs of RELAX.
+*FAME*: `Fame`, the similar map, {descent} steps in pixels, on at most {descended} of the pairs of RELAX.
 *SharedParts*: what each place contributes with its own part in the reference. *FFAM*: the parts of one image, by the
-gradient.
+gradient. Their factorisation, by scikit-learn, is not among the passes.
 ¹ sees the reference's map, not only its embedding. The match maps look for like places: they do not explain the score.
 ² sees other references and explains the difference to their mean: the next twelve, or all. They are embedded *once a
 call*. The control *over swapped* is a little unfair to these: the true reference is among the others of some pairs.

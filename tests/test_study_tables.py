@@ -229,8 +229,9 @@ def test_cells_have_names_of_their_own_and_those_of_the_main_table_come_first():
         (Cell("mean_colour", "trained", "hard"), 20),
     ],
 )
-def test_how_many_pairs_masks_explain(cell, masked):
+def test_how_many_pairs_masks_and_fame_explain(cell, masked):
     assert cell.masked(Settings()) == masked
+    assert cell.descended(Settings()) == min(16, masked)
 
 
 def test_the_time_of_a_cell_grows_with_what_it_does():
