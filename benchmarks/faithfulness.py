@@ -41,6 +41,8 @@ CHANGED = (  # what is asked for its faithfulness
     "integrated",
     "best match",
     "match less others",
+    "SharedParts",
+    "FFAM",
     "FAME",
     "RELAX",
     "Distance Explainer",

@@ -24,6 +24,7 @@ MANY = "RELAX, many masks"
 FAME = "FAME"
 BY_MASKS = ("RELAX", "Distance Explainer")
 LESS = tuple(f"{m} less others" for m in BY_MASKS)
+BY_PARTS = ("SharedParts", "FFAM")
 SEES_OTHERS = ("match less others", "contrast with the rest", *LESS)
 KINDS = {  # of good encoders
     "EfficientNets": tuple(LITE),
@@ -45,8 +46,7 @@ ORDER = (
     "best match",
     "match less others",
     "contrast with the rest",
-    "SharedParts",
-    "FFAM",
+    *BY_PARTS,
     FAME,
     *BY_MASKS,
     MANY,
@@ -367,7 +367,8 @@ def mean_colour_table(study: Study) -> str:
 
 def goals(study: Study, group: str) -> str:
     """What was to be reached, judged from the numbers; the map is chosen on half 0 and judged on half 1."""
-    all_maps = [m for m in study.methods("hard", group) if m not in (FAME, *BY_MASKS, MANY, *LESS, *CONTROLS, "LaFAM")]
+    apart = (FAME, *BY_MASKS, MANY, *LESS, *CONTROLS, *BY_PARTS, "LaFAM")
+    all_maps = [m for m in study.methods("hard", group) if m not in apart]
     few = [m for m in all_maps if study.passes(m)[0] <= 3.05]  # beyond passes, places are compared
     judged: dict[str, Sequence[str]] = {}  # maps, and what each is measured against
     for names, rivals in (([m for m in few if m not in SEES_OTHERS], BY_MASKS), (few, (*BY_MASKS, *LESS))):

@@ -22,8 +22,9 @@ encoders is, not what another encoder would give, and not what other masks would
 
 Hard scenes, good encoders, half 1. Judged is the map with the largest share of right objects on half 0, among those
 that need at most three forward passes (and what comparing places costs, at most 0.05): one of those that see one
-reference only, and, if another is better, one of all. RELAX and Distance Explainer have no part in the choice. Shares
-are judged by their mean, not by the end of their interval. *On the same pairs*: the judged map less the other.
+reference only, and, if another is better, one of all. RELAX and Distance Explainer have no part in the choice, nor have
+SharedParts and FFAM, whose factorisation is not counted. Shares are judged by their mean, not by the end of their
+interval. *On the same pairs*: the judged map less the other.
 
 {goals}
 
