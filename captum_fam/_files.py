@@ -1,12 +1,14 @@
-"""Files of others: which can be read to an end, how their names are shown, and which one a warning is about."""
+"""Files of others, also in stores: which can be read to an end, how they are named, and which a warning is about."""
 
 import logging
+import re
 import stat
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 FOLDER = "a folder"
 _KINDS = {stat.S_IFREG: "", stat.S_IFDIR: FOLDER, stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -20,6 +22,82 @@ def irregular(path: Path) -> str:
         OSError: there is nothing, or it cannot be reached.
     """
     return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "a device")
+
+
+class StoreError(ValueError):
+    """A store gives nothing, for another reason than that there is no such file."""
+
+
+def is_address(path: Path | str) -> bool:
+    """Whether it is for fsspec, as s3://bucket/photo.jpg and zip://photo.jpg::s3://bucket/photos.zip are."""
+    text = path if isinstance(path, str) else path.as_posix().replace(":/", "://", 1)  # a slash of which is lost
+    return re.match(r"([a-z][a-z\d+.-]+::)*[a-z][a-z\d+.-]+://", text) is not None  # a letter alone is a drive
+
+
+def located(path: Path | str) -> Path | str:
+    """
+    A path of the file system, or the address of something in a store, as text: file:///photo.jpg is a path.
+
+    Raises:
+        ValueError: it is an address, but no text.
+    """
+    if not is_address(path):
+        return Path(path)
+    if isinstance(path, Path):
+        raise ValueError(f"{path} is an address, of which a Path loses a slash: pass it as text")
+    if not path.startswith(("file://", "local://")):
+        return path
+    from fsspec.core import strip_protocol
+
+    return Path(strip_protocol(path))
+
+
+def within(root: Path | str, path: str) -> Path | str:
+    """Where a file is: in the root, if its path is relative."""
+    found = located(path)
+    if isinstance(found, str) or found.is_absolute():
+        return found
+    return root / found if isinstance(root, Path) else f"{root}{'' if root.endswith('/') else '/'}{path}"
+
+
+@contextmanager
+def store(address: str) -> Iterator[tuple[Any, str]]:
+    """
+    The file system of fsspec for an address, and the path there.
+
+    Raises:
+        FileNotFoundError: it says that there is no such file.
+        StoreError: it fails in another way, here or in this context.
+    """
+    try:
+        from fsspec.core import url_to_fs  # most have no addresses
+
+        yield url_to_fs(address)
+    except FileNotFoundError:
+        raise
+    except ImportError as error:
+        raise StoreError(f"cannot read {address}: {error}") from error
+    except Exception as error:  # each library has its own kinds
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise StoreError(
+            f"cannot read {address} ({why}): check the address, the network and your credentials"
+        ) from error
+
+
+def opened(path: Path | str) -> IO[bytes]:
+    """A file, or what is under an address, to read from."""
+    if isinstance(path, Path):
+        return path.open("rb")
+    with store(path) as (system, name):
+        file: IO[bytes] = system.open(name)
+        return file
+
+
+def fetched(address: str) -> bytes:
+    """The whole content in one request, of stores that have one for it."""
+    with store(address) as (system, name):
+        content: bytes = system.cat_file(name)
+        return content
 
 
 def printable(text: object) -> str:
@@ -36,7 +114,7 @@ _read = threading.local()
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Warnings of this thread are about this file."""
     _read.path = path
     try:

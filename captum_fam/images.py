@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from glob import glob
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from captum_fam._files import FOLDER, irregular, reading
+from captum_fam._files import FOLDER, fetched, irregular, is_address, reading
 
 if TYPE_CHECKING:  # workers read images, and need not import it
     from matplotlib.figure import Figure
@@ -42,36 +41,41 @@ class UnknownRangeError(ValueError):
     """Which number of a picture is white cannot be told."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path | str) -> Image.Image:
     """
-    An RGB image, upright.
+    An RGB image, upright: a file, or what a store has under an address, which is text.
 
     Raises:
+        StoreError: the store does not give it.
         ValueError: there is no such file, or it is no image that can be read.
     """
     try:
-        other = irregular(path)
+        file = path if isinstance(path, Path) else BytesIO(fetched(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no image {path}: check the address") from error
+    try:
+        other = irregular(file) if isinstance(file, Path) else ""
         if not other:
-            with reading(path), _opened(path) as image:
+            with reading(path), _opened(file) as image:
                 return as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
-        raise ValueError(f"there is no image {path}: {_missing(path)}") from error
+        raise ValueError(f"there is no image {path}: {_missing(Path(path))}") from error
     except UnknownRangeError as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from error
     except Exception as error:  # broken files make Pillow raise many kinds
-        raise ValueError(f"cannot read {path} as an image: {_unreadable(path, error)}") from error
-    files = f"pass its files, such as {path / '*.jpg'}" if other == FOLDER else "pass a file such as PNG or JPEG"
+        raise ValueError(f"cannot read {path} as an image: {_unreadable(file, error)}") from error
+    files = f"pass its files, such as {Path(path, '*.jpg')}" if other == FOLDER else "pass a file such as PNG or JPEG"
     raise ValueError(f"cannot read {path} as an image: it is {other}, {files}")
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(file: Path | BytesIO) -> Image.Image:
     """Opened by Pillow, or by its plugin for HEIC where that is installed."""
     try:
-        return Image.open(path)
+        return Image.open(file)
     except UnidentifiedImageError:
-        if _beginning(path)[8:12] not in _HEIC or not _reads_heic():
+        if _beginning(file)[8:12] not in _HEIC or not _reads_heic():
             raise
-    return Image.open(path)
+    return Image.open(file)
 
 
 def _reads_heic() -> bool:
@@ -82,28 +86,30 @@ def _reads_heic() -> bool:
     return True
 
 
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(32)
+def _beginning(file: Path | BytesIO) -> bytes:
+    if isinstance(file, BytesIO):
+        return file.getvalue()[:32]
+    with file.open("rb") as stream:
+        return stream.read(32)
 
 
 def _missing(path: Path) -> str:
-    if re.match(r"[a-z0-9]{2,}:[\\/]", str(path)):  # a letter alone is a drive
+    if is_address(path):
         return "it is an address; save the picture, and name its file"
     if not any(c in path.name for c in "*?["):
         return "check the path"
     found = len(glob(str(path)))
     return (
-        f"{found} files match it, but nobody has put their names in its place; leave out its quotes, or name the files"
+        f"{found} files match it, but the shell did not expand it; leave out its quotes, or name the files"
         if found
         else "no file matches it, either; check the path"
     )
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(file: Path | BytesIO, error: Exception) -> str:
     """Why, and what helps."""
     if isinstance(error, UnidentifiedImageError):
-        begins = _beginning(path)
+        begins = _beginning(file)
         if not begins:
             return "it is empty"
         if begins[4:8] == b"ftyp":

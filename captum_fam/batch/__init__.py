@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from captum_fam._checks import check_positive, describe
-from captum_fam._files import irregular, recorded_warnings
+from captum_fam._files import irregular, is_address, located, opened, recorded_warnings, store
 from captum_fam.batch._engines import ENGINES
 from captum_fam.batch._images import all_pairs, images_of, nearest
 from captum_fam.batch._job import digest, digest_of, locked, prepare, seal
@@ -112,8 +112,10 @@ def explain_pairs(
         pairs (Path or list of Path): A .parquet, .csv (or .tsv; commas, semicolons or tabs) file with the columns
                     query, reference and, perhaps, id. Or images: a folder, with all folders in it, a pattern such as
                     ``"photos/*.jpg"``, or a list of paths. Each is paired with each other, in both orders, or
-                    once with ``sides="both"``.
-        output (Path): A new or empty folder, or that of the same job. Another encoder (the name, and
+                    once with ``sides="both"``. All of them, and the paths in a list, may be addresses of a store, such
+                    as ``"s3://bucket/photos/"``, as text: fsspec opens them, with the library that it has for each
+                    kind (s3fs, gcsfs, aiohttp).
+        output (Path): A new or empty folder of the file system, or that of the same job. Another encoder (the name, and
                     what is in ``weights``; what a factory does is not looked at), layer, method, similarity,
                     contrast, threshold, sides, neighbours, embeddings, size, mean, std, root, precision, part_size
                     or pairs are another job.
@@ -148,7 +150,8 @@ def explain_pairs(
                     Default: ``"cpu"``
         mean, std (Sequence[float], optional): Of the RGB channels in [0, 1].
                     Default: None, the encoder's
-        root (Path): Where relative paths in a list start. Images that lie in it get such paths.
+        root (Path): Where relative paths in a list start: a folder, or an address. Images that lie in the folder get
+                    such paths.
                     Default: the current folder
         precision (str, optional): ``"float32"``, ``"bfloat16"`` or ``"float16"``: the encoder's. Scores and maps are
                     computed in float32 from its activations.
@@ -181,7 +184,7 @@ def explain_pairs(
         BatchResult(explained=4998, failed=2, error='there is no image ...', layer='features', failures={...})
     """
     given = _paths(pairs)
-    output, root = Path(output), Path(root)
+    output, root = Path(output), located(root)
     weights, reference_embeddings, errors = (
         None if path is None else Path(path) for path in (weights, reference_embeddings, errors)
     )
@@ -205,7 +208,10 @@ def explain_pairs(
     for file in (weights, reference_embeddings):
         if file is not None and (problem := _no_file(file)):
             raise ValueError(f"there is no file {file}: {problem}")
-    if not root.is_dir():
+    if isinstance(root, str):
+        with store(root):  # or its library is missing
+            pass
+    elif not root.is_dir():
         raise ValueError(f"there is no folder {root}: pass the one where relative paths start as --root")
     images = images_of(given, root)
     if images is None and (problem := _no_file(given[0])):
@@ -217,7 +223,7 @@ def explain_pairs(
 
     what: dict[str, Any] = {"encoder": encoder, "layer": layer, "method": _name(kind), "similarity": similarity}
     what |= {"contrast": contrast, "threshold": threshold, "sides": sides, "size": size, "mean": mean, "std": std}
-    what |= {"precision": precision, "root": str(root.resolve())}
+    what |= {"precision": precision, "root": root if isinstance(root, str) else str(root.resolve())}
     job = what | {"pairs": digest(given[0]) if images is None else digest_of("\n".join(images)), "part_size": part_size}
     job |= {"weights": weights and digest(weights), "neighbours": neighbours}
     job["reference_embeddings"] = reference_embeddings and digest(reference_embeddings)
@@ -258,27 +264,27 @@ def explain_pairs(
                 warned = dict(new) | warned
         for text, path in warned.items():
             warnings.warn(f"{text} ({path}, for one)" if path else text, stacklevel=2)
-        is_text = images is None and given[0].suffix.lower() != ".parquet"
+        is_text = images is None and Path(given[0]).suffix.lower() != ".parquet"
         files = [part_file(output, part) for part in parts]
         found, opposite = _result(files, errors, dialect(given[0])[0] if is_text else ",")
         counts = [f"{count} maps of the {name}" for name, count in zip(NAMES, opposite) if count]
         if counts:
             warnings.warn(
-                f"{' and '.join(counts)}, of {found.explained} pairs, add up to the other sign than score - threshold:"
+                f"{' and '.join(counts)}, of {found.explained} pairs, add up to the opposite sign of score - threshold:"
                 f" {why_opposite(kind, similarity)}",
                 stacklevel=2,
             )
         return found
 
 
-def _paths(pairs: Any) -> list[Path]:
+def _paths(pairs: Any) -> list[Path | str]:
     given = [pairs] if isinstance(pairs, (str, Path)) else pairs
     if not isinstance(given, (list, tuple)) or not given or not all(isinstance(path, (str, Path)) for path in given):
         raise TypeError(
             "Expected `pairs` to be the path of a list or a folder, or a list of paths of images, but got"
             f" {describe(pairs)}; write pairs to a .csv or .parquet file with the columns query and reference."
         )
-    return [Path(path) for path in given]
+    return [located(path) for path in given]
 
 
 def _check_method(
@@ -301,7 +307,12 @@ def _name(kind: type[Any]) -> str:
     return kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _check_output(output: Path, errors: Path | None, given: Sequence[Path]) -> None:
+def _check_output(output: Path, errors: Path | None, given: Sequence[Path | str]) -> None:
+    if is_address(output):
+        raise ValueError(
+            "-o must be a folder of the file system, where the job can lock and rename, not an address: copy the folder"
+            " to the store when the job is done"
+        )
     if output.suffix.lower() in _FILES and not output.is_dir():
         raise ValueError(
             f"the job writes a folder of Parquet files, but -o {output} is named as a file: pass a folder, such as -o"
@@ -313,7 +324,7 @@ def _check_output(output: Path, errors: Path | None, given: Sequence[Path]) -> N
         raise ValueError(
             f"cannot write {errors}: name a file that ends in .csv, in a folder that exists, with --errors"
         )
-    if any(errors.resolve() == path.resolve() for path in given):
+    if any(isinstance(path, Path) and errors.resolve() == path.resolve() for path in given):
         raise ValueError(f"cannot write {errors}: it lists the pairs; name another file with --errors")
 
 
@@ -330,11 +341,17 @@ def _check_embeddings(file: Path, kind: type[Any], sides: str, images: list[str]
     check_references(file)
 
 
-def _no_file(path: Path) -> str:
+def _no_file(path: Path | str) -> str:
+    if isinstance(path, str):
+        try:
+            opened(path).close()
+        except FileNotFoundError:
+            return "check the address"
+        return ""
     try:
         return (other := irregular(path)) and f"it is {other}"
     except (OSError, ValueError):
-        return "check the path"
+        return "it is an address; save what is there, and name its file" if is_address(path) else "check the path"
 
 
 def _result(parts: list[Path], errors: Path | None, delimiter: str) -> tuple[BatchResult, list[int]]:

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from itertools import combinations, islice, permutations
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
 
+from captum_fam._files import store
 from captum_fam.batch._pairs import LISTS
 from captum_fam.engine.question import usable
 from captum_fam.similarity import unit, widen
@@ -19,20 +20,21 @@ _ROWS = 256  # images that are compared with all others at once
 _HEIC = (".heic", ".heif")  # which Pillow opens with a plugin: their names should not be passed over without a word
 
 
-def images_of(given: Sequence[Path], root: Path) -> list[str] | None:
+def images_of(given: Sequence[Path | str], root: Path | str) -> list[str] | None:
     """
-    The images that are given as a folder, a pattern or by name, as paths from the root; None, if it is a list of pairs.
+    The images that are given as a folder, a pattern or by name, as paths from the root, or addresses; None, if it is a
+    list of pairs.
 
     Raises:
         ValueError: there are fewer than two.
     """
-    one = given[0]
-    if len(given) == 1 and not one.is_dir() and not _is_pattern(one):
+    if len(given) == 1 and _is_list(given[0]):
         return None
     for path in given:
-        if path.suffix.lower() in LISTS and len(given) > 1:
+        if Path(path).suffix.lower() in LISTS and len(given) > 1:
             raise ValueError(f"expected one list of pairs, or images, but got {path} among {len(given)} paths")
-    found = list(dict.fromkeys(_from(path, root) for some in given for path in _files(some)))
+    files = [path for some in given for path in (_files(some) if isinstance(some, Path) else _in_store(some))]
+    found = list(dict.fromkeys(_from(path, root) for path in files))
     if len(found) < 2:
         shown = " ".join(map(str, given[:3]))
         raise ValueError(
@@ -47,28 +49,56 @@ def images_of(given: Sequence[Path], root: Path) -> list[str] | None:
     return found
 
 
+def _is_list(path: Path | str) -> bool:
+    if isinstance(path, str):
+        return Path(path).suffix.lower() in LISTS
+    return not path.is_dir() and not _is_pattern(path)
+
+
 def _is_pattern(path: Path) -> bool:
     return any(c in str(path) for c in "*?[") and not path.exists()
 
 
-def _files(path: Path) -> Iterable[Path]:
+def _files(path: Path) -> Sequence[Path]:
     """The images in a folder and its own folders, what a pattern matches, or a path."""
     if path.is_dir():
-        readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         inside = (file.relative_to(path) for file in path.rglob("*"))
-        return [
-            path / file
-            for file in sorted(inside)
-            if file.suffix.lower() in readable.union(_HEIC)
-            and not any(part.startswith(".") for part in file.parts)
-            and not (path / file).is_dir()
-        ]
+        return [path / file for file in _images(inside) if not (path / file).is_dir()]
     if _is_pattern(path):
         return [Path(file) for file in sorted(glob(str(path), recursive=True)) if not Path(file).is_dir()]
     return [path]
 
 
-def _from(path: Path, root: Path) -> str:
+def _images(inside: Iterable[PurePath]) -> list[PurePath]:
+    """Those files of a folder that have the names of images, and are not hidden."""
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return [
+        file
+        for file in sorted(inside)
+        if file.suffix.lower() in readable.union(_HEIC) and not any(part.startswith(".") for part in file.parts)
+    ]
+
+
+def _in_store(address: str) -> list[str]:
+    """The same in a store, where what has an ending is no folder, unless it has a slash behind it."""
+    is_pattern, is_folder = "*" in address, address.endswith("/") or not Path(address).suffix
+    if not is_pattern and not is_folder:
+        return [address]
+    with store(address) as (system, name):
+        found = system.glob(name, detail=True) if is_pattern else system.find(name, detail=True)
+    stem = name.strip("/")
+    if "::" in address or not address.rstrip("/").endswith(stem):  # an address is more than a start and a path
+        raise ValueError(f"cannot look for the images in {address}: write their addresses in a list of pairs")
+    files = sorted(file for file, about in found.items() if about["type"] == "file")
+    if not is_pattern:
+        inside: dict[PurePath, str] = {PurePosixPath(file.removeprefix(name).lstrip("/")): file for file in files}
+        files = [inside[file] for file in _images(inside)]
+    return [address[: address.rfind(stem)] + file.lstrip("/") for file in files]
+
+
+def _from(path: Path | str, root: Path | str) -> str:
+    if isinstance(path, str) or isinstance(root, str):
+        return path if isinstance(path, str) else str(path.absolute())
     path, root = path.absolute(), root.absolute()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from captum_fam._files import irregular
+from captum_fam._files import irregular, opened
 from captum_fam.batch._part import JOB, LOCK, PARTIAL, whole
 from captum_fam.encoders import one_line
 
@@ -42,9 +42,9 @@ def locked(output: Path) -> Iterator[None]:
                         folder.rmdir()
 
 
-def digest(path: Path) -> str:
+def digest(path: Path | str) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

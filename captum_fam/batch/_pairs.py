@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
@@ -12,6 +13,7 @@ from typing import Any, TextIO, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captum_fam._files import opened
 from captum_fam.batch._part import BAD, ROW
 from captum_fam.encoders import one_line
 
@@ -23,7 +25,7 @@ _LEAST, _MOST = 64, 512  # pairs in a part whose size nobody has asked for
 Numbers: TypeAlias = Callable[[pa.ChunkedArray], pa.Array]  # the rows of references in a file of embeddings
 
 
-def write_pairs(pairs: Path, file: Any, part_size: int | None, numbers: Numbers | None = None) -> tuple[int, int]:
+def write_pairs(pairs: Path | str, file: Any, part_size: int | None, numbers: Numbers | None = None) -> tuple[int, int]:
     """
     The columns of a list of pairs as an Arrow file, whose record batch i is part i; the number of pairs, and of those
     in a part.
@@ -64,7 +66,7 @@ def _sized(tables: Iterable[pa.Table], part_size: int | None) -> tuple[int, Iter
 
 
 @contextmanager
-def reading(pairs: Path) -> Iterator[None]:
+def reading(pairs: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a broken file makes Arrow raise many kinds
@@ -73,8 +75,8 @@ def reading(pairs: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_pairs(pairs: Path, numbers: Numbers | None = None) -> Iterator[pa.Table]:
-    suffix = pairs.suffix.lower()
+def _read_pairs(pairs: Path | str, numbers: Numbers | None = None) -> Iterator[pa.Table]:
+    suffix = Path(pairs).suffix.lower()
     if suffix not in LISTS:
         raise ValueError(
             f"cannot read {pairs}: pass a list of pairs, a file that ends in .parquet or .csv, or a folder of images"
@@ -91,9 +93,9 @@ def _read_pairs(pairs: Path, numbers: Numbers | None = None) -> Iterator[pa.Tabl
         yield pa.table(plain)
 
 
-def _of_parquet(pairs: Path) -> Iterator[dict[str, pa.Array]]:
+def _of_parquet(pairs: Path | str) -> Iterator[dict[str, pa.Array]]:
     with reading(pairs):
-        parquet = pq.ParquetFile(pairs)
+        parquet = pq.ParquetFile(pairs if isinstance(pairs, Path) else opened(pairs))
         names = parquet.schema_arrow.names
     columns = _columns(pairs, names)
     with reading(pairs):
@@ -109,11 +111,11 @@ def _of_parquet(pairs: Path) -> Iterator[dict[str, pa.Array]]:
         yield plain
 
 
-def _of_csv(pairs: Path) -> Iterator[dict[str, pa.Array]]:
+def _of_csv(pairs: Path | str) -> Iterator[dict[str, pa.Array]]:
     """Text as it is, 007 is no number; of a row that is not as its header says, BAD has the reason."""
     with reading(pairs):
         delimiter, before = dialect(pairs)
-        stream = pairs.open(encoding="utf-8-sig", newline="")
+        stream = TextIOWrapper(opened(pairs), encoding="utf-8-sig", newline="")
     with stream:
         rows = _rows(pairs, stream, delimiter, before)
         header, bad = next(rows, ([], ""))
@@ -127,7 +129,7 @@ def _of_csv(pairs: Path) -> Iterator[dict[str, pa.Array]]:
             yield found | {BAD: pa.array([bad or None for _, bad in some], pa.string())}
 
 
-def _rows(pairs: Path, stream: TextIO, delimiter: str, before: int) -> Iterator[tuple[list[str], str]]:
+def _rows(pairs: Path | str, stream: TextIO, delimiter: str, before: int) -> Iterator[tuple[list[str], str]]:
     """The rows after so many lines that hold none, the header first, and what is wrong with each, or ""."""
     for _ in range(before):
         stream.readline()
@@ -161,12 +163,12 @@ def _rows(pairs: Path, stream: TextIO, delimiter: str, before: int) -> Iterator[
         yield row, str(bad)
 
 
-def dialect(pairs: Path) -> tuple[str, int]:
+def dialect(pairs: Path | str) -> tuple[str, int]:
     """
     The delimiter, and how many lines come before the header: one that names it, as in Excel's files, or none. It is
     that of a header with the columns query and reference, or else the most frequent of what may be one.
     """
-    with pairs.open(encoding="utf-8-sig", errors="replace") as file:
+    with TextIOWrapper(opened(pairs), encoding="utf-8-sig", errors="replace") as file:
         header = file.readline(2**16)
     if named := re.fullmatch(r'"?sep=([^"\w])"?', header.rstrip("\r\n")):
         return named[1], 1
@@ -175,7 +177,7 @@ def dialect(pairs: Path) -> tuple[str, int]:
     return right[0] if right else max(by, key=lambda one: len(by[one])), 0
 
 
-def _columns(pairs: Path, names: list[str]) -> list[str]:
+def _columns(pairs: Path | str, names: list[str]) -> list[str]:
     for name in ("id", "query", "reference"):
         if names.count(name) != 1 and (name != "id" or name in names):
             near = get_close_matches(name, names, 1)

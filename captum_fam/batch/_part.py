@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_fam._files import irregular, printable, recorded_warnings
+from captum_fam._files import StoreError, irregular, located, printable, recorded_warnings, within
 from captum_fam.batch._work import NAMES, QUERY, REFERENCE, SIDES, Explaining, Failure, Key, Work, in_turn
 from captum_fam.encoders import find_layer, one_line
 from captum_fam.encoders._ready import ready_encoder, running
@@ -64,6 +65,7 @@ _MAP = {"map": pa.list_(pa.float16()), "shape": pa.list_(pa.int32()), "scale": p
 _REFERENCE_MAP = {f"reference_{name}": kind for name, kind in _MAP.items()}
 _COLUMNS = (_MAP, _REFERENCE_MAP)  # of the sides
 _OPEN = b"0" * 64  # in place of a seal
+_PATIENCE = 32  # images that no store gives to a worker that has got none yet
 Warned: TypeAlias = list[tuple[str, str]]  # texts, and the files that they are about, or ""
 
 
@@ -158,8 +160,9 @@ class PartExplainer:
         """``references`` is a file of embeddings, whose rows the pairs name."""
         self.output, self.job, self.encoder, self.layer, self.method = output, job, encoder, layer, method
         self.similarity, self.contrast, self.threshold, self.sides = similarity, contrast, threshold, sides
-        self.references, self.root, self.batch_size = references, Path(root), batch_size
+        self.references, self.root, self.batch_size = references, located(root), batch_size
         self.threads, self.loading = threads, loading
+        self._refused = 0.0  # images, by stores that have given none yet
 
     def __call__(self, part: int) -> tuple[int, Warned]:
         """Writes the file of a part, if there is none; the number of its pairs, and what is doubtful in them."""
@@ -257,11 +260,25 @@ class PartExplainer:
 
     def _image(self, path: str) -> Tensor | Failure:
         """The tensor of an image, or what is wrong with it."""
+        place = within(self.root, path)
         try:
-            return self._explaining.encoder.tensor(read_image(self.root / path))
+            found: Tensor | Failure = self._explaining.encoder.tensor(read_image(place))
+        except StoreError as error:
+            if isinstance(error.__cause__, ImportError):
+                raise
+            self._refused += 1
+            if self._refused >= _PATIENCE:
+                raise ValueError(
+                    f"stores have given none of {_PATIENCE} images: start again, which goes on, when they do, or take"
+                    f" such images out of the list; one of them: {error}"
+                ) from error
+            return Failure("cannot be read", printable(error))
         except Exception as error:  # whatever a broken file makes Pillow raise: it costs its own rows only
             kind = "no such file" if isinstance(error.__cause__, FileNotFoundError) else "cannot be read"
-            return Failure(kind, printable(str(error) if isinstance(error, ValueError) else one_line(error)))
+            found = Failure(kind, printable(str(error) if isinstance(error, ValueError) else one_line(error)))
+        if isinstance(place, str):
+            self._refused = -inf
+        return found
 
 
 def _layer_of(kind: type[Any], model: nn.Module, image: Tensor) -> tuple[str, nn.Module | None]:

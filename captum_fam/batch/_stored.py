@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from captum_fam._checks import warn
+from captum_fam._files import located, within
 from captum_fam.batch._job import read_job, seal
 from captum_fam.batch._part import finished, part_file
 from captum_fam.images import read_image
@@ -44,7 +45,7 @@ class StoredPair:
     reference_map: NDArray[np.float32] | None
     failure: str | None
     error: str | None
-    _root: Path | None = field(repr=False)
+    _root: Path | str | None = field(repr=False)
 
     def images(self) -> tuple[Image.Image, Image.Image]:
         """
@@ -60,7 +61,7 @@ class StoredPair:
             raise ValueError("the references of this job were embeddings, which have no images")
         if self.query is None or self.reference is None:
             raise ValueError(f"this pair has no images: {self.error}")
-        return read_image(self._root / self.query), read_image(self._root / self.reference)
+        return read_image(within(self._root, self.query)), read_image(within(self._root, self.reference))
 
 
 class StoredPairs(Sequence[StoredPair]):
@@ -129,7 +130,7 @@ class StoredPairs(Sequence[StoredPair]):
         return StoredPair(
             map=values(""),
             reference_map=values("reference_"),
-            _root=None if self.job["reference_embeddings"] else Path(self.job["root"]),
+            _root=None if self.job["reference_embeddings"] else located(self.job["root"]),
             **{name: value(name) for name in ("id", "query", "reference", "score", "failure", "error")},
         )
 

@@ -11,7 +11,7 @@ from captum_fam.cli._say import say
 SOME_FAILED = 1  # the status, where others were explained
 
 
-def batch(pairs: Sequence[Path], output: Path, **options: Any) -> int:
+def batch(pairs: Sequence[str], output: Path, **options: Any) -> int:
     try:
         from captum_fam.batch import explain_pairs
     except ImportError as error:

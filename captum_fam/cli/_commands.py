@@ -82,9 +82,9 @@ def encoder_options(function: Callable[..., int | None]) -> Callable[..., int | 
 
 
 @command.command()
-@click.argument("pairs", type=Path, nargs=-1, required=True, metavar="PAIRS...")
+@click.argument("pairs", nargs=-1, required=True, metavar="PAIRS...")
 @click.option("-o", "--output", type=Path, required=True, help="Folder of Parquet files to write, or to finish.")
-@click.option("--root", type=Path, default=Path(), help="Where relative paths start.  [default: the current folder]")
+@click.option("--root", default=".", metavar="PATH", help="Where relative paths start.  [default: the current folder]")
 @click.option(
     "--neighbours", type=click.IntRange(1), help="Of a folder, each image with so many that are most similar to it."
 )
