@@ -87,8 +87,8 @@ def check_square(name: str, side: str, places: int, size: Sequence[int]) -> None
         w = places // h
         if h * w == places and h != w and max(abs(h - w * height / width), abs(w - h * width / height)) < 1:
             raise ValueError(
-                f"Expected `{name}` to tell the grid of the {side}'s {places} places: {isqrt(places)} x"
-                f" {isqrt(places)}, or {h} x {w}, as the image of {height} x {width} pixels has it? Pass"
+                f"Cannot tell the grid of the {side}'s {places} places in `{name}`: {isqrt(places)} x"
+                f" {isqrt(places)}, or {h} x {w}, as the image of {height} x {width} pixels suggests. Pass"
                 f" {name}.reshape(-1, h, w, h', w')."
             )
 

@@ -227,7 +227,7 @@ BAD = {
     "a contrast to others": ({"contrast": "rest"}, '`contrast` of explain_pairs to be "self" or None'),
     "both": ({"contrast": "self", "threshold": 0.5}, "Expected `contrast` or `threshold`, but got both"),
     "no finite threshold": ({"threshold": float("nan")}, "a finite score"),
-    "self by a distance": ({"contrast": "self", "similarity": "euclidean"}, "similar to itself"),
+    "self by a distance": ({"contrast": "self", "similarity": "euclidean"}, "with itself"),
     "self of scores": ({"contrast": "self", "method": "Relax"}, "Relax"),
     "self of places": ({"contrast": "self", "method": "CorrespondenceMap"}, "CorrespondenceMap"),
     "a layer of none": ({"method": "Relax", "layer": "3"}, "Relax takes no layer: leave out --layer"),
@@ -314,7 +314,7 @@ def test_maps_and_margins_of_opposite_sign_are_counted_on_each_side(photos, smal
         assert not rows or 0 < sum(opposite) < len(opposite)
         counts += [f"{sum(opposite)} maps of the {name}"] if rows else []
     (text,) = [str(w.message) for w in warned if "other sign" in str(w.message)]
-    assert text.startswith(f"{' and '.join(counts)}, of {len(PAIRS)} pairs, add up to the other sign than score -")
+    assert text.startswith(f"{' and '.join(counts)}, of {len(PAIRS)} pairs, add up to the opposite sign of score -")
     # Said of the whole job by the run that finishes it, whichever parts that makes.
     Path("out/part-000001.parquet").unlink()
     for _ in range(2):

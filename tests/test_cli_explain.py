@@ -387,7 +387,7 @@ def test_a_map_and_a_margin_of_opposite_sign_come_with_a_word(run, figures, thre
     monkeypatch.setattr(FeatureActivationMap, "_maps", lambda *a, **k: [-M for M in maps(*a, **k)])
     out = run(*arguments)[1].splitlines()
     note = (
-        "FeatureActivationMap: contrast to reference 2: the map for 1 adds up to the other sign than the margin: FAM's"
+        "FeatureActivationMap: contrast to reference 2: the map for 1 adds up to the opposite sign of the margin: FAM's"
         " places do not add up to the margin; see --method SimilarityDecomposition"
     )
     assert [line for line in out if line.startswith("note")] == [f"note: {note}"]
@@ -413,7 +413,7 @@ def test_the_map_of_a_reference_that_was_asked_the_same_comes_with_a_word_too(re
             assert reference["margin"] < 0
             assert reference["reference_maps"]["FeatureActivationMap"]["mean"] > 0
         (note,) = found["notes"]
-        assert f"less the threshold 0.999: {words} up to the other sign than the margin: FAM's places" in note
+        assert f"less the threshold 0.999: {words} up to the opposite sign of the margin: FAM's places" in note
     # Of other references it is the query alone that is asked.
     calls.clear()
     assert not report(*three, *options[:2], "--contrast", "self")["notes"]

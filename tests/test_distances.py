@@ -286,7 +286,7 @@ def test_self_and_threshold_take_a_share_of_the_score_with_itself_which_a_distan
 
     for asked, share in (({"contrast": "self"}, None), ({"threshold": 0.3}, 0.3)):
         if not distance.is_inverted:
-            with pytest.raises(ValueError, match=r"self|`threshold`.*similar to itself.*0"):
+            with pytest.raises(ValueError, match=r"self|`threshold`.*with itself.*0"):
                 fam.attribute(INPUTS, 2, **asked)
             continue
         expected = torch.stack([map_by_hand(encoder, image, partial(less, share)) for image in INPUTS])

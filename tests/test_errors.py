@@ -436,7 +436,7 @@ def test_a_distance_has_no_contrast_with_itself_and_no_threshold(method, ask, qu
 @each_question
 def test_a_distance_of_one_s_own_has_none_either(ask, question):
     name = "contrast='self'" if "contrast" in question else "`threshold`"
-    with pytest.raises(ValueError, match=rf"{name}.*similar to itself.*0, as of a distance"):
+    with pytest.raises(ValueError, match=rf"{name}.*with itself.*0, as for a distance"):
         ask(explainer(similarity=lambda z, s: -(z - s).abs()), **question)
 
 

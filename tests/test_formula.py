@@ -287,7 +287,7 @@ def manhattan(z, s):
 def test_a_distance_has_neither_self_nor_threshold(similarity, less, name, call):
     encoder = seeded(HeadEncoder)
     fam = FeatureActivationMap(encoder, encoder.layer, similarity=similarity)
-    with pytest.raises(ValueError, match=rf"{name}.*similar to itself.*\"cosine\" or \"dot\""):
+    with pytest.raises(ValueError, match=rf"{name}.*with itself.*\"cosine\" or \"dot\""):
         getattr(fam, call)(X, reference_embedding=random(1, 4), **less)
 
 

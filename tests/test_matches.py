@@ -254,7 +254,7 @@ def test_a_square_grid_is_not_taken_where_the_image_says_another(size, places, g
         check_squares("m", matrix, images)
         return
     with pytest.raises(
-        ValueError, match=rf"`m` to tell the grid of the {side}'s {places} places.*or {grid}, as.*Pass m"
+        ValueError, match=rf"grid of the {side}'s {places} places in `m`.*or {grid}, as.*Pass m"
     ):
         check_squares("m", matrix, images)
     check_squares("m", matrix[None, :, None], images)

@@ -557,7 +557,7 @@ def test_a_distance_has_nothing_beyond_the_input_itself(options, less):
         lambda: decomposition.attribute_all(X, reference_embedding=REFERENCES, **less),
         lambda: decomposition.attribute_pair(X, X.flip(0), **less),
     ):
-        with pytest.raises(ValueError, match=rf"{next(iter(less))}.*needs a similarity.*\"cosine\" or \"dot\""):
+        with pytest.raises(ValueError, match=rf"{next(iter(less))}.*compares with.*\"cosine\" or \"dot\""):
             call()
         assert state(encoder, X) == before
 

@@ -357,7 +357,7 @@ def test_pairs_whose_map_speaks_for_the_other_decision_are_named():
         found, texts = warned(functools.partial(explain, **options))
         wrong = opposed(found)
         assert wrong
-        (text,) = [t for t in texts if "do not have the total of their decision" in t]
+        (text,) = [t for t in texts if "do not add up to score - threshold" in t]
         assert reason in text
         named = eval(text.split("pairs ")[1].split("]")[0] + "]")
         assert set(named) >= set(wrong)
@@ -368,7 +368,7 @@ def test_pairs_whose_map_speaks_for_the_other_decision_are_named():
 def test_many_pairs_are_not_all_printed():
     images, others = random(30, 3, 8, 8), random(30, 3, 8, 8, seed=2)
     _, texts = warned(lambda: explain(HEAD, 0.9, images, others))
-    (text,) = [t for t in texts if "do not have the total of their decision" in t]
+    (text,) = [t for t in texts if "do not add up to score - threshold" in t]
     assert "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9] and 20 more" in text
 
 

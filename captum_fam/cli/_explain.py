@@ -146,9 +146,7 @@ def asked_of(
     """What is taken away from the scores, in the words of the options; a reference is given by its number from 1."""
     if threshold is not None:
         if contrast is not None:
-            raise ValueError(
-                "--contrast and --threshold were both given: name one, for each takes something from the score"
-            )
+            raise ValueError("--contrast and --threshold were both given: name one")
         if not math.isfinite(threshold):
             raise ValueError(f"--threshold must be a finite score, but got {threshold}")
         return Asked(None, threshold, "--threshold", f"less the threshold {threshold:g}")
@@ -186,8 +184,8 @@ def _notes(
         unlike = [reference.number for reference in kept]
     if unlike:
         notes.append(
-            f"{asked.option}: for {_listed(unlike)}, scores of images and of sentences are taken from each other, which"
-            " lie apart in most encoders, whatever they show; contrast images with images, and sentences with sentences"
+            f"{asked.option}: for {_listed(unlike)}, scores of images and of sentences are compared, which"
+            " differ in most encoders, whatever they show; contrast images with images, and sentences with sentences"
         )
     sides = {"for": False} | ({"of": True} if asked.of_each_side else {})
     for row in rows:
@@ -197,7 +195,7 @@ def _notes(
             label = " ".join(row.label.split())
             adds = "adds" if len(words) == 1 else "add"
             why = why_opposite(type(row.method), row.method.similarity)
-            notes.append(f"{label}: {' and '.join(words)} {adds} up to the other sign than the margin: {why}")
+            notes.append(f"{label}: {' and '.join(words)} {adds} up to the opposite sign of the margin: {why}")
     return notes
 
 

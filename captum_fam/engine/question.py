@@ -113,9 +113,9 @@ class Question:
         score = method.contributions(wide, t).sum(2, keepdim=True)
         if (usable(z) & (score[:, 0, 0] == 0)).any():
             raise ValueError(
-                f"{'contrast=' + repr(self.less) if isinstance(self.less, str) else '`threshold`'} needs a similarity"
-                " by which an embedding is similar to itself, but here that score is 0, as of a distance; pass"
-                ' similarity="cosine" or "dot", or contrast with another reference.'
+                f"{'contrast=' + repr(self.less) if isinstance(self.less, str) else '`threshold`'} compares with the"
+                ' score of an input with itself, but here that is 0, as for a distance. Pass similarity="cosine" or'
+                ' "dot", or contrast with another reference.'
             )
         return (t / torch.where(score == 0, torch.ones_like(score), score)).to(z.dtype)
 
@@ -200,7 +200,7 @@ def less_of(contrast: Any, threshold: Any, similarity: Similarity | None, refere
         if not math.isfinite(threshold):
             raise ValueError(f"Expected `threshold` to be a finite score, but got {threshold}.")
         if contrast is not None:
-            raise ValueError("Expected `contrast` or `threshold`, but got both; a threshold is a contrast of its own.")
+            raise ValueError("Expected `contrast` or `threshold`, but got both; pass one of them.")
     if contrast is None and threshold is None:
         return None
     if isinstance(contrast, str) and contrast not in ("rest", "self"):
@@ -211,8 +211,8 @@ def less_of(contrast: Any, threshold: Any, similarity: Similarity | None, refere
         what = "`threshold`" if contrast is None else 'contrast="self"'
         if similarity == "euclidean":
             raise ValueError(
-                f'{what} needs a similarity by which an embedding is similar to itself; for "euclidean" that score is'
-                ' 0. Pass similarity="cosine" or "dot", or contrast with another reference.'
+                f'{what} compares with the score of an input with itself, but for "euclidean" that is 0. Pass'
+                ' similarity="cosine" or "dot", or contrast with another reference.'
             )
         if threshold is not None and similarity == "cosine" and abs(threshold) > 1:
             warn(

@@ -173,9 +173,8 @@ class SimilarityAttribution(Attribution):
         """Refuses what takes away a share of the input's own, where that cannot be done."""
         if not self._of_terms and (threshold is not None or (isinstance(contrast, str) and contrast == "self")):
             raise ValueError(
-                f"{type(self).__name__} has no {'contrast=' + repr(contrast) if threshold is None else 'threshold'}:"
-                " what an input has with itself cannot be taken away from its map. FeatureActivationMap and"
-                " SimilarityDecomposition have both."
+                f"{type(self).__name__} has no {'contrast=' + repr(contrast) if threshold is None else 'threshold'};"
+                " FeatureActivationMap and SimilarityDecomposition have it."
             )
 
     def _embed_changed(

@@ -210,8 +210,9 @@ class EpisodeExplanation(Explanation):
         _check_means(decision, method.embed(image), method.embed(support), groups)
         if decision.decomposed not in (None, method._similarity()):
             raise ValueError(
-                "The scores of this classifier are distances, which are no sums over places; their squares are, and"
-                " order the classes alike. Pass method=SimilarityDecomposition to explain_episode."
+                "The scores of this classifier are distances, which cannot be split over places. Pass"
+                " method=SimilarityDecomposition to explain_episode: it explains the squared distance, which gives the"
+                " same order."
             )
         count = 1 + len(groups) + (control is not None)
         if titles is None:
@@ -285,7 +286,7 @@ def check_own_share(decision: Decision, classifier: Any = None) -> None:
     if decision.scores is not None and decision.similarity not in ("cosine", "dot"):
         name = "This classifier" if classifier is None else type(classifier).__name__
         raise ValueError(
-            f"{name} decides by a distance, by which an image is not similar to itself, so it has neither"
+            f"{name} decides by a distance, so it has neither"
             ' contrast="self" nor a threshold: contrast with another class, or explain SimpleShot, or its encoder with'
             ' similarity="cosine".'
         )

@@ -229,6 +229,6 @@ def _warnings_of_totals(found: VerificationExplanation, method: SimilarityAttrib
         reason = "no place has the rest, see `missing`, which comes from biases or another such step behind the layer."
     named = f"{pairs[:_NAMED]}" + (f" and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else "")
     return [
-        f"The maps of pairs {named} do not have the total of their decision: it has another sign than score -"
-        f" threshold{', or misses more than half of it' if to_first_order else ''}; {reason}"
+        f"The maps of pairs {named} do not add up to score - threshold: their mean has the opposite"
+        f" sign{', or misses more than half of it' if to_first_order else ''}; {reason}"
     ]
