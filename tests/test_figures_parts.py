@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose
 
 from captum_fam import SharedPartsExplanation, visualize_parts
-from captum_fam.visualization._parts import _colours
+from captum_fam.methods.factorisation import USUAL
+from captum_fam.visualization._parts import part_colours
 
 pytestmark = [pytest.mark.filterwarnings("error::UserWarning"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
@@ -79,10 +80,36 @@ def test_each_place_has_the_colour_of_its_strongest_part_as_opaque_as_it_is_stro
 
 @pytest.mark.parametrize("n", [1, 6, 9, 10, 20])
 def test_parts_have_colours_of_their_own_and_none_is_grey(n):
-    colours = _colours(n)
+    colours = part_colours(n)
     assert colours.shape == (n, 4)
     assert len(np.unique(colours.round(3), axis=0)) == n
     assert (np.ptp(colours[:, :3], axis=1) > 0.2).all()
+
+
+# What is left of linear red, green and blue to eyes without one kind of cone: Machado, Oliveira, Fernandes (2009),
+# severity 1.
+EYES = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
+
+
+def lab(linear):
+    """CIELAB (n, 3) of linear sRGB, white D65."""
+    x, y, z = np.cbrt(linear.clip(1e-3, 1) @ XYZ.T / XYZ.sum(1)).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_the_colours_of_the_usual_parts_are_told_apart_by_the_colour_blind(eyes):
+    colours = part_colours(USUAL)[:, :3]
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = lab(linear @ np.array(EYES[eyes]).T)
+    apart = np.linalg.norm(seen[:, None] - seen, axis=2)[~np.eye(USUAL, dtype=bool)]
+    assert apart.min() > 12  # 2.3 is just noticeable, of two areas side by side
 
 
 def test_titles_and_normalised_images():

@@ -22,19 +22,25 @@ from captum_fam.explorer._computed import (
     OWN,
     REST,
     SCORE,
+    SHARED,
     Found,
     Method,
     Mode,
     columns,
     of_matrices,
     of_methods,
+    planes,
 )
-from captum_fam.explorer._stored import grid, matrix, numbers, picture
+from captum_fam.explorer._stored import digits, grid, matrix, numbers, picture
 from captum_fam.images import write_whole
+from captum_fam.methods.shared_parts import SharedPartsExplanation
+from captum_fam.similarity import nonzero
 from captum_fam.visualization import Pictures, Values, pictures
+from captum_fam.visualization._parts import part_colours
 
 # The whole maps, in the order in which the page offers them; it opens with the first.
 _MAPS = (OWN, REST, COMMON, MADE, ALIKE)
+_INSERTED = ("page.css", "parts.js", "page.js")  # in page.html
 _HEIGHT = 860  # pixels of the page in a notebook
 _FULL = 0.999  # the quantile of a mode's entries at which their colour is full
 
@@ -57,14 +63,11 @@ class PairExplorer:
     @property
     def html(self) -> str:
         """The whole page."""
-        page, style, script = (
-            (files(__package__) / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-        )
+        page, *parts = ((files(__package__) / name).read_text(encoding="utf-8") for name in ("page.html", *_INSERTED))
         # Text of others is in the data alone, where no < can end it. Names of files may be no text: escaped.
         data = json.dumps(self._data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-        parts = {"/* page.css */": style, "/* page.js */": script, "/* data */": data}
-        for name, content in parts.items():
-            page = page.replace(name, content, 1)
+        for name, content in zip([*_INSERTED, "data"], [*parts, data]):
+            page = page.replace(f"/* {name} */", content, 1)
         return page
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -109,7 +112,9 @@ def explore_pair(
     :meth:`SimilarityDecomposition.attribute_matrix` gives them: a row of the matrix adds up to what its place
     contributes, all rows to the score, and the page prints the sums and what is missing. *Looks alike* shows the
     cosines of :meth:`CorrespondenceMap.attribute_matrix`, of which the score is not made. Beside these it has whole
-    maps of both images, the scores of all references, and a control to compare with.
+    maps of both images, the scores of all references, and a control to compare with. With a
+    :class:`~captum_fam.SharedParts`, a third mode, *shared parts*, shows both images in the colours of their parts,
+    as :func:`~captum_fam.visualize_parts` does, and what each part adds to the score.
 
     Args:
         query (Tensor): One image (1, C, H, W), ready for the encoder. With matrices, any picture, as in
@@ -119,9 +124,9 @@ def explore_pair(
         method (a method, a list of them, Tensor, array or dict): A :class:`~captum_fam.SimilarityDecomposition` or
                     :class:`~captum_fam.IntegratedDecomposition` for the first mode, a
                     :class:`~captum_fam.CorrespondenceMap` for the second, a
-                    :class:`~captum_fam.FeatureActivationMap` for its map, or a list of them. The others are made,
-                    with the same encoder and layer. With ``n_steps``, the parts add up to the score for every
-                    encoder.
+                    :class:`~captum_fam.FeatureActivationMap` for its map, a :class:`~captum_fam.SharedParts` for
+                    the third mode, or a list of them. The others, but for shared parts, are made, with the same
+                    encoder and layer. With ``n_steps``, the parts add up to the score for every encoder.
 
                     Or matrices that are computed already, (K, N, N') of square grids or (K, h, w, h', w'), or a
                     dict of such matrices by the names of their modes.
@@ -225,7 +230,9 @@ def _explorer(
         titles = ["query", *(f"reference {k + 1}" if many else "reference" for k in range(len(found) - control))]
         titles += ["control"] * control
     judged = found[: len(found) - control]  # scales are theirs, and the control is seen on them
-    scales = {name: _scale(name, [one.modes[name].values for one in judged]) for name in found[0].modes}
+    scales: dict[str, Any] = {name: _scale(name, [one.modes[name].values for one in judged]) for name in found[0].modes}
+    if found[0].parts is not None:
+        scales[SHARED] = {"colours": _colours(found[0].parts.maps.shape[1])}
     maps = [name for name in _MAPS if name in found[0].maps]
     return PairExplorer(
         {
@@ -240,7 +247,8 @@ def _explorer(
                 {
                     **_pictured(title, image),
                     "score": None if one.score is None or not isfinite(one.score) else float(f"{one.score:.6g}"),
-                    "modes": {name: _mode(name, mode, one.score) for name, mode in one.modes.items()},
+                    "modes": {name: _mode(name, mode, one.score) for name, mode in one.modes.items()}
+                    | ({} if one.parts is None else {SHARED: _parts(one.parts, one.score)}),
                     "maps": {
                         name: {"query": grid(here), "reference": None if there is None else grid(there)}
                         for name, (here, there) in one.maps.items()
@@ -292,14 +300,42 @@ def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:
     rests = {"query_rest": mode.query_rest, "reference_rest": mode.reference_rest}
     sums |= {side: rest.sum().item() for side, rest in rests.items() if rest is not None}
     sums |= mode.rest
-    if name == SCORE and score is not None:
-        together = sum(sums.values())
-        sums |= {"sum": together, "score": score, "remainder": score - together}
     return {
         **matrix(mode.values),
         **{side: None if rest is None else numbers(rest) for side, rest in rests.items()},
-        "sums": {part: value for part, value in sums.items() if isfinite(value)},
+        "sums": _added_up(sums, score if name == SCORE else None),
     }
+
+
+def _parts(found: SharedPartsExplanation, score: float | None) -> dict[str, Any]:
+    """How strong the parts of a pair are, where 1 is the strongest place of both images, and their shares."""
+    sides = [planes(maps, 1) for maps in (found.maps, found.reference_maps)]
+    strengths = torch.cat([side.flatten(1) for side in sides], 1)
+    shares = found.shares[0].double()
+    own = shares.diagonal()
+    sums = {f"part {n}": share for n, share in enumerate(own.tolist(), start=1)}
+    sums |= {"others": (shares.sum() - own.sum()).item(), "no_part": found.residual.item()}
+    return {
+        "query": list(sides[0].shape[1:]),
+        "reference": list(sides[1].shape[1:]),
+        "whole": digits((strengths / nonzero(strengths.max())).numpy())[0],
+        "totals": numbers(found.totals[0]),
+        "sums": _added_up(sums, score),
+    }
+
+
+def _colours(n_parts: int) -> list[list[int]]:
+    """Red, green and blue of each part, up to 255."""
+    colours: list[list[int]] = (part_colours(n_parts)[:, :3] * 255).round().astype(int).tolist()
+    return colours
+
+
+def _added_up(sums: dict[str, float], score: float | None) -> dict[str, float]:
+    """The parts of a score, if there is one, with their sum and what is missing."""
+    if score is not None:
+        together = sum(sums.values())
+        sums = {**sums, "sum": together, "score": score, "remainder": score - together}
+    return {part: value for part, value in sums.items() if isfinite(value)}
 
 
 def _listed(given: Pictures) -> list[Any]:

@@ -18,6 +18,7 @@ from captum_fam.methods.correspondence_map import CorrespondenceMap
 from captum_fam.methods.dimension_attribution import DimensionAttribution
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.integrated_decomposition import IntegratedDecomposition
+from captum_fam.methods.shared_parts import SharedParts, SharedPartsExplanation
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.similarity import channel_contributions, nonzero, norm, widen
 
@@ -25,10 +26,10 @@ from captum_fam.similarity import channel_contributions, nonzero, norm, widen
 # of a spatial mean are what they are without it.
 STEPS, BASELINE = 8, "zero"
 
-SCORE, ALIKE = "score", "alike"  # modes with words of their own
+SCORE, ALIKE, SHARED = "score", "alike", "shared parts"  # modes with words of their own
 OWN, COMMON, MADE, REST = "own", "common", "made", "rest"  # maps, with "alike"
 
-Method = SimilarityDecomposition | CorrespondenceMap | FeatureActivationMap
+Method = SimilarityDecomposition | CorrespondenceMap | FeatureActivationMap | SharedParts
 
 
 @dataclass
@@ -46,11 +47,15 @@ class Mode:
 
 @dataclass
 class Found:
-    """Of one reference: its score, modes and maps by their names; maps are (h, w) of the query and the reference."""
+    """
+    Of one reference: its score, modes and maps by their names; maps are (h, w) of the query and the reference. With
+    the parts of this pair, there is one more mode.
+    """
 
     score: float | None = None
     modes: dict[str, Mode] = field(default_factory=dict)
     maps: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    parts: SharedPartsExplanation | None = None
 
 
 def of_matrices(given: Any, shown: list[Image.Image]) -> list[Found]:
@@ -86,7 +91,7 @@ def of_methods(
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The places of layer")  # the page says what is missing from the sum
-        decomposition, correspondence, fam, match = _all_of(methods, query)
+        decomposition, correspondence, fam, match, parts = _all_of(methods, query)
         z, s = widen(match.embed(query)), widen(match.embed(images))
         p = torch.stack([s[group].mean(0) for group in groups])
         similarity: Any = match.similarity
@@ -95,6 +100,9 @@ def of_methods(
         with warnings.catch_warnings():
             # These call the query a reference; the maps below say the same of the right side.
             warnings.filterwarnings("ignore", "Embeddings are zero or not finite")
+            if parts is not None:  # explore_pair alone takes it: a group is one image
+                for one, image in zip(found, images):
+                    one.parts = parts.explain(query, image[None])
             _decompose(decomposition, query, images, groups, (z, s, p), found)
         _compare(correspondence, query, images, groups, found)
         K = len(groups) - control
@@ -102,22 +110,25 @@ def of_methods(
             if contrast is None or similarity != "euclidean":  # by which nothing is particular to a match
                 here = method.attribute_all(query, reference_embedding=p, contrast=contrast)
                 there = _of_groups(method, images, groups, p, z, contrast)
-                for one, plane, group in zip(found, _planes(here, 1), groups):
+                for one, plane, group in zip(found, planes(here, 1), groups):
                     one.maps[name] = plane, _side_by_side(there, group)
         if K > 1:
             rest = match.attribute_all(query, reference_embedding=p[:K], contrast="rest")
-            for one, plane in zip(found[:K], _planes(rest, 1)):
+            for one, plane in zip(found[:K], planes(rest, 1)):
                 one.maps[REST] = plane, None
     return found, similarity
 
 
 def _all_of(
     methods: list[Method], query: Tensor
-) -> tuple[SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap, SimilarityDecomposition]:
+) -> tuple[
+    SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap, SimilarityDecomposition, SharedParts | None
+]:
     """
-    The two methods that give matrices, FAM, and the decomposition of the first order, for maps.
+    The two methods that give matrices, FAM, the decomposition of the first order, for maps, and that of shared parts,
+    if it was given.
     """
-    types = SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap
+    types = SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap, SharedParts
     given: dict[type, list[Any]] = {type_: [m for m in methods if isinstance(m, type_)] for type_ in types}
     if (
         not methods
@@ -125,8 +136,8 @@ def _all_of(
         or sum(map(len, given.values())) < len(methods)
     ):
         raise TypeError(
-            "Expected `method` to be a SimilarityDecomposition, an IntegratedDecomposition, a CorrespondenceMap or a"
-            " FeatureActivationMap, a list of different ones, or matrices, but got"
+            "Expected `method` to be a SimilarityDecomposition, an IntegratedDecomposition, a CorrespondenceMap, a"
+            " FeatureActivationMap or a SharedParts, a list of different ones, or matrices, but got"
             f" {[type(m).__name__ for m in methods]}."
         )
     first = methods[0]
@@ -139,7 +150,7 @@ def _all_of(
         raise ValueError("Expected methods of one encoder, but got several encoders; explore them one by one.")
     args: Any = (first._encoder(), layer, first.device_ids)
     options: Any = {"output_selector": first._selector(), "reshape_transform": first.reshape_transform}
-    scored = [*given[SimilarityDecomposition], *given[FeatureActivationMap]] or methods
+    scored = [m for m in methods if not isinstance(m, CorrespondenceMap)] or methods
     similarity: Any = scored[0]._similarity()
     if any(m._similarity() != similarity for m in scored):
         raise ValueError("Expected methods of one similarity, but got several; explore them one by one.")
@@ -156,7 +167,8 @@ def _all_of(
     for own in given[FeatureActivationMap]:
         fam = copy(own)  # that of a SimilarityScore has references of its own
         fam.forward_func, fam.similarity, fam.output_selector = args[0], similarity, options["output_selector"]
-    return decomposition, correspondence, fam, SimilarityDecomposition(*args, similarity=similarity, **options)
+    first_order = SimilarityDecomposition(*args, similarity=similarity, **options)
+    return decomposition, correspondence, fam, first_order, next(iter(given[SharedParts]), None)
 
 
 def _last(method: Method, query: Tensor) -> Any:
@@ -192,7 +204,7 @@ def _decompose(
     def shares(parts: Tensor, *shape: int) -> Tensor:
         return (times[:, None] * parts.cpu().double().flatten(1)).reshape(len(s), *shape)
 
-    there, here = (_planes(maps).shape[1:] for maps in method.attribute_pair(images, query))  # the grids
+    there, here = (planes(maps).shape[1:] for maps in method.attribute_pair(images, query))  # the grids
     integrated = method.n_steps is not None
     made: Any = method.attribute_matrix(images, query, return_baselines=integrated)
     matrices, *rests = made if integrated else [made]
@@ -224,7 +236,7 @@ def _compare(
         """Of matches (n, N, h, w) with each image, those with each group (n, K, h, w)."""
         return torch.stack([maps[:, group].amax(1) for group in groups], 1).cpu().double()
 
-    there = _planes(method.attribute(images, reference=query))
+    there = planes(method.attribute(images, reference=query))
     here = best(method.attribute_all(query, reference=images))
     cosines: Any = method.attribute_matrix(images, query)
     if len(groups) > 1 and method.background is None:
@@ -249,7 +261,7 @@ def _of_groups(
         owners[group] = k
     method = copy(method)
     method.weights = lambda *_: f[owners]  # type: ignore[method-assign]
-    return _planes(method.attribute(images, reference_embedding=z))
+    return planes(method.attribute(images, reference_embedding=z))
 
 
 def _side_by_side(parts: Tensor, group: list[int]) -> Tensor:
@@ -262,7 +274,7 @@ def columns(count: int) -> int:
     return next(n for n in range(1, count + 1) if count % n == 0 and n * n >= count)
 
 
-def _planes(maps: Any, at: int = 0) -> Tensor:
+def planes(maps: Any, at: int = 0) -> Tensor:
     """Maps (K, h, w), in double precision on the CPU, of (K, 1, h, w), or with ``at=1`` of (1, K, h, w)."""
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         raise ValueError(f"Expected a layer that gives one map (B, C, h, w), but got attributions {describe(maps)}.")

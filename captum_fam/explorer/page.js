@@ -17,6 +17,7 @@ const MODES = {
   __proto__: null, // else it has a "constructor"
   score: ["explains the score", "What each pair of places adds to the score; the table below adds them up."],
   alike: ["looks alike", "Cosine of what the network sees at two places. The score is not made of it."],
+  "shared parts": ["shared parts", "What both images have, and what each part adds to the score."],
 };
 const MAPS = {
   own: ["particular to this match", "Red places make this match; blue ones are less alike than the whole images (\"self\")."],
@@ -32,6 +33,8 @@ const PARTS = {
   reference_rest: "places of the reference with the query's baseline",
   rest: "both baselines, which no place has",
   lengths: "minus the squared lengths of both embeddings",
+  others: "other pairs of parts",
+  no_part: "no part",
   sum: "together",
   score: "the score, of the whole embeddings",
   remainder: "what is missing",
@@ -45,8 +48,9 @@ const state = {
   mode: data.names[0],
   map: first,
   opacity: 1,
-  at: null, // what is pointed at: {side, x, y}, shares of the image's width and height
+  at: null, // what is pointed at: {side, x, y}, shares of the image's width and height; or {part}, in the table
   pins: [], // pairs that are kept, in the same form: grids of other modes have other places
+  part: null, // the part that is kept
 };
 
 const element = (id) => document.getElementById(id);
@@ -131,22 +135,27 @@ function strongest() {
 
 /* Drawing */
 
-function paint(side, values, [h, w], centre, limit) {
+// Each place in a colour, with an opacity from 0 to 1; or the image alone.
+function paint(side, [h, w], colourOf) {
   const stage = element(side);
   const canvas = stage.querySelector("canvas");
   canvas.width = w;
   canvas.height = h;
-  stage.classList.toggle("covered", Boolean(values) && state.opacity > 0);
-  if (!values) return;
+  stage.classList.toggle("covered", Boolean(colourOf) && state.opacity > 0);
+  if (!colourOf) return;
   const context = canvas.getContext("2d");
   const image = context.createImageData(w, h);
-  values.forEach((value, i) => {
-    const share = Number.isFinite(value) ? (value - centre) / limit : 0;
-    const colour = share > 0 ? RED : BLUE;
-    image.data.set([...colour, Math.round(255 * STRONGEST * state.opacity * Math.min(1, Math.abs(share)))], 4 * i);
-  });
+  for (let i = 0; i < h * w; i++) {
+    const [colour, share] = colourOf(i);
+    image.data.set([...colour, Math.round(255 * STRONGEST * state.opacity * Math.min(1, share))], 4 * i);
+  }
   context.putImageData(image, 0, 0);
 }
+
+const redOrBlue = (values, centre, limit) => (i) => {
+  const share = Number.isFinite(values[i]) ? (values[i] - centre) / limit : 0;
+  return [share > 0 ? RED : BLUE, Math.abs(share)];
+};
 
 function box(side, place, number, kinds) {
   const [h, w] = mode()[side];
@@ -168,6 +177,12 @@ function box(side, place, number, kinds) {
 const isSame = (one, two) => one.side === two.side && one.place === two.place;
 
 function draw() {
+  document.querySelectorAll(".box").forEach((old) => old.remove());
+  if (isParts()) drawParts();
+  else drawMatches();
+}
+
+function drawMatches() {
   // On a coarser grid, two points may be one place.
   const kept = state.pins.map(pairOf).filter((pair, i, all) => all.findIndex((one) => isSame(one, pair)) === i);
   const pointed = state.at && pairOf(state.at);
@@ -176,7 +191,6 @@ function draw() {
   if (pointed && again < 0) pairs.push(pointed);
   const current = pointed || kept[kept.length - 1] || null;
 
-  document.querySelectorAll(".box").forEach((old) => old.remove());
   pairs.forEach((pair, i) => {
     const kinds = (current && isSame(pair, current) ? " here" : "") + (i < kept.length ? " kept" : "");
     box(pair.side, pair.place, i + 1, kinds);
@@ -190,18 +204,19 @@ function draw() {
 }
 
 function drawLine(pair) {
-  const scale = data.modes[state.mode];
-  paint(other(pair.side), line(mode(), pair.side, pair.place), mode()[other(pair.side)], scale.centre, scale.limit);
-  paint(pair.side, null, mode()[pair.side]);
-  bar(scale.centre, scale.limit);
+  const {centre, limit} = data.modes[state.mode];
+  const there = other(pair.side);
+  paint(there, mode()[there], redOrBlue(line(mode(), pair.side, pair.place), centre, limit));
+  paint(pair.side, mode()[pair.side], null);
+  bar(centre, limit);
 }
 
 function drawMap() {
   const maps = reference().maps[state.map];
   for (const side of SIDES) {
     const map = maps && maps[side];
-    if (map) paint(side, map.values, map.shape, 0, data.limits[state.map]);
-    else paint(side, null, [1, 1]);
+    if (map) paint(side, map.shape, redOrBlue(map.values, 0, data.limits[state.map]));
+    else paint(side, [1, 1], null);
   }
   bar(0, maps ? data.limits[state.map] : null);
 }
@@ -237,6 +252,13 @@ function shares(value) {
   return average > 0 ? `, ${minus((value / average).toFixed(1))}\u00a0\u00d7 the average pair` : "";
 }
 
+// What something adds.
+function toScore(value) {
+  const {score} = reference();
+  const share = score > 0 ? ` (${minus(((100 * value) / score).toFixed(1))}% of it)` : "";
+  return signed(value) + (score === null ? "" : ` to the score of ${short(score)}${share}`);
+}
+
 function tell(pair) {
   element("live").textContent = pair ? sentence(pair) : overview();
 }
@@ -263,11 +285,8 @@ function sentence(pair) {
   if (state.mode !== "score") return `${here}, matches best ${best}: ${short(value)}. All of its matches add up to ${short(sum)}.`;
   const rests = mode()[`${side}_rest`];
   const rest = rests ? rests[place] : 0;
-  const score = reference().score;
-  const share = score > 0 ? ` (${minus(((100 * (sum + rest)) / score).toFixed(1))}% of it)` : "";
-  const total = score === null ? "" : ` to the score of ${short(score)}${share}`;
   const more = rest ? `: ${signed(sum)} with the places of the ${other(side)}, ${signed(rest)} with its baseline` : "";
-  return `${here}, adds ${signed(sum + rest)}${total}${more}. Its best match is ${best}: ${signed(value)}${shares(value)}.`;
+  return `${here}, adds ${toScore(sum + rest)}${more}. Its best match is ${best}: ${signed(value)}${shares(value)}.`;
 }
 
 function list(pairs) {
@@ -285,21 +304,30 @@ function list(pairs) {
 
 function tables() {
   const body = element("sums").tBodies[0];
+  const buttons = () => [...body.querySelectorAll("button")];
+  const focused = buttons().indexOf(document.activeElement);
+  element("switches")[isParts() ? "before" : "after"](element("sums").parentElement);
   body.replaceChildren(
     ...Object.entries(mode().sums).map(([part, value]) => {
       const row = document.createElement("tr");
       const [name, number] = [document.createElement("th"), document.createElement("td")];
       name.scope = "row";
-      name.textContent = part === "score" && similarity ? `${PARTS.score} (${similarity})` : PARTS[part];
+      name.textContent = part === "score" && similarity ? `${PARTS.score} (${similarity})` : PARTS[part] || part;
       number.textContent = minus(value.toFixed(6)).replace(/^\u2212(0\.0+)$/, "$1");
       number.dataset.part = part;
       number.dataset.value = value;
       row.className = part === "sum" ? "total" : "";
       row.append(name, number);
+      if (isParts()) drawBar(row, part, value);
       return row;
     }),
   );
-  element("sums-title").textContent = state.mode === "score" ? "What adds up to the score" : "In numbers";
+  if (focused >= 0 && isParts()) buttons()[focused].focus();
+  element("sums-title").textContent = state.mode === "score" || isParts() ? "What adds up to the score" : "In numbers";
+  if (isParts()) {
+    element("stored").textContent = "The parts are those of these two images. With another reference they are others, in the same colours.";
+    return;
+  }
   const {error, largest, rank, unknown} = mode();
   const left = unknown ? `${unknown} entries of the matrix are no numbers and are left out. ` : "";
   const how = rank ? `as two factors of rank ${rank}` : "in few digits";
@@ -347,6 +375,12 @@ function show() {
   element("control").setAttribute("aria-pressed", String(isControl));
   for (const input of document.querySelectorAll("#references input")) input.checked = Number(input.value) === state.shown;
   for (const input of document.querySelectorAll("#modes input")) input.checked = input.value === state.mode;
+  element("how").textContent = isParts()
+    ? "Point at a place of either image or at a part in the table, or go there with Tab and the arrow keys, to see that part alone in both images. Click, or press Enter, to keep it, and again to let it go."
+    : "Point at a place of either image, or go there with Tab and the arrow keys, to see what it matches in the other. Click, or press Enter, to keep the pair, and again to let it go.";
+  element("pair").classList.toggle("parts", isParts());
+  element("maps").hidden = !data.maps.length || isParts();
+  if (state.at && "part" in state.at) state.at = null; // the table is a new one
   tables();
   draw();
 }
@@ -369,9 +403,7 @@ function choice(group, value, [text, more]) {
 
 function build() {
   for (const name of data.names) element("modes").append(choice("mode", name, MODES[name] || [name]));
-  const maps = data.maps;
-  for (const name of [...maps, "none"]) element("maps").append(choice("map", name, MAPS[name] || [name]));
-  element("maps").hidden = !maps.length;
+  for (const name of [...data.maps, "none"]) element("maps").append(choice("map", name, MAPS[name] || [name]));
   element("maps").querySelector(`[value="${first}"]`).checked = true;
 
   const strip = document.querySelector("#references .strip");
@@ -384,6 +416,8 @@ function build() {
     label.prepend(image);
     strip.append(label);
   });
+  // Where the table is beside the images, the switch has a place that does not depend on it.
+  if (data.names.some((name) => "colours" in data.modes[name])) element("pair").before(element("modes"));
   element("references").hidden = data.references.length < 2;
   element("switch").hidden = data.names.length < 2;
   element("control").hidden = element("why").hidden = data.control === null;
@@ -396,6 +430,7 @@ let before = 0; // the reference that the control stands in for
 function choose(shown) {
   if (state.shown !== data.control) before = state.shown;
   state.shown = shown;
+  state.part = null;
   show();
 }
 
@@ -407,6 +442,7 @@ function changeMode(name) {
 }
 
 function keep(point) {
+  if (isParts()) return keepPart(partUnder(point).part);
   const {side, place} = pairOf(point);
   const others = state.pins.filter((pin) => pin.side !== side || placeOf(pin) !== place);
   const isNew = others.length === state.pins.length;
@@ -416,6 +452,7 @@ function keep(point) {
 
 function letAllGo() {
   state.pins = [];
+  state.part = null;
   pointAt(null);
 }
 
@@ -451,8 +488,9 @@ function onKey(side, event) {
   event.preventDefault();
 }
 
-// Where the keys begin: at the strongest match.
+// Where the keys begin: at the strongest match, or part.
 function startOf(side) {
+  if (isParts()) return topOf(strengthsOf(side), 0, false) ?? 0;
   const [pair] = strongest();
   return pair ? (side === "query" ? pair.place : pair.match) : 0;
 }
@@ -467,6 +505,7 @@ function listen() {
     stage.addEventListener("focus", () => stage.matches(":focus-visible") && pointAt(pointOf(side, startOf(side))));
     stage.addEventListener("blur", () => pointAt(null));
   }
+  listenToBars();
   element("modes").addEventListener("change", (event) => changeMode(event.target.value));
   element("maps").addEventListener("change", (event) => {
     state.map = event.target.value;

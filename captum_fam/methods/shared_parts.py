@@ -110,7 +110,8 @@ class SharedParts(OnLayer, LayerAttribution):
 
     As a Captum attribution, :meth:`attribute` has what each place contributes with its own part in the reference, which
     averages to the sum of the shares of equal parts. It needs scikit-learn (the extra ``parts``). It costs what
-    ``attribute_matrix`` does, and a factorisation for each pair.
+    ``attribute_matrix`` does, and a factorisation for each pair. :func:`~captum_fam.visualize_parts` draws the parts;
+    on the page of :func:`~captum_fam.explore_pair`, one points at them.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, or a :class:`~captum_fam.SimilarityScore`,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,6 +21,9 @@ from captum_fam.visualization._scales import new_figure
 
 WITH_OTHERS = 0.4  # opacity of the bar of what a part contributes with other parts
 ROWS = 50  # of a figure
+
+# Those of Okabe and Ito (Color Universal Design, 2008), which colour-blind people tell apart, without black.
+FEW = to_rgba_array(["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"])
 
 
 def visualize_parts(
@@ -74,7 +78,7 @@ def visualize_parts(
     sides = [pictures(name, images, rows, mean, std) for name, images in zip(SIDES, (query, reference))]
     captions = side_captions(titles, reference_titles, None, rows)
     maps = [M.detach().double().cpu() for M in (parts.maps, parts.reference_maps)]
-    colours = _colours(maps[0].shape[1])
+    colours = part_colours(maps[0].shape[1])
     figure = new_figure(3, rows, use_pyplot)
     axes = figure.subplots(rows, 3, squeeze=False)
     for row in range(rows):
@@ -86,10 +90,9 @@ def visualize_parts(
     return figure, axes
 
 
-def _colours(n: int) -> NDArray[Any]:
+def part_colours(n: int) -> NDArray[Any]:
     """(n, 4), without grey, which the images are drawn in."""
-    few: NDArray[Any] = np.delete(colormaps["tab10"](range(10)), 7, 0)
-    return few[:n] if n <= len(few) else np.asarray(colormaps["hsv"](np.arange(n) / n))
+    return FEW[:n] if n <= len(FEW) else np.asarray(colormaps["hsv"](np.arange(n) / n))
 
 
 def _coloured(maps: Tensor, size: tuple[int, int], colours: NDArray[Any]) -> NDArray[Any]:
