@@ -253,9 +253,7 @@ def test_a_square_grid_is_not_taken_where_the_image_says_another(size, places, g
     if grid is None:
         check_squares("m", matrix, images)
         return
-    with pytest.raises(
-        ValueError, match=rf"grid of the {side}'s {places} places in `m`.*or {grid}, as.*Pass m"
-    ):
+    with pytest.raises(ValueError, match=rf"grid of the {side}'s {places} places in `m`.*or {grid}, as.*Pass m"):
         check_squares("m", matrix, images)
     check_squares("m", matrix[None, :, None], images)
     if places == 36:

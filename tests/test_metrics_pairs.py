@@ -281,9 +281,7 @@ def test_a_square_grid_is_not_taken_where_the_masks_say_another(metric, side):
     matrix, masks = torch.ones(1, 36, 4), (wide, LOWER)
     if side == "reference":
         matrix, masks = matrix.mT, masks[::-1]
-    with pytest.raises(
-        ValueError, match=rf"grid of the {side}'s 36 places in `matrix`: 6 x 6, or 9 x 4.*144 x"
-    ):
+    with pytest.raises(ValueError, match=rf"grid of the {side}'s 36 places in `matrix`: 6 x 6, or 9 x 4.*144 x"):
         metric(matrix, *masks)
     metric(matrix.reshape(1, 9, 4, 2, 2) if side == "image" else matrix.reshape(1, 2, 2, 9, 4), *masks)
 
