@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from captum_fam import _interrupt  # noqa: F401  # first: Ctrl-C may come while torch is imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from captum_fam._public import *  # noqa: F403

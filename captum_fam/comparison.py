@@ -62,7 +62,7 @@ def compare_attributions(
     show_progress: bool = True,
 ) -> Comparison:
     r"""
-    Maps of several attribution methods for the same similarity.
+    How several attribution methods explain the same similarity, as maps of one size.
 
     Args:
         score (SimilarityScore): An encoder and its references, as one function for all methods.

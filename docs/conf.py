@@ -4,7 +4,13 @@ Sphinx configuration: ``sphinx-build -W -c docs . build/docs``.
 The sources begin at the project's root, so that one link serves in a repository's browser and in these pages.
 """
 
+import sys
+from pathlib import Path
+
 import captum_fam
+
+sys.path.append(str(Path(__file__).parent))
+import gallery
 
 project = "captum_fam"
 author = "the captum_fam authors"
@@ -47,4 +53,14 @@ def setup(app):
     def in_full(app, env, node, contnode):
         node["reftarget"] = SHORT.get(node.get("reftarget"), node.get("reftarget"))
 
+    def explorer(app, exception):
+        """The page to explore that the gallery shows."""
+        if exception is None and app.builder.format == "html":
+            code, files = gallery.blocks()
+            page = gallery.made(files["explorer.html"], gallery.prepared(code))
+            folder = Path(app.outdir) / "docs" / "gallery"
+            folder.mkdir(parents=True, exist_ok=True)
+            page.save(folder / "explorer.html")
+
     app.connect("missing-reference", in_full, priority=400)  # before intersphinx looks for it
+    app.connect("build-finished", explorer)

@@ -8,6 +8,7 @@ import captum
 import captum.attr
 import pytest
 
+import captum_fam
 from benchmarks import compatibility
 
 ROOT = Path(__file__).parent.parent
@@ -98,3 +99,13 @@ def test_every_attribution_method_of_captum_is_in_the_table_or_named_as_left_out
 
 def is_method(value):
     return isinstance(value, type) and issubclass(value, captum.attr.Attribution)
+
+
+def test_the_version_is_that_of_the_last_release_everywhere():
+    changes, citation, readme = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff", "README.md")
+    )
+    version, date = re.search(r"^## ([\d.]+), ([\d-]+)$", changes, re.M).groups()
+    assert version == captum_fam.__version__
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
+    assert f"version {version};" in readme

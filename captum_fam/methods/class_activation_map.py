@@ -20,9 +20,9 @@ from captum_fam.methods.similarity_attribution import Inputs, uncompiled
 
 class ClassActivationMap(ChannelAttribution):
     r"""
-    Class Activation Map (CAM; Zhou, Khosla, Lapedriza, Oliva, Torralba,
-    https://arxiv.org/abs/1512.04150, equation 2), for classifiers whose logits are a linear
-    layer of the spatial mean of the activations A:
+    Which places of an image speak for a class of a classifier: Class Activation Map (CAM; Zhou,
+    Khosla, Lapedriza, Oliva, Torralba, https://arxiv.org/abs/1512.04150, equation 2), where the
+    logits are a linear layer of the spatial mean of the activations A:
 
     .. math:: M = \sum_k W_{tk} A_k
 

@@ -33,10 +33,10 @@ _SIDE, _SIGMA, _REACH = 224, 7.7, 24
 
 class Fame(SimilarityAttribution, PerturbationAttribution):
     r"""
-    FAME (Zhang, Günther, "Feature Activation Map Explanation on Image Classification and Face
-    Recognition", https://arxiv.org/abs/2605.12017): which pixels have to change to change the
-    score. It repeats a step of LOTS (Rozsa, Günther, Boult, "LOTS about attacking deep features",
-    IJCB 2017), and shows how far each pixel has come after n steps,
+    Which pixels would have to change to change the similarity: FAME (Zhang, Günther, "Feature
+    Activation Map Explanation on Image Classification and Face Recognition",
+    https://arxiv.org/abs/2605.12017). It repeats a step of LOTS (Rozsa, Günther, Boult, "LOTS
+    about attacking deep features", IJCB 2017), and shows how far each pixel has come after n steps,
 
     .. math:: x_{t+1} = x_t - \frac{1}{255} \frac{g_t}{\max |g_t|}, \quad
               M = \mathrm{blur} \, |\mathrm{grey}(x_n) - \mathrm{grey}(x_0)|

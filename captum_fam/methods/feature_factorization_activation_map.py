@@ -18,8 +18,9 @@ from captum_fam.similarity import Similarity, nonzero
 
 class FeatureFactorizationActivationMap(LayerSimilarityAttribution):
     r"""
-    Feature Factorization Activation Map (FFAM; Liu et al., https://arxiv.org/abs/2405.12601) on a similarity: how
-    strong all parts of the image are at each place, times how much the score depends on that place,
+    Where the parts of an image are strong and the similarity depends on them: Feature Factorization Activation Map
+    (FFAM; Liu et al., https://arxiv.org/abs/2405.12601) on a similarity. It is how strong all parts are at each place,
+    times how much the score depends on that place,
 
     .. math:: M_i = \|\partial f / \partial A_i\| \sum_a W_{ia}, \quad A \approx W H, \quad W, H \ge 0
 

@@ -14,8 +14,8 @@ from captum_fam.methods.layer_explanation import Ask
 
 class LabelFreeActivationMap(ChannelAttribution):
     r"""
-    Label-Free Activation Map (LaFAM, https://arxiv.org/abs/2407.06059): the plain mean of
-    the layer's C activation maps,
+    Where the encoder is active at all, whatever the reference: Label-Free Activation Map (LaFAM,
+    https://arxiv.org/abs/2407.06059), the plain mean of the layer's C activation maps,
 
     .. math:: M = \frac{1}{C} \sum_k A_k
 

@@ -24,9 +24,10 @@ from captum_fam.similarity import Similarity, nonzero, widen
 
 class Relax(SimilarityAttribution, PerturbationAttribution):
     r"""
-    RELAX (Wickstrøm et al., https://arxiv.org/abs/2112.10161): the importance of a pixel is
-    the mean score of the input under random masks, weighted by what each mask shows of it,
-    here less the plain mean over all masks,
+    How much the similarity rises where a pixel is seen, asked with random masks: RELAX (Wickstrøm
+    et al., https://arxiv.org/abs/2112.10161). The importance of a pixel is the mean score of the
+    input under random masks, weighted by what each mask shows of it, here less the plain mean
+    over all masks,
 
     .. math:: R(i) = \frac{\sum_n f(X \circ M_n) M_n(i)}{\sum_n M_n(i)} - \frac{1}{N} \sum_n f(X \circ M_n)
 

@@ -43,8 +43,9 @@ _POOLING = ("Mean", "AdaptiveAvgPool1D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D
 
 class RelevanceCam(ChannelAttribution):
     r"""
-    Relevance-CAM (Lee, Kim, Park, Jeong, CVPR 2021) on a similarity, with Captum's
-    layer-wise relevance propagation (LRP): each channel's weight is its relevance,
+    Where the channels are that the similarity is propagated back to: Relevance-CAM (Lee, Kim,
+    Park, Jeong, CVPR 2021) on a similarity, with Captum's layer-wise relevance propagation (LRP).
+    Each channel's weight is its relevance,
 
     .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = \sum_{locations} R_k
 

@@ -18,8 +18,9 @@ from captum_fam.similarity import Similarity, nonzero, widen
 
 class ScoreCam(ChannelAttribution):
     r"""
-    Score-CAM (Wang et al., https://arxiv.org/abs/1910.01279) on a similarity: each channel's
-    weight is what the input keeps of its score when it is seen through that channel's map,
+    Where the channels are through which the input keeps its similarity: Score-CAM (Wang et al.,
+    https://arxiv.org/abs/1910.01279) on a similarity. Each channel's weight is what the input
+    keeps of its score when it is seen through that channel's map,
 
     .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = f(X \circ H_k) - f(0), \quad
               H_k = \frac{up(A_k) - \min A_k}{\max A_k - \min A_k}

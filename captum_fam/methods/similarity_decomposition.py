@@ -25,9 +25,9 @@ from captum_fam.similarity import Similarity, exact, nonzero, norm, widen
 
 class SimilarityDecomposition(DimensionAttribution):
     r"""
-    Decomposition of a similarity (Stylianou, Souvenir, Pless,
-    https://arxiv.org/abs/1901.00536; Zhu, Yang, Chen, https://arxiv.org/abs/1909.12977):
-    what each place contributes to it. The mean of the map is the similarity itself.
+    What each place of an input contributes to its similarity to a reference (Stylianou, Souvenir,
+    Pless, https://arxiv.org/abs/1901.00536; Zhu, Yang, Chen, https://arxiv.org/abs/1909.12977).
+    The mean of the map is the similarity itself.
 
     Place i of the layer, of N, gives the embedding :math:`v_i`, to first order. The map is
 

@@ -46,9 +46,10 @@ def deletion(
     max_examples_per_batch: int | None = None,
 ) -> PerturbationCurve:
     r"""
-    Deletion (RISE, Petsiuk et al., https://arxiv.org/abs/1806.07421): the score while the
-    locations with the largest attributions are replaced by a baseline first. A map that knows
-    what matters makes it fall early: the smaller the area, the better.
+    Does the score fall when what the map shows is taken away? Deletion (RISE, Petsiuk et al.,
+    https://arxiv.org/abs/1806.07421) is the score while the locations with the largest
+    attributions are replaced by a baseline first. A map that knows what matters makes it fall
+    early: the smaller the area, the better.
 
     .. math:: AUC = \int_0^1 f(x_{(p)}) \, dp
 
@@ -122,9 +123,10 @@ def insertion(
     max_examples_per_batch: int | None = None,
 ) -> PerturbationCurve:
     r"""
-    Insertion (RISE, Petsiuk et al., https://arxiv.org/abs/1806.07421): the score while the
-    locations with the largest attributions are the first to appear on a baseline. A map that
-    knows what matters makes it rise early: the larger the area, the better.
+    Does the score rise when what the map shows is shown first? Insertion (RISE, Petsiuk et al.,
+    https://arxiv.org/abs/1806.07421) is the score while the locations with the largest
+    attributions are the first to appear on a baseline. A map that knows what matters makes it
+    rise early: the larger the area, the better.
 
     .. math:: AUC = \int_0^1 f(b_{(p)}) \, dp
 
@@ -199,7 +201,7 @@ def average_drop(
     max_examples_per_batch: int | None = None,
 ) -> Tensor:
     r"""
-    The drop of the score when the input is seen through its map; its mean over inputs is the
+    How much the score drops when the input is seen through its map; the mean over inputs is the
     *average drop* of Grad-CAM++ (Chattopadhay et al., https://arxiv.org/abs/1710.11063), here
 
     .. math:: \min\left(1, \frac{\max(0, f(x) - f(x \circ m))}{|f(x) - f(b)|}\right)

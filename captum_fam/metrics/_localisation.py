@@ -13,8 +13,8 @@ from captum_fam.metrics._perturbed import maps_of, unit_range
 
 def pointing_game(attributions: Tensor, masks: Tensor, tolerance: int = 0) -> Tensor:
     r"""
-    Pointing game (Zhang et al., https://arxiv.org/abs/1608.00507): is the map's largest value
-    in the mask?
+    Is the map's largest value in the mask? The pointing game of Zhang et al.
+    (https://arxiv.org/abs/1608.00507).
 
     A map smaller than the mask points with the middle of its largest cell; interpolation would
     spread the largest value of a border cell to the border. Where several places have the
@@ -63,8 +63,8 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: int = 0) -> Te
 
 def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
     r"""
-    Energy-based pointing game (Score-CAM, Wang et al., https://arxiv.org/abs/1910.01279): the
-    share of the map's positive part that lies in the mask,
+    How much of the map lies in the mask? The energy-based pointing game (Score-CAM, Wang et al.,
+    https://arxiv.org/abs/1910.01279) is the share of the map's positive part there,
 
     .. math:: \frac{\sum_{i \in mask} \max(M_i, 0)}{\sum_i \max(M_i, 0)}
 
@@ -96,8 +96,9 @@ def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
 
 def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Tensor:
     r"""
-    Relevance rank accuracy (Arras et al., https://arxiv.org/abs/2003.07258): of the K largest
-    values of the map, the share in the mask, with K the size of the mask.
+    Do the largest values of the map lie in the mask? Relevance rank accuracy (Arras et al.,
+    https://arxiv.org/abs/2003.07258) is the share in the mask of the K largest values, with K the
+    size of the mask.
 
     Where values tie at the border of the K largest, the mean over their possible orders. For
     a map without structure it is the mask's share of the image.
@@ -128,9 +129,9 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Tensor:
 
 def iou(attributions: Tensor, masks: Tensor, threshold: float | None = 0.5) -> Tensor:
     r"""
-    Intersection over union of the mask and the places where the map is at or above a
-    threshold. A fixed threshold is on the positive part of the map, scaled from its smallest
-    value to its largest.
+    Do the map and the mask cover the same places? The intersection over union of the mask and the
+    places where the map is at or above a threshold. A fixed threshold is on the positive part of
+    the map, scaled from its smallest value to its largest.
 
     The best threshold is chosen among all values of each map, negative ones too, with the mask
     in view: an upper bound, which is the mask's share of the image or more for any map.

@@ -119,9 +119,10 @@ def pair_deletion(
     output_selector: Callable[[Any], Tensor] | None = None,
 ) -> PerturbationCurve:
     r"""
-    :func:`deletion` of both images of a pair, each by its own map: the similarity while the image loses the locations
-    with its largest attributions, and while the reference loses those with its own. Maps that know what matters in
-    both make it fall early: the smaller the area, the better.
+    Does the similarity fall when what the maps of both images show is taken away? :func:`deletion` of each image of a
+    pair by its own map: the similarity while the image loses the locations with its largest attributions, and while
+    the reference loses those with its own. Maps that know what matters in both make it fall early: the smaller the
+    area, the better.
 
     .. math:: AUC = \frac12 \int_0^1 f(x_{(p)}, r) + f(x, r_{(p)}) \, dp
 
@@ -195,9 +196,10 @@ def pair_insertion(
     output_selector: Callable[[Any], Tensor] | None = None,
 ) -> PerturbationCurve:
     r"""
-    :func:`insertion` of both images of a pair, each by its own map: the similarity while the locations with the
-    largest attributions are the first to appear on a baseline, of the image and of the reference. Maps that know what
-    matters in both make it rise early: the larger the area, the better.
+    Does the similarity rise when what the maps of both images show is shown first? :func:`insertion` of each image of a
+    pair by its own map: the similarity while the locations with the largest attributions are the first to appear on a
+    baseline, of the image and of the reference. Maps that know what matters in both make it rise early: the larger the
+    area, the better.
 
     .. math:: AUC = \frac12 \int_0^1 f(b_{(p)}, r) + f(x, b'_{(p)}) \, dp
 

@@ -52,10 +52,10 @@ def road(
     max_examples_per_batch: int | None = None,
 ) -> Road:
     r"""
-    Remove and debias, ROAD (Rong et al., https://arxiv.org/abs/2202.00449): scores after the
-    most and the least relevant pixels were removed, where a removed pixel becomes the
-    weighted mean of its neighbours (noisy linear imputation), so that the shape of what was
-    removed is hard to see.
+    Does the score need what the map shows, where it is hard to see what was removed? Remove and
+    debias, ROAD (Rong et al., https://arxiv.org/abs/2202.00449), has the scores after the most and
+    the least relevant pixels were removed. A removed pixel becomes the weighted mean of its
+    neighbours (noisy linear imputation).
 
     .. math:: ROAD = \frac{1}{2 |P|} \sum_{p \in P} f(x_{LeRF, p}) - f(x_{MoRF, p})
 

@@ -98,10 +98,10 @@ def cascading_randomization(
     explanation_func: Callable[..., Any], model: nn.Module, inputs: Any, seed: int = 0, **kwargs: Any
 ) -> Randomization:
     r"""
-    Cascading randomisation (Adebayo et al., https://arxiv.org/abs/1810.03292): the weights of
-    one module after the other, from the output down, are drawn anew, and after each the map is
-    compared with that of the trained model. A map that stays as it was does not explain what
-    the model has learned.
+    Does the map depend on what the model has learned? In cascading randomisation (Adebayo et al.,
+    https://arxiv.org/abs/1810.03292) the weights of one module after the other, from the output
+    down, are drawn anew, and after each the map is compared with that of the trained model. A map
+    that stays as it was does not explain what the model has learned.
 
     Modules come in the reverse of their order in ``model.modules()``. A module with weights of
     its own is reset by its ``reset_parameters``, or, where it has none, by shuffling the values
@@ -166,7 +166,7 @@ def reference_dependence(
     max_examples_per_batch: int | None = None,
 ) -> ReferenceDependence:
     r"""
-    How a map changes with the reference, against how it should.
+    Does a map follow the reference? How it changes with the reference, against how it should.
 
     What should change is measured on the model: each cell of a grid is occluded in turn, and
     its effects on the two scores, :math:`O_k = f_k(x) - f_k(x \setminus k)`, are a map for each

@@ -46,8 +46,8 @@ def nearest_references(
     embedding: Tensor, bank: Tensor, labels: Tensor | Sequence[int], k: int = 200, temperature: float = 0.1
 ) -> NearestReferences:
     r"""
-    Weighted k-nearest-neighbour decision over a memory bank (Wu et al.,
-    https://arxiv.org/abs/1805.01978, section 3.4), and the neighbours that agree with it.
+    Which class the nearest neighbours in a memory bank vote for, and which neighbours agree: the
+    weighted decision of Wu et al. (https://arxiv.org/abs/1805.01978, section 3.4).
 
     Each of the k bank entries of the highest cosine votes for its label with
 

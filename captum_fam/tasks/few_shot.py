@@ -39,7 +39,7 @@ def explain_episode(
     **options: Any,
 ) -> EpisodeExplanation:
     r"""
-    Explains the decisions of a few-shot episode, from one pass over the queries.
+    Explains the decisions of a few-shot episode, why this class and not that one, from one pass over the queries.
 
     With an encoder, the references are the prototypes of the support images (their mean
     embeddings, https://arxiv.org/abs/1703.05175). With a classifier of easyfsl, the decision is

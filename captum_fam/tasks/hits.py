@@ -125,7 +125,7 @@ def explain_hits(
     **options: Any,
 ) -> RetrievalExplanation:
     r"""
-    Explains the hits of any search: a vector store, an index, a service, a list made by hand.
+    Explains why a search returned its hits, whatever searched: a store, an index, a service, a list made by hand.
 
     Args:
         query (Tensor): B inputs of the encoder, (B, C, \*spatial).

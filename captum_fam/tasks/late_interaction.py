@@ -267,9 +267,9 @@ def explain_maxsim(
     length_normalize: bool = False,
 ) -> MaxSimExplanation:
     r"""
-    Explains a score of late interaction (MaxSim; `ColBERT <https://arxiv.org/abs/2004.12832>`_, `ColPali
-    <https://arxiv.org/abs/2407.01449>`_): each token of the query adds its dot product with its best match among the
-    tokens of the page,
+    Explains where each token of a query finds its best match in a page, and what it adds to a score of late interaction
+    (MaxSim; `ColBERT <https://arxiv.org/abs/2004.12832>`_, `ColPali <https://arxiv.org/abs/2407.01449>`_): its dot
+    product with that match,
 
     .. math:: \text{score} = \sum_t \max_p \, q_t \cdot p
 

@@ -42,7 +42,7 @@ def explain_retrieval(
     **options: Any,
 ) -> RetrievalExplanation:
     r"""
-    Searches a faiss index and explains its hits, from one pass over the query.
+    Searches a faiss index and explains why it returned its hits, from one pass over the query.
 
     The references are the embeddings that the index holds; the gallery's images are embedded
     only for the maps of the hits themselves.
