@@ -313,7 +313,7 @@ def test_maps_and_margins_of_opposite_sign_are_counted_on_each_side(photos, smal
         opposite = [(row["score"] - 0.99) * the_map(row, prefix).mean() < -1e-7 for row in rows]
         assert not rows or 0 < sum(opposite) < len(opposite)
         counts += [f"{sum(opposite)} maps of the {name}"] if rows else []
-    (text,) = [str(w.message) for w in warned if "other sign" in str(w.message)]
+    (text,) = [str(w.message) for w in warned if "opposite sign" in str(w.message)]
     assert text.startswith(f"{' and '.join(counts)}, of {len(PAIRS)} pairs, add up to the opposite sign of score -")
     # Said of the whole job by the run that finishes it, whichever parts that makes.
     Path("out/part-000001.parquet").unlink()
@@ -326,7 +326,7 @@ def test_maps_and_margins_of_opposite_sign_are_counted_on_each_side(photos, smal
 def test_where_no_map_is_opposite_nothing_is_said(photos, small, in_process, recwarn):
     explain(PAIRS, photos, threshold=-5.0, similarity="dot", method="SimilarityDecomposition")
     explain(PAIRS, photos, out="plain")
-    assert not [w for w in recwarn if "other sign" in str(w.message)]
+    assert not [w for w in recwarn if "opposite sign" in str(w.message)]
 
 
 # How often an image goes through the encoder

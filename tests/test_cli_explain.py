@@ -427,7 +427,7 @@ def test_a_row_that_does_not_explain_the_margin_has_no_such_word(run, figures, t
     for options in (("--contrast", "rest"), ("--contrast", "2"), ("--threshold", "0.9"), ("--threshold", "-0.9")):
         status, out, err = run("explain", *three, *options, "--size", SIZE, "-o", tmp_path / "out.png")
         assert (status, err) == (0, "")
-        assert "adds up to the other sign" not in out
+        assert "adds up to the opposite sign" not in out
 
 
 def opposite(maps):
@@ -461,7 +461,7 @@ def test_margins_by_hand():
 def test_scores_of_images_less_those_of_sentences_come_with_a_word(report, three, talking, contrast, numbers):
     options = () if contrast is None else ("--contrast", contrast)
     notes = report(*three, "--text", "a red shoe", *options, *talking)["notes"]
-    about = [note for note in notes if "lie apart" in note]
+    about = [note for note in notes if "differ in most encoders" in note]
     assert [note.split(", scores of images and of sentences")[0] for note in about] == (
         [f"--contrast {contrast}: for {numbers}"] if numbers else []
     )

@@ -431,7 +431,7 @@ def test_classifiers_that_change_the_means_are_refused(name, method):
 
 @needs_easyfsl
 def test_a_distance_says_what_would_add_up():
-    with pytest.raises(ValueError, match=r"their squares are.*Pass method=SimilarityDecomposition"):
+    with pytest.raises(ValueError, match=r"cannot be split over places\. Pass method=SimilarityDecomposition"):
         decided("PrototypicalNetworks").explore()
 
 

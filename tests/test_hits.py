@@ -232,7 +232,7 @@ def test_images_of_other_embeddings_are_told():
             ValueError,
             "`contrast` or `threshold`, but got",
         ),
-        (lambda: explain(IMAGES, contrast="self", similarity="euclidean"), ValueError, 'for "euclidean" that score is'),
+        (lambda: explain(IMAGES, contrast="self", similarity="euclidean"), ValueError, 'for "euclidean" that is 0'),
         (lambda: explain(IMAGES, threshold="high"), TypeError, "`threshold` to be a number"),
         (lambda: explain(IMAGES, internal_batch_size=0), ValueError, "internal_batch_size"),
         (lambda: explain(IMAGES).contrast(5), ValueError, "`rank` to be a rank from 0 to 2"),

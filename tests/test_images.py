@@ -111,7 +111,7 @@ def test_a_pattern_that_nobody_expanded_is_said_to_be_one(tmp_path):
         read_image(tmp_path / "*.jpg")
     for name in ("a.jpg", "b.jpg"):
         Image.new("L", (4, 4)).save(tmp_path / name)
-    with pytest.raises(ValueError, match=r"\*\.jpg: 2 files match it, but nobody .*leave out its quotes"):
+    with pytest.raises(ValueError, match=r"\*\.jpg: 2 files match it, but the shell .*leave out its quotes"):
         read_image(tmp_path / "*.jpg")
     Image.new("L", (4, 4)).save(tmp_path / "photo[1].jpg")
     assert read_image(tmp_path / "photo[1].jpg").size == (4, 4)
