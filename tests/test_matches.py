@@ -257,7 +257,7 @@ def test_a_square_grid_is_not_taken_where_the_image_says_another(size, places, g
         check_squares("m", matrix, images)
     check_squares("m", matrix[None, :, None], images)
     if places == 36:
-        with pytest.raises(ValueError, match="grid of the .* in `matrix`"):
+        with pytest.raises(ValueError, match=r"grid of the .* in `matrix`"):
             visualize_matches(images[0][0], images[1][-1], matrix)
 
 
