@@ -120,6 +120,12 @@ def test_the_summary_in_the_pages_is_that_of_the_study():
     assert summary in MEASURED.read_text(encoding="utf-8")
 
 
+def test_the_rows_on_other_libraries_are_those_that_the_script_made():
+    (table,) = re.findall(r"^\|  \| captum_fam .*?\n\n", README.read_text(encoding="utf-8"), re.M | re.S)
+    made = (README.parent / "benchmarks" / "peers.md").read_text(encoding="utf-8").splitlines()
+    assert set(table.splitlines()) <= set(made)
+
+
 def test_the_usual_wrapper_of_two_encoder_calls_explains_the_reference_as_the_pages_say():
     encoder, query, reference = seeded(Backbone), random(1, 3, 9, 9), random(1, 3, 9, 9, seed=2)
 
