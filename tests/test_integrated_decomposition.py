@@ -407,6 +407,10 @@ def conv(stride=1, padding=1):
     return nn.Conv2d(3, 3, 3, stride, padding)
 
 
+def along(width, height=1, stride=1):
+    return nn.Conv2d(3, 3, (height, width), stride)
+
+
 def down(*strides):
     return {f"s{i}": conv(stride) for i, stride in enumerate(strides)}
 
@@ -440,6 +444,11 @@ CASES = {
     "an attention where there is no other": ({"attn": conv(4)}, "attn"),
     "one place is no map": ({"s0": conv(32), "one": nn.AdaptiveAvgPool2d(1)}, "s0"),
     "only as large as the image": (down(1, 1), "s0"),
+    "electrodes by time": (
+        {"side": (63, 250), "time": along(25), "mean": nn.AvgPool2d((1, 51), (1, 5)), "space": along(1, 63)},
+        "mean",
+    ),
+    "strides that differ": ({"side": (64, 100), **{f"s{i}": along(5, 3, (i + 1, 2)) for i in range(3)}}, "s1"),
 }
 
 

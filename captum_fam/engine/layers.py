@@ -12,7 +12,7 @@ from captum_fam.engine.chunks import Tensors, cut, cut_arguments
 from captum_fam.engine.order import Layouts, ask, follows_convolution, in_attention
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of, run
 from captum_fam.score import select_embedding
-from captum_fam.tokens import images_of, may_be_map
+from captum_fam.tokens import images_of
 
 # Places along a side of a map for integrated explanations, at least.
 _PLACES = 14
@@ -119,9 +119,7 @@ def maps_on_the_way(
         def places(activation: Tensor) -> Tensor | None:
             """The map of an output, or of its gradient, if it has more than one place."""
             A = layouts.to_map(activation, images, z.shape[1])
-            if A is None or A.ndim != max(on.ndim, 3) or A.shape[2:].numel() == 1:
-                return None
-            return A if A.ndim != 4 or may_be_map((A.shape[2], A.shape[3]), (on.shape[2], on.shape[3])) else None
+            return None if A is None or A.ndim != max(on.ndim, 3) or A.shape[2:].numel() == 1 else A
 
         sizes = {name: tuple(A.shape[2:]) for name, a in outputs.items() if (A := places(a)) is not None}
         found = {name: outputs[name] for name in sizes}
