@@ -1,8 +1,9 @@
-"""What of Captum works with captum_fam: each thing is tried on the Captum that is installed, and most are checked.
+"""
+Which parts of Captum work with captum_fam. The script tries each of them on the installed version of Captum.
 
     python -m benchmarks.compatibility
 
-prints the column of docs/compatibility.md for this version, and fails where something that should work does not.
+prints the column of docs/compatibility.md for this version, and fails if something that should work does not.
 """
 
 import itertools
