@@ -142,15 +142,21 @@ def main() -> None:
     lines = [
         "# What a correspondence map takes away",
         "",
-        "Made by `python -m benchmarks.correspondence`. Share of the pairs in which the map is largest on the shared"
-        f" object of four; {PAIRS} pairs of medium scenes for each of {len(ENCODERS)} encoders. *Where used*: where the"
-        " encoder's own score falls most without the shared object. *Others* are references of other pairs.",
+        "Made by `python -m benchmarks.correspondence`.",
         "",
-        "## On half 0, by which was chosen",
+        "`CorrespondenceMap` takes the best match of each place. What should it subtract, so that it finds the shared",
+        "object? The values are shares of pairs in which the map is largest on the shared object, one of four.",
+        f"There are {PAIRS} pairs of medium scenes for each of {len(ENCODERS)} encoders.",
+        "",
+        "* *Where used*: only pairs whose similarity, for this encoder, falls most without the shared object.",
+        "* *less n others*: the best match less that in n references of other pairs. All rows with *less* subtract",
+        "  from the best match.",
+        "",
+        "## Half 0: the choice",
         "",
         columns(half_0=choice),
         "",
-        "## On half 1",
+        "## Half 1: the test of it",
         "",
         columns(trained=worth, untrained=control),
     ]

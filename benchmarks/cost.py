@@ -74,25 +74,32 @@ TEXT = """# What does an explanation cost?
 
 Made on {date} by `{command}`: {machine}, {cores} cores, {threads} threads, {system}; Python {python}, {packages}.
 
-A plain forward pass without gradients is 1. **Time**: the median of the ratios to the plain forward pass of the same
-round [quartiles]; all methods run in each round, in a new order. "≈": extrapolated in a line from {half} and {few}
-references. **Added peak** of {memory}: the median of new processes
-[quartiles]; code and kernels that are loaded once were loaded before. It finds {check}
-MB for an allocation of {known:.1f} MB. **Growth**: after 1, 2 and 5 calls, maps dropped. Weights are random: time and
-memory do not depend on them.
+All costs are multiples of a plain forward pass without gradients, which is 1.
 
-All methods explain the same cosines to the same embeddings of references: ours by FAM, the others by Grad-CAM, which is
-checked to be the same in all three libraries but for ReLU, scale and size. Each is used as its documentation shows, and
-"by hand" in the cheapest way that we know with its public parts, by a user who freezes all parameters but the last
-before the layer, so that nothing before it is recorded, and
+- **Time** is the median of the ratios to the plain forward pass of the same round, with [quartiles]. All methods run
+  in each round, in a new order. "≈" marks values that are extrapolated from {half} and {few} references along a line.
+- **Added peak** of {memory}: the median over new processes, with [quartiles]. Code and kernels that are loaded once
+  were loaded before. As a check, an allocation of {known:.1f} MB was measured as {check} MB.
+- **Growth** is the memory that stays in use after 1, 2 and 5 calls whose maps are dropped.
+- **Weights** are random: time and memory do not depend on them.
 
-- LayerGradCam: cuts the encoder at the layer (or before its block), runs the first part once, and the second on batches
-  of {chunk} copies of the features, one for each reference; the encoder must be one that can be cut;
-- torchcam: keeps the graph of one forward pass for all references (`retain_graph=True`, `normalized=False`);
-- pytorch-grad-cam: does the same with `activations_and_grads` and `get_cam_image`, without enlarging the maps.
+All methods explain the same cosines to the same embeddings of references. We use FAM, the other libraries use
+Grad-CAM. Grad-CAM was checked to be the same in all three libraries, apart from ReLU, scale and size.
 
-Grad-CAM's cosine is one product of matrices: for many references, cheaper to differentiate than `SimilarityScore`.
-A transformer's patches are laid out as maps inside the encoder, for all methods, because LayerGradCam cannot.
+Each library is measured twice: as its documentation shows, and "by hand". By hand means the cheapest way that we know
+with its public parts. A user freezes all parameters but the last before the layer, so that autograd records nothing
+before it. In addition:
+
+- LayerGradCam: the user cuts the encoder at the layer (or before its block), runs the first part once, and runs the
+  second part on batches of {chunk} copies of the features, one for each reference. The encoder must be one that can
+  be cut.
+- torchcam: the user keeps the graph of one forward pass for all references (`retain_graph=True`, `normalized=False`).
+- pytorch-grad-cam: the user does the same with `activations_and_grads` and `get_cam_image`, without enlarging the
+  maps.
+
+Grad-CAM computes all cosines as one product of matrices. For many references, this is cheaper to differentiate than
+`SimilarityScore`. LayerGradCam cannot turn a transformer's patches into maps, so the encoder does that itself, for
+all methods.
 
 ## Goals
 
@@ -100,17 +107,20 @@ A transformer's patches are laid out as maps inside the encoder, for all methods
 
 ## Time and operations
 
-Operations are those of linear layers, convolutions and attentions, as `torch.utils.flop_counter` counts them. For n
-references, all methods but the first case of FAM take n backward passes from the embedding to the layer. FAM takes no
-more of them than the embedding has dimensions, and behind the mean of a layer's places only those of the head. In a
-transformer's last block, a backward pass goes through all tokens, though a class token needs one row of the attention:
-torch does not know which rows are zero.
+Operations are those of linear layers, convolutions and attentions, as `torch.utils.flop_counter` counts them.
+
+- For n references, all methods take n backward passes from the embedding to the layer. Only the aligned route of FAM
+  takes none.
+- FAM takes at most as many backward passes as the embedding has dimensions. Behind the mean of a layer's places, it
+  passes only through the head.
+- In a transformer's last block, a backward pass goes through all tokens, although a class token needs only one row of
+  the attention. torch does not know which rows are zero.
 
 {operations}
 
 ## Where a peer is as good
 
-As fast, or no more memory: its median is at most our upper quartile; in brackets, its median over ours.
+Here, a peer's median time or memory is at most our upper quartile. The numbers in brackets are its median over ours.
 
 {peers}
 
@@ -120,7 +130,7 @@ As fast, or no more memory: its median is at most our upper quartile; in bracket
 
 ## Large galleries and batches
 
-`attribute_all` of one image, `attribute` of several (ResNet-50, `layer4`, aligned), whole and in parts.
+`attribute_all` of one image, and `attribute` of several (ResNet-50, `layer4`, aligned): all at once, and in parts.
 
 {parts}
 """
@@ -733,7 +743,9 @@ def write_report(
         half=FEW // 2,
         few=FEW,
         chunk=CHUNK,
-        memory="the memory that torch allocates" if device != "cpu" else "resident memory, freed memory being returned",
+        memory="the memory that torch allocates"
+        if device != "cpu"
+        else "resident memory, with freed memory returned to the system",
         known=KNOWN / MB,
         check=results[cases[0], 1, CHECK, PEAK],
         goals=goals_table(results, cases, settings.references),

@@ -97,7 +97,8 @@ def main() -> None:
         "# What integrated and correspondence maps cost",
         "",
         f"Made by `python -m benchmarks.cost_integrated` (torch {torch.__version__}, {platform.machine()}, {THREADS}"
-        f" threads). One image of 224 pixels; time over that of a plain forward pass, medians of {TURNS} turns.",
+        f" threads). Times are multiples of a"
+        f" plain forward pass of one image of 224 pixels, medians of {TURNS} turns.",
         "",
         table(["encoder", "map", "time"], rows),
     ]

@@ -36,21 +36,25 @@ TEXT = """# One query against the stored places of many images
 
 Made by `python -m benchmarks.gallery`: {machine}, {cores} cores, Python {python}, torch {torch}.
 
-Random unit vectors, stored in float16; a query in float32; the 8 strongest matches of each image (`match_places`).
+How long does `match_places` take to match one query with stored places, beside the product of matrices that it must
+compute? The places are random unit vectors, stored in float16. The query is in float32. `match_places` returns the 8
+strongest matches of each image.
 
-- **product**: the same blocks, in float32 and in memory, times the query: nothing is read, converted or looked at. The
-  blocks of {drawn:,} images again and again.
-- **matched**: `match_places` of the file, which lies in the page cache; **from disk**: once, after the file was dropped
-  from it.
-- **half to single**, **and product**, **and maxima**: the steps of `match_places` one after another, of float16 blocks
-  in memory: converted, multiplied, and the two maxima of each matrix. The rest of *matched* is reading and choosing.
-
-The median of {runs} runs, in microseconds for an image, and as multiples of the product.
+All times are microseconds for an image, medians of {runs} runs; in brackets, multiples of the product.
 
 {times}
 
-The peak of resident memory of a process that matches a query, and of one that imports the package and makes the query;
-and the time of a single run, by the kind of file (Parquet without compression, in row groups of {drawn:,}):
+- **product**: the query times the same blocks, which lie in memory as float32. Nothing is read, converted or
+  searched. The blocks of {drawn:,} images are used again and again.
+- **half to single**, **and product**, **and maxima**: the steps of `match_places`, one added after another, on
+  float16 blocks in memory. It converts them, multiplies, and takes the two maxima of each matrix.
+- **matched**: `match_places` of a file that lies in the page cache. What it takes beyond *and maxima* is reading and
+  choosing.
+- **from disk**: the same, once, after the file was dropped from the page cache.
+
+This table has the peak of resident memory of a process that matches a query, and the time of a single run. The row
+*none* is a process that only imports the package and makes the query. Parquet files have no compression, and row
+groups of {drawn:,}.
 
 {memory}
 """

@@ -29,16 +29,22 @@ TURNS, WARM_UP, BATCHES, SIZE = 9, 2, (8, 32), 224
 Calls = dict[str, Callable[[], Any]]
 TEXT = """# What maps cost on a GPU
 
-Made by `python -m benchmarks.gpu` ({device}, torch {torch}). {turns} turns after {warm_up} to warm up, medians; images
-of {size} pixels, random weights. *Time*: over that of a plain forward pass of the same batch in the same turns. *Peak*:
-what the call needs beside weights and inputs, its result included.
+Made by `python -m benchmarks.gpu` ({device}, torch {torch}). Images have {size} pixels, weights are random.
+
+- *Time*: multiples of a plain forward pass of the same batch. All rows run in each of {turns} turns, after {warm_up}
+  turns to warm up; values are medians.
+- *Peak*: the memory that a call needs beside weights and inputs, including its result. *Over plain*: multiples of
+  that of the plain forward pass.
 
 {cost}
 
 ## Is it the map of the CPU?
 
-The largest difference to the map that the CPU makes in float64, over the largest value of that map, for two images.
-TF32: `torch.backends.cuda.matmul.allow_tf32` and `torch.backends.cudnn.allow_tf32`; by itself torch sets the second.
+Each value is the largest difference to the map that the CPU makes in float64, over the largest value of that map, for
+two images.
+
+TF32 is set by `torch.backends.cuda.matmul.allow_tf32` and `torch.backends.cudnn.allow_tf32`. By default, torch sets
+only the second.
 
 {agreement}
 """

@@ -273,18 +273,27 @@ def report(cells: dict[tuple[str, int], Any]) -> str:
     lines = [
         "# Integrated maps",
         "",
-        f"Made by `python -m benchmarks.integrated`. Insertion less deletion of the cosine, {PAIRS} pairs of medium"
-        f" scenes for each of {len(names)} encoders, {CURVE} steps of the curve; what hides is the image's mean colour"
-        " or its blur. `7 x 7`: all maps at that resolution, as the metric likes fine ones. Integrated maps have"
-        f" {STEPS} steps.",
+        "Made by `python -m benchmarks.integrated`.",
+        "",
+        "Does it pay to integrate, and which layer, steps and baseline are best?",
+        "",
+        "All values are insertion less deletion",
+        f"of the cosine: {PAIRS} pairs of medium scenes for each of {len(names)} encoders, {CURVE} steps of the curve.",
+        f"More is better. Integrated maps take {STEPS} steps, unless the table says otherwise.",
+        "",
+        "* *mean*, *blur*: the image's mean colour, or its blur, hides places.",
+        "* *7 x 7*: all maps at that resolution, because the metric favours fine maps.",
+        "* *same layer*: the layer of `IntegratedDecomposition`. *last map*: the encoder's last one.",
+        "* *fused*: the sum of maps of several layers, each divided by its norm. The layers have a path each, or one",
+        "  path for all.",
         "",
         "## What they are worth (half 1)",
         "",
-        "Means over encoders, with 95 % intervals over pairs.",
+        "Means over encoders, with 95 % intervals over pairs:",
         "",
         table(["map", *METRICS], [[row, *(interval(values(row, 1, m)) for m in METRICS)] for row in ROWS]),
         "",
-        "By encoder, mean colour:",
+        "By encoder; the mean colour hides places:",
         "",
         table(
             ["map", *names],
@@ -303,9 +312,9 @@ def report(cells: dict[tuple[str, int], Any]) -> str:
             ],
         ),
         "",
-        "The steps and the baseline are those of `IntegratedDecomposition`, which has 8 and the mean.",
+        "The last four rows change the steps or the baseline of `IntegratedDecomposition`, which are 8 and the mean.",
         "",
-        "Each layer, integrated, from the first to the last; mean colour:",
+        "The integrated map of each layer, from the first to the last; the mean colour hides places:",
         "",
     ]
     for name in names:

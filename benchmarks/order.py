@@ -13,20 +13,27 @@ from captum_fam.engine.order import Doubt, Layouts, ask
 
 PAGE = """# The order of places
 
-Made by `python -m benchmarks.order`. Networks of timm without trained weights, on noise. Of each, all modules whose
-output has the shape of a map, but not beyond doubt (tokens; attentions; pieces that look like maps), as if nothing
-were known of the network. *Confirmed*: parts of the input were changed, and the places of the map there answered
-(captum_fam/engine/order.py). Then the same layers in a wrong order, which should never be confirmed: all tokens one
-place further, as with a class token that comes last; half of them, as with one in the middle; every second row
-backwards; left and right exchanged; shuffled.
+Made by `python -m benchmarks.order`.
 
-Refused are attentions and their parts, whose places answer everywhere; heads and token mixers, which are no maps;
-windows (Hiera, MobileViTv2); and branches that begin at zero (LeViT).
+For a layer of unknown layout, the package [tests where its places lie](../docs/method.md#where-a-place-lies). Does
+that test confirm right layouts, and refuse wrong ones?
 
-Of tokens, no wrong order was confirmed. Maps (B, C, h, w) need only answer nearby, as kernels may be large: of those of
-MobileViTv2 a shift by one place passed a few times.
+The networks are those of timm without trained weights, on noise. Of each, the test sees all modules whose output may
+be a map, but for which the shape leaves a doubt: tokens, attentions, and pieces that look like maps. The package is
+not told which network it is.
+
+* *Confirmed*: parts of the input were changed, and the places of the map there changed
+  ([order.py](../captum_fam/engine/order.py)).
+* *Refused*: attentions and their parts, where all places change; heads and token mixers, which are no maps; windows
+  (Hiera, MobileViTv2); and branches that begin at zero (LeViT).
+* The other columns count confirmed layouts among the same layers in a wrong order. They should be zero: all tokens
+  one place further, as with a class token that comes last; half of them one place further, as with a class token in
+  the middle; every second row backwards; left and right exchanged; shuffled.
 
 {table}
+
+No wrong order of tokens was confirmed. For maps (B, C, h, w), it is enough that nearby places change, because kernels
+may be large. So a few layers of MobileViTv2 passed with a shift by one place.
 """
 NAMES = (
     *("vit_tiny_patch16_224", "resmlp_12_224", "xcit_nano_12_p16_224", "pvt_v2_b0", "levit_128s"),

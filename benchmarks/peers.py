@@ -41,16 +41,16 @@ PAGE = """# Beside other libraries
 Made by `python -m benchmarks.peers`, which tries each cell, on a CPU, {date}, with
 {versions}.
 
-The encoder has two convolutions, a mean over the places and a linear head, with random weights. Images are 16 by 16
-pixels of noise. Each library is used in the best way that we know, as its own pages show: a target of one's own in
-pytorch-grad-cam and torchcam, `SBSMStack` in xaitk-saliency, any function in Captum. Results are checked, not only run;
-the files `benchmarks/peers_rows*.py` have the rows and their checks.
+What can each library do for the explanation of a similarity, and how much must you write yourself?
 
-* *yes*: it did, and what came passed the check.
-* *by hand (n lines)*: the same, with n lines that are not the library's. A helper that the first row counts is not
-  counted again.
-* *with Captum*: a class of Captum did, on a `SimilarityScore`.
-* *no*: what we tried failed, as listed below; or no public name of the library is of such a thing.
+* *yes*: the library did it, and its result passed the check.
+* *by hand (n lines)*: the same, with n lines that you write yourself. Lines of a helper count only in the first row
+  that uses it.
+* *with Captum*: a class of Captum did it, on a `SimilarityScore`.
+* *no*: what we tried failed, as listed below, or no public name of the library promises such a thing.
+
+One line by hand is not much. The table does not say how good a map is, or what it costs: see [the
+study](faithfulness/README.md) and [the costs](cost/README.md).
 
 {table}
 
@@ -58,8 +58,10 @@ What was tried and failed:
 
 {reasons}
 
-The table does not say how good a map is, nor what it costs: see [the study](faithfulness/README.md) and
-[the costs](cost/README.md). One line by hand is no hardship.
+The encoder has two convolutions, a mean over the places and a linear head, with random weights. Images are noise of
+16 by 16 pixels. Each library is used in the best way that we know from its own pages: pytorch-grad-cam and torchcam
+with a custom target, xaitk-saliency with `SBSMStack`, and Captum with any function. The files
+`benchmarks/peers_rows*.py` have the rows and their checks.
 """
 
 

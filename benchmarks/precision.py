@@ -35,11 +35,12 @@ TEXT = """# What do maps lose in half precision?
 Made by `python -m benchmarks.precision`: Python {python}, torch {torch}, on a CPU.
 
 `captum-fam batch` explains {pairs} pairs of clothing photographs by FAM of the cosine, once for each precision of the
-encoder. Beside float32, of the same encoder:
+encoder. The table compares the results with those of the same encoder in float32. Each cell has the median, the worst
+among the best 95 % of the pairs, and the worst of all:
 
-- **score**: how far the cosine is off.
-- **map**: the largest difference at any place, of the map's largest magnitude.
-- **order**: Spearman's rank correlation of the maps' places.
+- **score**: the error of the cosine.
+- **map**: the largest error at any place, as a share of the largest absolute value of the map.
+- **order**: Spearman's rank correlation of the two maps' places; 1 is best.
 
 {table}
 """

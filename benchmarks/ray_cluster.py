@@ -33,25 +33,28 @@ from captum_fam.batch import explain_pairs
 RESULT = Path(__file__).with_name("ray_cluster.md")
 WORKERS = (1, 2, 4)
 
-TEXT = """# What Ray costs and gives
+TEXT = """# How fast is a batch job on Ray?
 
 Made by `{command}`: {cores} cores, Python {python}, torch {torch}, ray {ray}.
 
-{pairs:,} pairs of photographs, {encoder} with random weights, parts of {part_size}. Each run is a whole job
-from Python: encoders load, files are checked and written. A cluster is a head without CPUs and a node with one CPU for
-each worker, all of them processes of this machine; it runs before the job starts. A worker process that is alone has
-all cores, one on Ray that of its node. More workers than cores share them: what a second machine would give cannot be
-seen here.
-
-Plain forward passes of both images, {cores} processes: {plain:.1f} pairs in a second.
+{pairs:,} pairs of photographs, {encoder} with random weights, parts of {part_size}. Plain forward passes of both
+images, {cores} processes: {plain:.1f} pairs in a second.
 
 {table}
 
-With two nodes, one of them killed when half of the parts were there, each pair is explained once, at {killed:.1f} pairs
-in a second.
+- Each run is a whole job from Python: it loads encoders, and checks and writes files.
+- A cluster is a head without CPUs, and one node with one CPU for each worker. All of them are processes of this
+  machine. The cluster runs before the job starts.
+- A single worker process uses all cores; a single worker on Ray uses the one of its node.
+- If there are more workers than cores, they share the cores. So this table cannot show what a second machine would
+  add.
 
-{store} bytes went through the object stores of a cluster of two nodes, for {parts} parts: a worker gets a number, reads
-the pairs from the folder, writes the file and gives back how many they were.
+With two nodes, one of them killed when half of the parts were there, each pair is explained once, at {killed:.1f}
+pairs in a second.
+
+Ray carries little: {store} bytes went through the memory that its nodes share (its object stores), for {parts} parts
+on two nodes. A worker gets the number of a part, reads the pairs from the folder, writes the file, and returns how
+many pairs it had.
 
 Seconds of the start, once: {starts}. A node of a cluster: {node:.1f}.
 """

@@ -25,15 +25,22 @@ from captum_fam import contribution_weights as minmax
 
 PAGE = """# The signs of embeddings
 
-Made by `CAPTUM_FAM_DATA=<data folder> python -m benchmarks.signs`. Collages of two images as in tasks.py, {count} of
-CIFAR-10, {few} of clothing (last two encoders), by cosine. Mean share of the positive map in the right half (chance
-0.50), 95 % bootstrap interval over collages, collages above 0.50. A collage counts once, as the mean over its two
-references: a map that knows of no reference has 0.50. FAM weighs the dimensions by w sign(z), and each place by its own
-gradient. FAM 0.1, the version before, had neither; *signs only* and *places only* have one of the two. *self*: what the
-match has beyond what the image has with itself, the same in both tables, as it knows of no other reference. Negative:
-share of the sum of |c| where z < 0. Untrained: one draw each, which the intervals leave out.
+Made by `CAPTUM_FAM_DATA=<data folder> python -m benchmarks.signs`.
 
-What it says: docs/measured.md.
+If embeddings have negative values, which method still finds the right half of a collage?
+[Measured](../docs/measured.md) says what these tables mean.
+
+- **Collages** join two images, as in [tasks.py](tasks.py): {count} of CIFAR-10, and {few} of clothing for the last
+  two encoders. The score is the cosine.
+- **Each cell** has three values. The first is the mean share of the positive map in the right half; chance is 0.50.
+  The second is its 95 % bootstrap interval over collages. The third is the number of collages above 0.50. Each
+  collage counts once, as the mean over its two references, so a map that ignores the reference has 0.50.
+- **FAM** weighs the dimensions by w sign(z), and each place by its own gradient. *FAM 0.1*, the version before, did
+  neither. *Signs only* and *places only* do one of the two.
+- **Self** is what a match adds to what the image has with itself. It uses no other reference, so it is the same in
+  both tables.
+- **Negative** is the share of the sum of |c| where z < 0.
+- **Untrained** encoders have one draw of weights each. The intervals do not include the choice of this draw.
 
 {tables}
 """
@@ -176,7 +183,8 @@ def main(data: Path, count: int) -> None:
         for name, case in tqdm(found, desc=title):
             cells = [share(method, case, contrast) for method in METHODS.values()]
             lines.append(f"| {name} | {negative(case)} | {' | '.join(cells)} |")
-        lines.append(f"\nThe same: correlation of maps before and after a change\n\n| change | encoders | {head}")
+        lines.append("\nCorrelation of these maps before and after a change of all embeddings")
+        lines.append(f"\n| change | encoders | {head}")
         for change in CHANGES:
             kept = [[alike(m, c, contrast, change) for n, c in found if "untrained" not in n] for m in METHODS.values()]
             lines.append(f"| {change} | trained | {' | '.join(f'{min(v):.2f} to {max(v):.2f}' for v in kept)} |")

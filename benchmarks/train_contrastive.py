@@ -417,19 +417,21 @@ def readme(folder: Path, results: str) -> str:
     machines = "; ".join(sorted({entry["machine"] for entry in record.values()}))
     return f"""# Small contrastive encoders
 
-Made by `CAPTUM_FAM_DATA=<data folder> python -m benchmarks.train_contrastive`, which also has `load(name)`. Weights are
-float16 state dicts. Seed {SEED}. Measured with {packages}.
-Trained on {machines}; other work shared the machine, and seconds depend on it.
+Made by `CAPTUM_FAM_DATA=<data folder> python -m benchmarks.train_contrastive`. To load an encoder, call its
+`load(name)`. Weights are float16 state dicts. Seed {SEED}. Measured with {packages}.
+Trained on {machines}. Other work shared the machine, and the seconds depend on it.
 
 {results}
 
-Trained on 10,000 CIFAR-10 images (1,000 a class), for few epochs and different numbers of them: the rows do not rank
-the methods. kNN: accuracy on 2,000 test images of the weighted {NEIGHBOURS} nearest training images (temperature
-{TEMPERATURE}) by the cosine of the embeddings; untrained is the mean of three seeds. Zero-shot: the nearest of the
-captions "a photo of a ..." of the ten classes; CLIP's captions are made of the class names, so it is trained with the
-labels, the others are not.
+Do not rank the training methods by these rows: each encoder was trained for few epochs, and each for another
+number of them. All were trained on 10,000 CIFAR-10 images, 1,000 of each class.
 
-CIFAR-10 images are for research use; none are included.
+* *kNN*: the accuracy on 2,000 test images. The {NEIGHBOURS} training images with the most similar embeddings (cosine)
+  vote with weights (temperature {TEMPERATURE}). *Untrained* is the mean of three seeds.
+* *Zero-shot*: the accuracy if the nearest of the ten captions "a photo of a ..." names the class. CLIP's captions for
+  training are made of the class names, so CLIP is trained with the labels. The other encoders are not.
+
+CIFAR-10 images are for research use. None are included.
 """
 
 

@@ -79,9 +79,15 @@ def main() -> None:
     lines = [
         "# Transformers: the encoder, the layer or the method?",
         "",
-        f"Made by `python -m benchmarks.transformers`: {PAIRS} medium scenes of half {HALF}, four objects each, one of"
-        " them shared; chance is 0.25. *Used*: in how many the similarity falls most without the shared object. For"
-        " each method: how often the mean of its map is largest on the shared object, in all pairs / where it is used.",
+        "Made by `python -m benchmarks.transformers`.",
+        "",
+        "If a map of a transformer does not find the shared object, is it the fault of the encoder, the layer or the",
+        f"method? This table tries {PAIRS} medium scenes of half {HALF}. Each has four objects, one of them shared.",
+        "",
+        "* *Used*: the share of scenes whose similarity falls most without the shared object.",
+        "* Each method: how often the mean of its map is largest on the shared object, in all pairs / in the pairs",
+        "  where the encoder uses it. Chance is 0.25.",
+        '* *Self* is `contrast="self"`. *Match less others* is `CorrespondenceMap` less the same map for others.',
         "",
         table(["encoder", "weights", "used", "layer", *METHODS], found),
     ]

@@ -70,6 +70,10 @@ def main() -> None:
         f"Made by `{COMMAND.replace('faithfulness', 'weightings')}` on half {HALF} of the pictures: means over"
         f" {len(names)} encoders (photos: {len(names) - 1}).",
         "",
+        "From these numbers we chose what [the study](README.md) judges on the other half. The study explains methods",
+        "and metrics. *residual r* takes r times what the image has with itself from the decomposition. With 0, it is",
+        "`SimilarityDecomposition`; with 1, it is *decomposition self*.",
+        "",
         f"| weighting | {' | '.join(f'{metric}, {source}' for source, metric in COLUMNS)} |",
         f"|---|{'---|' * len(COLUMNS)}",
         *(
