@@ -25,6 +25,7 @@ from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 # What both images have in common, and what is particular to the match: only the decomposition's adds up to zero.
 _ROWS: tuple[tuple[Any, str | None], ...] = ((FeatureActivationMap, None), (SimilarityDecomposition, "self"))
 PARTS, COLUMNS = 4, 2  # of the collage
+_MOST_SIMILAR_FIRST = ("coffee", "astronaut", "cat", "rocket")  # to the collage
 BATCH = 5  # collages at once: more are slower, as the first layers take much memory
 MATCHES = 3  # that are numbered in the figure
 UNTRAINED = 3  # encoders with random weights that the figures of the untrained encoder are a mean of
@@ -32,7 +33,7 @@ UNTRAINED = 3  # encoders with random weights that the figures of the untrained 
 
 @dataclass(frozen=True)
 class Shares:
-    """Share of the positive map inside the reference's part of the collage, for each case: FAM, contrast="self"."""
+    """The share of the positive map inside the reference's part, for each case: by FAM, and with "self"."""
 
     fam: Tensor
     contrast: Tensor
@@ -40,7 +41,11 @@ class Shares:
 
 def photographs() -> dict[str, Image.Image]:
     """
-    All colour photographs of everyday things that scikit-image and matplotlib install, as centre squares.
+    Which photographs can I try without a download? The colour photographs of everyday things that
+    scikit-image and matplotlib install.
+
+    Returns:
+        *dict*: square RGB images (``PIL.Image.Image``) by name, each the centre of its photograph.
 
     Examples::
 
@@ -62,7 +67,14 @@ def photographs() -> dict[str, Image.Image]:
 
 def another_view(photo: Image.Image) -> Image.Image:
     """
-    A square photograph in another crop and size, mirrored, and in brighter light.
+    How do I make a match without a second photograph? Another view of the first: cropped, mirrored
+    and brighter.
+
+    Args:
+        photo (PIL.Image.Image): A square RGB photograph.
+
+    Returns:
+        *PIL.Image.Image*: the view, with 80 % of the photograph's width and 85 % of its height.
 
     Examples::
 
@@ -78,7 +90,17 @@ def another_view(photo: Image.Image) -> Image.Image:
 
 def collage(photos: Sequence[Image.Image], columns: int, side: int = 256) -> Image.Image:
     """
-    Squares of ``side`` pixels, in rows of ``columns``.
+    How do I make a query that shows several things? One image of several photographs, side by side.
+
+    Args:
+        photos (sequence of PIL.Image.Image): Square photographs, row by row; only full rows are
+                    drawn.
+        columns (int): How many stand in a row.
+        side (int): Width and height of each in pixels.
+                    Default: 256
+
+    Returns:
+        *PIL.Image.Image*: the collage, columns · side pixels wide and rows · side pixels high.
 
     Examples::
 
@@ -151,10 +173,10 @@ def untrained_encoder(seed: int) -> BundledEncoder:
 
 
 def demo_page() -> PairExplorer:
-    """The page of the demonstration: the collage, another view of each of its parts, and a photo that is no part."""
+    """The page of the demonstration: the collage, another view of each of its parts, and a photo that is not in it."""
     photos, encoder = photographs(), bundled_encoder()
     parts, name = list(photos)[:PARTS], list(photos)[PARTS]
-    views = {part: another_view(photos[part]) for part in (*parts[1:], parts[0])}
+    views = {part: another_view(photos[part]) for part in _MOST_SIMILAR_FIRST}
     query, control = [photos[part] for part in parts], photos[name]
     return explore_pair(
         _collage(encoder, query, COLUMNS),
@@ -200,6 +222,7 @@ def demo_figure() -> tuple[Figure, list[str]]:
     query, views = collage(parts, COLUMNS), [another_view(photo) for photo in parts]
     columns = len(names) + 1
     figure = Figure(figsize=(2.6 * columns + 0.6, 8.4), layout="constrained")
+    figure.suptitle("Why is the collage similar to each reference? Numbers mark the strongest matches of places.")
     axes = figure.subplots(3, columns)
     here = visualization.show(axes[0, 0], query, "query: a collage")
     axes[1, 0].axis("off")
@@ -207,7 +230,7 @@ def demo_figure() -> tuple[Figure, list[str]]:
     for row, (maps, share, label) in enumerate(
         ((own, inside.contrast, 'particular to this match: "self"'), (plain, inside.fam, "in common: FAM")), 1
     ):
-        captions = [f"{s:.0%} inside (chance 25%)" for s in share.tolist()]
+        captions = [f"{s:.0%} on the {name} (chance 25%)" for name, s in zip(names, share.tolist())]
         visualization.draw_maps(figure, axes[row, 1:], [query] * len(names), list(maps), captions, label)
     # A pair of places is a part of the score.
     match, z = SimilarityDecomposition(encoder, encoder.features), _collage(encoder, parts, COLUMNS)
@@ -221,7 +244,8 @@ def demo_figure() -> tuple[Figure, list[str]]:
     random = [all_pairs(untrained_encoder(seed), every) for seed in range(UNTRAINED)]
     untrained = Shares(*(torch.cat([getattr(s, field) for s in random]) for field in ("fam", "contrast")))
     return figure, [
-        "Share of the positive map inside the reference's part of the collage",
+        "How much of the positive map lies on the reference's part of the collage?",
+        "FAM: what both images have in common. self: what is particular to this match.",
         "",
         f"{'the figure':<34}{'FAM':>8}{'self':>10}{'chance':>8}",
         *(

@@ -8,7 +8,7 @@ from playwright.sync_api import sync_playwright
 
 from captum_fam.demo import demo_page
 
-EYE = 0.672, 0.165  # of the cat, in the collage: shares of its width and height
+RIM = 0.13, 0.68  # of the cup, in the collage: shares of its width and height
 SIZE = {"width": 960, "height": 930}
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         page = browser.new_page(viewport=SIZE, device_scale_factor=1.25, color_scheme="light")
         page.goto(file.as_uri())
         frame = page.locator("#query").bounding_box()
-        page.mouse.move(frame["x"] + EYE[0] * frame["width"], frame["y"] + EYE[1] * frame["height"])
+        page.mouse.move(frame["x"] + RIM[0] * frame["width"], frame["y"] + RIM[1] * frame["height"])
         page.screenshot(path=Path(__file__).parent / "explorer.jpg", type="jpeg", quality=85)
         browser.close()
 

@@ -289,7 +289,7 @@ def test_access_that_is_denied_costs_its_own_rows(bucket, denying, in_process):
 
 def test_a_worker_that_is_given_none_of_many_images_ends_the_job_early(bucket, denying, in_process):
     pairs = bucket("pairs.csv", [(query, query) for query, _ in denied(200)])
-    text = "^stores have given none of 32 images: start again, .*; one of them: cannot read denying://bucket/private/"
+    text = "^no store gave any of 32 images: start again .*; the last error: cannot read denying://bucket/private/"
     with pytest.raises(ValueError, match=text):
         batch.explain_pairs(pairs, "out", **ENCODER)
     assert sum(denying.asked.values()) < 100
@@ -304,9 +304,9 @@ def test_a_worker_that_is_given_none_of_many_images_ends_the_job_early(bucket, d
         ({"output": "s3://bucket/maps"}, "^-o must be a folder of the file system, .* copy the folder to the store"),
         (
             {"root": Path("s3://bucket/photos")},
-            "^s3:/bucket/photos is an address, of which a Path loses a slash: pass it",
+            "^s3:/bucket/photos is an address, and a Path loses one of its slashes: pass it",
         ),
-        ({"pairs": Path("s3://bucket/pairs.csv")}, "^s3:/bucket/pairs.csv is an address, of which a Path loses"),
+        ({"pairs": Path("s3://bucket/pairs.csv")}, "^s3:/bucket/pairs.csv is an address, and a Path loses"),
         ({"weights": "s3://bucket/w.pt"}, "^there is no file s3:/bucket/w.pt: it is an address; save what is there"),
         ({"pairs": "memory://nope.csv"}, "^there is no file memory://nope.csv: check the address"),
         ({"pairs": "memory://bucket/photos/cat.jpg"}, "^a pair needs two images"),

@@ -454,4 +454,5 @@ def test_a_program_that_imports_the_package_keeps_its_interrupts(tmp_path):
 
 def test_the_help_says_that_a_factory_is_code_that_is_run(run):
     for command in ("explain", "compare", "batch"):
-        assert "code is run, of a module in the current folder first" in " ".join(run(command, "--help")[1].split())
+        out = " ".join(run(command, "--help")[1].split())
+        assert "code is run, and a module in the current folder comes first" in out

@@ -603,7 +603,7 @@ def test_a_processor_that_turns_channels_is_refused(tmp_path):
     """MobileViT's pictures are BGR: RGB would give other embeddings without a word."""
     save(lambda: transformers.ViTModel(transformers.ViTConfig(**LAYERS)), tmp_path, processor=False)
     transformers.MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size=SIZE).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"more than scaled \(of other channels than RGB"):
+    with pytest.raises(ValueError, match=r"does more to images than scale them \(it reorders channels"):
         load_encoder(f"hf:{tmp_path}")
 
 

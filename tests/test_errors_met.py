@@ -179,7 +179,7 @@ def test_arguments_that_are_missing_may_be_further_ones():
             return self.net(x) * scale
 
     fam = FeatureActivationMap(model := Scaled().eval(), model.net.layer)
-    with pytest.raises(TypeError, match=r"pass what is missing as `additional_forward_args`\.$"):
+    with pytest.raises(TypeError, match=r"pass the missing arguments as `additional_forward_args`\.$"):
         fam.attribute(X, reference=X)
     fam.attribute(X, None, 2.0, reference=X)
 
@@ -532,7 +532,7 @@ def test_many_names_are_not_all_told_and_one_is_a_number_that_is_missing():
     [
         (torch.tensor([0.0, 1, 1]), TypeError, r"float32.*labels\.long\(\)"),
         (torch.tensor([True, False, True]), TypeError, r"bool.*labels\.long\(\)"),
-        (torch.eye(3, dtype=torch.long), ValueError, r"\(3, 3\); of labels in one-hot form pass labels\.argmax\(1\)"),
+        (torch.eye(3, dtype=torch.long), ValueError, r"\(3, 3\); for one-hot labels pass labels\.argmax\(1\)"),
         (torch.zeros(2, dtype=torch.long), ValueError, r"\(2,\)\.$"),
         ([None, 1, 2], TypeError, "NoneType"),
         ([[1], [1, 2], [3]], TypeError, "list: "),

@@ -354,6 +354,53 @@ def test_a_zero_embedding_is_set_aside_and_the_others_stay_aligned():
     assert (maps[2] == 0).all()
 
 
+def normalise(z):
+    return nn.functional.normalize(z)
+
+
+CALLS = {
+    "attribute": lambda fam, x, s: fam.attribute(x, reference_embedding=s),
+    "self": lambda fam, x, s: fam.attribute(x, reference_embedding=s, contrast="self"),
+    "attribute_all": lambda fam, x, s: fam.attribute_all(x, reference_embedding=s),
+    "attribute_pair": lambda fam, x, s: fam.attribute_pair(x, x.flip(0))[0],
+}
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_normalisation_behind_a_head_is_told_as_it_takes_the_embedding_from_the_places(call, similarity):
+    """v_i is the projection of what place i adds to z on what is orthogonal to z: summed up, nothing is left."""
+    encoder, x, s = Modified(seeded(HeadEncoder), normalise), random(3, 3, 8, 8), random(1, 4, seed=2)
+    encoder.encoder.head.bias.data.zero_()
+    with pytest.warns(UserWarning, match=r"^The encoder ends in a normalisation, .*'encoder\.layer'.* Leave") as caught:
+        CALLS[call](FeatureActivationMap(encoder, encoder.layer, similarity=similarity), x, s)
+    assert len(caught) == 1
+    jacobian = SimilarityDecomposition(encoder, encoder.layer, dimension_weights=lambda z, s: z)
+    with pytest.warns(UserWarning, match="do not add up"):
+        sums = jacobian.attribute(x, reference_embedding=s).sum((1, 2, 3))
+    close(sums, torch.zeros(3).double(), atol=1e-12)
+
+
+QUIET = {
+    "without the normalisation": (HeadEncoder, {}),
+    "a mean that is normalised": (lambda: Modified(PooledEncoder(), normalise), {}),
+    "one of the lengths is another": (
+        lambda: Modified(HeadEncoder(), lambda z: normalise(z) * (1 + 1e-9 * torch.arange(len(z)).double()[:, None])),
+        {},
+    ),
+    "distances": (lambda: Modified(HeadEncoder(), normalise), {"similarity": "euclidean"}),
+    "a path": (lambda: Modified(HeadEncoder(), normalise), {"n_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_of_what_a_normalisation_leaves_right_nothing_is_told(case):
+    build, options = QUIET[case]
+    encoder, x = seeded(build), random(3, 3, 8, 8)
+    with silent():
+        FeatureActivationMap(encoder, encoder.layer, **options).attribute(x, reference=x.flip(0))
+
+
 # Against Captum
 
 
@@ -376,6 +423,7 @@ def jacobian_cases():
 
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
 @pytest.mark.parametrize("case", jacobian_cases())
+@pytest.mark.filterwarnings("ignore:The encoder ends in a normalisation")
 def test_the_jacobian_map_is_captums_gradient_times_activation_of_the_weighted_embedding(case, similarity):
     encoder, layer_of = jacobian_cases()[case]
     layer, x = layer_of(encoder), random(3, 3, *[6] * int(case[0] if case[1] == "D" else 2))
@@ -591,6 +639,7 @@ def test_a_layer_listed_twice_gives_two_maps_without_a_word():
     close(maps, [FeatureActivationMap(encoder, encoder.layer).attribute(x, reference_embedding=s)] * 2)
 
 
+@pytest.mark.filterwarnings("ignore:The encoder ends in a normalisation")
 def test_a_list_of_layers_takes_each_layers_own_route():
     encoder, x, s = Modified(seeded(PooledEncoder), nn.functional.normalize), random(2, 3, 6, 6), random(2, 6, seed=2)
     last, early = FeatureActivationMap(encoder, [encoder.layer, encoder.encoder.early]).attribute(

@@ -206,7 +206,7 @@ def test_images_of_other_embeddings_are_told():
     [
         (lambda: Hits(), ValueError, "at least one of `ids`, `scores`, `embeddings` and `images`"),
         (lambda: Hits(ids=["a", "b"]), ValueError, r"`ids` of hits to be a list for each query, \[\[id"),
-        (lambda: Hits(ids=[["a", "b"], ["c"]]), ValueError, r"as many for each query, but got \[1, 2\]"),
+        (lambda: Hits(ids=[["a", "b"], ["c"]]), ValueError, r"equally many for each query, but got \[1, 2\]"),
         (lambda: Hits(scores=torch.ones(3)), ValueError, r"`scores` of hits to be \(B, k\)"),
         (lambda: Hits(embeddings=torch.ones(3, 4)), ValueError, r"`embeddings` of hits to be \(B, k, D\)"),
         (lambda: Hits(embeddings=torch.ones(1, 3, 4, dtype=torch.long)), ValueError, "floating point"),

@@ -650,7 +650,7 @@ Q, P = normal(3, 4), normal(6, 4, seed=1)
         (
             {"query_mask": [0, 0, 0]},
             ValueError,
-            "counts in each of `query_embeddings`, but all are masked, or zero, in",
+            "counts in each of `query_embeddings`, but all tokens of number",
         ),
         ({"page_mask": [0] * 6}, ValueError, "counts in each of `page_embeddings`"),
         ({"query_embeddings": 0 * Q, "query_mask": [1] * 3}, ValueError, "counts in each of `query_embeddings`"),
@@ -688,7 +688,7 @@ def test_errors_of_what_is_asked_of_an_explanation():
     for tokens in (["a"], "abc"):
         with pytest.raises(ValueError, match="Expected `tokens` to be a list of 3, one for each row of the query, but"):
             found.visualize(image(40, 60), tokens)
-    with pytest.raises(TypeError, match="Expected the number of a page, or a query, of an explanation of several, but"):
+    with pytest.raises(TypeError, match="Expected the number of one of several pages or queries, but"):
         found[0]
     with pytest.raises(TypeError, match=r"got \(0, 0\) of MaxSimExplanation"):
         explain_maxsim(Q[None], P[None], (2, 3))[0, 0]

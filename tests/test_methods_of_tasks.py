@@ -249,7 +249,7 @@ def test_a_threshold_that_lies_on_the_other_side_of_the_map_comes_with_a_word():
     assert opposite
     assert f"opposite signs (queries {opposite}; " in str(caught[0].message)
     assert "SimilarityDecomposition do, pass it as `method`" in str(caught[0].message)
-    with pytest.warns(UserWarning, match="So it is with [234] of the 4 references"):
+    with pytest.warns(UserWarning, match="This holds for [234] of the 4 references"):
         explain_hits(QUERIES, HITS, HEAD, HEAD.layer, threshold=theta)
 
 

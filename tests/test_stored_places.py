@@ -380,7 +380,7 @@ QUERY_MISTAKES = {
     "tokens": (
         torch.ones(5, 6),
         ValueError,
-        "that are no patches, and say the grid by query.reshape(",
+        "that are no patches, and give the grid by query.reshape(",
     ),
     "an embedding": (torch.ones(6), ValueError, "Expected places (h, w, C) of each image of `query`"),
     "not finite": (torch.full((2, 2, 6), torch.nan), ValueError, "Expected `query` to be finite, but it is not;"),
@@ -440,7 +440,7 @@ STORE_MISTAKES = {
     "another ending": ("a.npz", X, {}, "Expected `file` to end in .npy, but got '"),
     "another dtype": ("a.npy", X, {"dtype": torch.bfloat16}, "torch.float16 or torch.float32, but got torch.bfloat16"),
     "no batches": ("a.npy", [], {}, "Expected `images` to hold a batch of images, but it is empty."),
-    "two sizes": ("a.npy", [X, R], {}, "with as many places each, but got (8, 8, 3) and (12, 8, 3)"),
+    "two sizes": ("a.npy", [X, R], {}, "with equally many places, but got (8, 8, 3) and (12, 8, 3)"),
     "too large": ("a.npy", X * 1e7, {}, "are too large for float16; pass dtype=torch.float32."),
 }
 

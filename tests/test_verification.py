@@ -350,7 +350,7 @@ def opposed(found):
 
 def test_pairs_whose_map_speaks_for_the_other_decision_are_named():
     for options, reason in (
-        ({"encoder": HEAD, "threshold": 0.9}, "no place has the rest, see `missing`"),
+        ({"encoder": HEAD, "threshold": 0.9}, "the rest belongs to no place, see `missing`"),
         ({"method": "FeatureActivationMap"}, r"add up to no score. Pass method=SimilarityDecomposition"),
         ({"encoder": HEAD, "n_steps": 4, "threshold": 0.9995, "baseline": "zero"}, "belongs to the baseline"),
     ):

@@ -62,7 +62,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
         return self.n_steps is not None
 
     def terms(self, z: Tensor, s: Tensor) -> Tensor:
-        """f(z, s) (..., D), for embeddings z and references s that broadcast; that of a contrast is a difference."""
+        """f(z, s) (..., D), for embeddings z and references s that broadcast; a contrast is a difference of these."""
         raise NotImplementedError
 
     def contributions(self, z: Tensor, t: Tensor) -> Tensor:
@@ -73,14 +73,13 @@ class DimensionAttribution(LayerSimilarityAttribution):
         return s.new_zeros(len(s))
 
     def weights(self, z: Tensor, t: Tensor, plain: bool) -> Tensor:
-        """f (B, P, D) of terms t (B, P, D) and z (B, 1, D); not ``plain``, the terms are differences."""
+        """f (B, P, D) of terms t (B, P, D) and z (B, 1, D); if not ``plain``, the terms are differences."""
         return t
 
     @eagerly
     def route(self, inputs: Inputs, additional_forward_args: object | None = None) -> str | list[str]:
         r"""
-        The way that the weights take to the layer's channels for these inputs, from one forward
-        pass.
+        Which route does the map of these inputs take, with or without a gradient? Takes one forward pass.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): Inputs of the encoder, batch first.
@@ -117,7 +116,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
         return self.routes([a for group, _ in groups for a in group], [n for _, group in groups for n in group])  # type: ignore[no-any-return]
 
     def routes(self, aligned: list[bool], sizes: list[int]) -> Any:
-        """Of each layer, from what holds for the tensors that it gave."""
+        """The route of each layer, from which of its tensors are aligned."""
         layers = self._result(aligned, sizes)
         routes = [
             "aligned" if all(layer if isinstance(layer, tuple) else [layer]) else "jacobian"
@@ -135,9 +134,12 @@ class DimensionAttribution(LayerSimilarityAttribution):
             maps = place_maps(recording, f, multiples, pairs.n_references)
         else:
             maps = next(place_terms(recording, f, multiples))
-        if self._adds_up and not all(aligned) and self.n_steps is None:
+        if not all(aligned) and self.n_steps is None:
             for name, tensors in recording.layers():
-                check_sum(_means(maps[tensors], summed), pairs, name, any(recording.partial[tensors]))
+                if self._adds_up:
+                    check_sum(_means(maps[tensors], summed), pairs, name, any(recording.partial[tensors]))
+                elif not all(aligned[tensors]) and self._similarity() in ("cosine", "dot"):
+                    check_normalised(pairs, name)
         return maps
 
     def _multiples(self, recording: Recording, aligned: list[bool]) -> Multiples:
@@ -224,8 +226,8 @@ def _means(maps: list[Tensor], summed: bool) -> Tensor:
 
 def check_sum(found: Tensor, pairs: Pairs, layer: str, partial: bool) -> None:
     """
-    Reports, of a layer's maps, if their totals (B, P) are far from what they should add up to; ``partial``, the layer
-    has tokens that are on no map.
+    Reports a layer's maps whose totals (B, P) are far from what they should add up to. ``partial``: the layer has
+    tokens that are on no map.
     """
     off = (found - pairs.c.sum(2)).abs() > _TOLERANCE * pairs.c.abs().sum(2)
     if not (off & pairs.valid).any():
@@ -243,3 +245,14 @@ def check_sum(found: Tensor, pairs: Pairs, layer: str, partial: bool) -> None:
             " place has it. Read the map as a pattern; its mean is not the score."
         )
     pairs.recording.report.warnings.append(f"The places of layer {layer} do not add up to the similarity: {reason}")
+
+
+def check_normalised(pairs: Pairs, layer: str) -> None:
+    """Reports a layer behind which the embeddings are normalised: the gradient leaves out what they have in common."""
+    rounding = 64 * torch.finfo(pairs.recording.embedding.dtype).eps
+    if pairs.valid.any() and ((norm(pairs.z) - 1).abs() < min(_UNIT, rounding)).all():
+        pairs.recording.report.warnings.append(
+            f"The encoder ends in a normalisation, whose gradient takes from the places of layer {layer} what they add"
+            " to the length of the embedding: most of what makes it similar. Leave the normalisation out, and compare"
+            ' by similarity="cosine": the score is the same.'
+        )
