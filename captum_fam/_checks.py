@@ -1,4 +1,4 @@
-"""Arguments checked before the model runs, with errors that say what came and what would work."""
+"""Checks of arguments before the model runs; the errors say what came and what would work."""
 
 import operator
 import sys
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def describe(value: object) -> str:
-    """What an argument is, for error messages."""
+    """An argument in words, for error messages."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{value!r}" if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 def embeddings_in(value: object) -> list[str]:
-    """How to write each of the values of a mapping or a sequence that may be embeddings (B, D): "['z']", "[0]"."""
+    """How to write each value of a mapping or a sequence that may be embeddings (B, D): "['z']", "[0]"."""
     several = enumerate(value) if isinstance(value, (tuple, list)) else ()
     return [
         f"[{key!r}]"
@@ -32,13 +32,13 @@ def embeddings_in(value: object) -> list[str]:
 
 
 def did_you_mean(value: object, names: Iterable[str]) -> str:
-    """The end of a message about a value that is none of the names."""
+    """The end of a message about a value that is not among the names: a question with the names that are close."""
     near = get_close_matches(value, list(names), 3, 0.5) if isinstance(value, str) else []
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the caller's line, outside this package and Captum."""
+    """Gives a UserWarning that points at the caller's line, outside this package and Captum."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
         "captum_fam",
@@ -50,7 +50,7 @@ def warn(message: str) -> None:
 
 
 def warn_once(messages: list[str]) -> None:
-    """A warning for each message, once."""
+    """Gives each message as a warning, once."""
     for message in dict.fromkeys(messages):
         warn(message)
 
@@ -66,7 +66,7 @@ def check_callable(name: str, value: object) -> None:
 
 
 def check_hookable(name: str, value: object) -> None:
-    """Refuses TorchScript, whose modules run past hooks, or take none."""
+    """Raises an error for TorchScript, whose modules ignore hooks or take none."""
     if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptMethod)):
         raise TypeError(
             f"Expected `{name}` to be a module or a function of Python, but got TorchScript ({type(value).__name__}),"
@@ -81,7 +81,7 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_square(name: str, side: str, places: int, size: Sequence[int]) -> None:
-    """Refuses to take places for a square grid where another grid of as many has the form of their image, (H, W)."""
+    """Raises an error where a number of places is square, but another grid has the form of the image, (H, W)."""
     height, width = size
     for h in range(1, places + 1):
         w = places // h
@@ -130,7 +130,7 @@ def check_labels(name: str, labels: Any, count: int, of: str, device: torch.devi
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"Expected `{name}` to be integers, but got {describe(found)}; pass {name}.long().")
     if found.shape != (count,):
-        cure = f"; of labels in one-hot form pass {name}.argmax(1)" if found.ndim == 2 and len(found) == count else ""
+        cure = f"; for one-hot labels pass {name}.argmax(1)" if found.ndim == 2 and len(found) == count else ""
         raise ValueError(
             f"Expected `{name}` to be {count} integers, one for each of {of}, but got shape {tuple(found.shape)}{cure}."
         )
@@ -138,7 +138,7 @@ def check_labels(name: str, labels: Any, count: int, of: str, device: torch.devi
 
 
 def _some(labels: Any) -> str:
-    """The first of what may be many."""
+    """The first of the labels, for a message."""
     if isinstance(labels, str):
         return repr(labels)
     first = [str(label) if isinstance(label, str) else label for label, _ in zip(labels, range(4))]
@@ -161,8 +161,8 @@ def check_reference_embedding(value: object) -> None:
 
 def reference_index(name: str, target: Any, references: int, inputs: int) -> Tensor:
     """
-    The number of the reference that each input takes, (B,), for a target in one of Captum's
-    forms; without a target, one reference is shared and B references are paired.
+    The number of the reference that each input takes, (B,), for a target in one of Captum's forms.
+    Without a target, one reference is shared, and B references are paired with the B inputs.
     """
     if target is None:
         if references == 1:
@@ -232,6 +232,16 @@ def check_dimensions(embedding: Tensor, references: Tensor) -> None:
         )
 
 
+def references_given(method: str, reference: object, reference_embedding: object) -> tuple[Tensor, ...]:
+    """The references of a method that compares the places of images."""
+    if reference is None or reference_embedding is not None:
+        raise ValueError(
+            f"{method} compares places, and embeddings have none: pass the references as inputs of the encoder, by"
+            " name, reference=images (the second argument is `target`)."
+        )
+    return format_inputs("reference", reference)
+
+
 def check_same_form(reference: tuple[Tensor, ...], inputs: tuple[Tensor, ...], name: str = "reference") -> None:
     if len(reference) != len(inputs):
         raise ValueError(f"Expected `{name}` in the form of `inputs`, {len(inputs)} tensors, but got {len(reference)}.")
@@ -254,7 +264,7 @@ def check_rows_fit(
     cure: str = "pass reference_embedding=fam.embed(reference, their_own_args) instead",
     paired: bool = True,
 ) -> None:
-    """Tensors that go with the inputs row by row cannot go with another number of references."""
+    """Raises an error for arguments with a row for each input where there are more, or fewer, references."""
     arguments = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
     if (inputs != references or not paired) and any(
         isinstance(a, Tensor) and a.ndim and len(a) == inputs for a in arguments

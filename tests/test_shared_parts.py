@@ -425,8 +425,8 @@ def test_a_score_says_which_similarity():
         (
             lambda e: SharedParts(e, e.layer).attribute(X, reference_embedding=random(3, 6)),
             ValueError,
-            "SharedParts compares places, and embeddings have none; pass the references as inputs of the encoder,"
-            " reference=images.",
+            "SharedParts compares places, and embeddings have none: pass the references as inputs of the encoder, by"
+            " name, reference=images (the second argument is `target`).",
         ),
         (
             lambda e: SharedParts(e, e.layer, similarity="euclidean").explain(X, Y),

@@ -16,6 +16,7 @@ from captum_fam._checks import (
     describe,
     format_inputs,
     reference_index,
+    references_given,
     warn_once,
 )
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments, slices
@@ -34,32 +35,31 @@ _AT_ONCE = 32
 
 class CorrespondenceMap(OnLayer, LayerAttribution):
     r"""
-    Which places of an input look like some place of a reference. At place i of a layer's activations A,
+    Which places of an input look like some place of a reference? At place i of a layer's activations A,
 
     .. math:: M_i = \max_j \cos(A_i, R_j)
 
-    over the places j of the reference's activations R. Much of an image looks like some place of every
-    image, so with ``background`` or ``contrast``, the mean of the same over other images is taken away:
-    what is left looks like this reference more than like others.
+    over the places j of the reference's activations R. Much of an image looks like some place of every image. So
+    ``background`` and ``contrast`` subtract the mean of the same over other images: what is left looks more like this
+    reference than like others.
 
-    It answers another question than the other methods here: it shows which places look alike, not what
-    the score is made of, and the embedding has no part in it. It adds up to nothing. So references are
-    inputs; an embedding has no places. It needs one forward pass of each image and no gradient.
+    It does not explain the score, as the other methods here do: it compares places, and the embedding has no part in
+    it. The map adds up to nothing. References must be inputs, because an embedding has no places. It takes one forward
+    pass of each image and no gradient.
 
-    The best match of places is how dense features are commonly compared (Amir et al.,
-    https://arxiv.org/abs/2112.05814); taking away that of other images is ours.
+    The best match of places is a common way to compare dense features (Amir et al., https://arxiv.org/abs/2112.05814);
+    subtracting that of other images is ours.
 
     Args:
-        forward_func (Callable or torch.nn.Module): The encoder, or a :class:`~captum_fam.SimilarityScore`,
-                    of which the encoder is taken.
+        forward_func (Callable or torch.nn.Module): The encoder, or a :class:`~captum_fam.SimilarityScore`, whose
+                    encoder is used.
         layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations (B, C, \*spatial) are
                     compared, or a list of layers.
         device_ids (list[int]): Device ID list, necessary only if forward_func applies a
                     DataParallel model, as for other Captum layer methods.
                     Default: None
-        background (Tensor or tuple[Tensor, ...], optional): Images in the form of the inputs, a dozen or
-                    more, of what inputs and references commonly show. Taken away wherever ``contrast``
-                    is not given.
+        background (Tensor or tuple[Tensor, ...], optional): A dozen or more images, in the form of the inputs, of what
+                    inputs and references commonly show. They are subtracted wherever ``contrast`` is not given.
                     Default: None, the plain best match
         output_selector, reshape_transform (Callable, optional): As in
                     :class:`~captum_fam.FeatureActivationMap`.
@@ -109,18 +109,18 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         internal_batch_size: int | None = None,
     ) -> Maps:
         r"""
-        What of each input looks like one reference.
+        Which places of each input look like one reference?
 
         Args:
             inputs, target, additional_forward_args, attribute_to_layer_input, relu_attributions: As in
                         :meth:`FeatureActivationMap.attribute`.
             reference (Tensor or tuple[Tensor, ...]): K references in the form of ``inputs``.
             reference_embedding: An error: embeddings have no places.
-            contrast (int, list, Tensor or str, optional): What is taken away: the best match of another
-                        reference, by its number in the forms of ``target``; ``"rest"``, the mean over all
-                        other references; or images in the form of ``inputs``, instead of ``background``.
+            contrast (int, list, Tensor or str, optional): What is subtracted: the best match of another reference, by
+                        its number in the forms of ``target``; ``"rest"``, the mean over all other references; or images
+                        in the form of ``inputs``, instead of ``background``.
                         Default: None, ``background``
-            internal_batch_size (int, optional): Images that go through the encoder at a time.
+            internal_batch_size (int, optional): How many images go through the encoder at a time.
                         Default: None, all inputs at once, and a few references at a time
 
         Returns:
@@ -160,7 +160,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         internal_batch_size: int | None = None,
     ) -> Maps:
         r"""
-        What of each input looks like every reference, from one forward pass of each.
+        Which places of each input look like every reference? Takes one forward pass of each image.
 
         Args:
             inputs, additional_forward_args, reference, reference_embedding, relu_attributions, internal_batch_size:
@@ -199,8 +199,8 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
     @eagerly
     def attribute_pair(self, inputs: Inputs, reference: Inputs) -> tuple[Maps, Maps]:
         r"""
-        What each of two images has that looks like the other, with one forward pass of each. ``background`` is
-        taken away on both sides.
+        Which places of each of two images look like the other? Takes one forward pass of each; ``background`` is
+        subtracted on both sides.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
@@ -236,7 +236,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
     @eagerly
     def attribute_matrix(self, inputs: Inputs, reference: Inputs) -> Tensor | list[Tensor]:
         r"""
-        The cosine of each place of the inputs and each place of the reference.
+        How much does each place of the inputs look like each place of the reference? Their cosine.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
@@ -268,12 +268,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
         return self._result(found, one.sizes)  # type: ignore[no-any-return]
 
     def _given(self, inputs: Tensors, reference: Inputs | None, reference_embedding: object) -> Tensors:
-        if reference is None or reference_embedding is not None:
-            raise ValueError(
-                "CorrespondenceMap compares places, and embeddings have none; pass the references as inputs of the"
-                " encoder, reference=images."
-            )
-        tensors = format_inputs("reference", reference)
+        tensors = references_given("CorrespondenceMap", reference, reference_embedding)
         check_same_form(tensors, inputs)
         return tensors
 
@@ -351,7 +346,7 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
     def _stream(
         self, images: Tensors, call: Call, side: str, most: int | None = None, compared: set[int] | None = None
     ) -> Iterator[tuple[slice, Places]]:
-        """The places of a few images at a time; ``compared`` numbers those that matter, if not all do."""
+        """The places of a few images at a time; ``compared`` has the numbers of those that matter, None for all."""
         for rows in slices(len(images[0]), most or call.most or _AT_ONCE):
             args = cut_arguments(call.additional_forward_args, rows, call.inputs)
             with self._record(cut(images, rows), args, call.report, call.layer_input) as recording:
@@ -369,8 +364,8 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
 
 def less_the_others(method: CorrespondenceMap, query: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     """
-    What of one image looks like each of K references (1, K, *spatial), and what of these looks like it
-    (K, 1, *spatial); where there are several and the method has no background, less what looks like the rest of them.
+    What of one image looks like each of K references (1, K, *spatial), and what of each of them looks like the image
+    (K, 1, *spatial). Of several references, and without a background, what looks like the rest of them is subtracted.
     """
     there: Any = method.attribute(references, reference=query)
     if len(references) == 1 or method.background is not None:
@@ -389,7 +384,7 @@ def _images(name: str, value: Any) -> Tensors:
 
 
 def _are_images(contrast: Any) -> bool:
-    """Rather than numbers of references: several tensors, or one with more than one dimension, or of fractions."""
+    """Whether a contrast is images: several tensors, or one of fractions or with more than one dimension."""
     if isinstance(contrast, tuple):
         return any(isinstance(t, Tensor) for t in contrast)
     return isinstance(contrast, Tensor) and (contrast.ndim > 1 or contrast.is_floating_point())

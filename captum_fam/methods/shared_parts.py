@@ -18,6 +18,7 @@ from captum_fam._checks import (
     describe,
     format_inputs,
     reference_index,
+    references_given,
     warn_once,
 )
 from captum_fam.engine.chunks import cut, cut_arguments, slices
@@ -39,19 +40,19 @@ from captum_fam.similarity import Similarity, exact, nonzero
 @dataclass(frozen=True, repr=False, eq=False)
 class SharedPartsExplanation:
     r"""
-    The parts of B pairs of images, n of them for each pair, the one with the largest of the ``totals`` first; made by
-    :meth:`SharedParts.explain`.
+    Which parts do B pairs of images share, and what does each contribute? n parts for each pair, the one with the
+    largest of the ``totals`` first; made by :meth:`SharedParts.explain`.
 
     Attributes:
-        maps (Tensor): How strong each part is at each place of the inputs, (B, n, \*spatial), not negative: the
-                    length of the activations that it stands for.
+        maps (Tensor): How strong each part is at each place of the inputs, (B, n, \*spatial), not negative, in the unit
+                    of the activations.
         reference_maps (Tensor): The same of the references.
         shares (Tensor): What part a of the input and part b of the reference contribute together to the score,
                     (B, n, n), in at least single precision.
-        residual (Tensor): What is left of the score, (B,): what no place has, or no part.
+        residual (Tensor): What is left of the score, (B,): the share of no place or no part.
         score (Tensor): The similarity of each pair, (B,). It is the sum of its shares and the residual.
-        totals (Tensor): What each part contributes in all, (B, n): its share with itself, and half of those with other
-                    parts. The totals of a pair and its residual add up to the score, too.
+        totals (Tensor): What each part contributes in all, (B, n): its share with itself, and half of its shares with
+                    other parts. They and the residual add up to the score, too.
 
     Examples::
 
@@ -80,7 +81,7 @@ class SharedPartsExplanation:
 
 class SharedParts(OnLayer, LayerAttribution):
     r"""
-    The parts that two images share, and what each pair of parts contributes to their similarity.
+    Which parts do two images share, and what does each pair of parts contribute to their similarity?
 
     The activations of both images, a row for each place, are factorised together into n parts, by non-negative matrix
     factorisation (NMF), as in Deep Feature Factorization (Collins, Achanta, Süsstrunk,
@@ -88,41 +89,41 @@ class SharedParts(OnLayer, LayerAttribution):
 
     .. math:: \binom{A}{R} \approx W H, \quad W, H \ge 0
 
-    where row a of H, of length one, is what part a looks like to the encoder, and W (N + N', n) how strong it is at
-    each place. Place i belongs to the parts in the proportions :math:`p_{ia} = W_{ia} / \sum_b W_{ib}`, and so does
-    what it contributes. With the place embeddings v(i) and v'(j) of :meth:`SimilarityDecomposition.attribute_matrix`,
-    part a of the input and part b of the reference have the share
+    where row a of H, of length one, is what part a looks like to the encoder, and W (N + N', n) says how strong each
+    part is at each place. Place i belongs to the parts in the proportions :math:`p_{ia} = W_{ia} / \sum_b W_{ib}`. What
+    the place contributes is divided in the same way. With the place embeddings v(i) and v'(j) of
+    :meth:`SimilarityDecomposition.attribute_matrix`, part a of the input and part b of the reference have the share
 
     .. math:: S_{ab} = \sum_{ij} p_{ia} \, p'_{jb} \, \frac{v(i) \cdot v'(j)}{\|z\| \|s\|}
 
-    of the score (without the norms for ``"dot"``). All shares and the residual add up to the score, whatever the
-    factorisation. The residual is what no place has: nothing where the places add up to the embedding; else what
-    biases, a LayerNorm or a class token make of the score, and with ``n_steps`` what the baselines have. It also has
-    what places without any part contribute, whose activations are zero.
+    of the score (without the norms for ``"dot"``). All shares and the residual add up to the score, for any
+    factorisation. The residual is what belongs to no place. It is zero where the places add up to the embedding.
+    Otherwise it is what biases, a LayerNorm or a class token contribute, and with ``n_steps`` the baselines. Places
+    whose activations are zero belong to no part; what they contribute is in the residual, too.
 
-    The shares are ours. Splitting each place's activations, by the parts' share of W H, would leave the error of
-    the factorisation in the residual, and the shift of signed activations, too: these are factorised less each
-    channel's minimum. Splitting places keeps the shares exact for every encoder, and the factorisation only says
+    The shares are ours. One could also split the activations of each place by the parts' share of W H. The residual
+    would then hold the error of the factorisation and the shift of signed activations, which are factorised less each
+    channel's minimum. Here places are split: the shares are exact for every encoder, and the factorisation only says
     which place belongs to which part.
 
-    Shares of different parts are most of many scores: where activations are not negative, all places have something in
-    common. ``totals`` has half of such a share with each of its two parts.
+    Often most of a score is in shares of different parts: where activations are not negative, all places have something
+    in common. ``totals`` gives half of such a share to each of the two parts.
 
-    As a Captum attribution, :meth:`attribute` has what each place contributes with its own part in the reference, which
-    averages to the sum of the shares of equal parts. It needs scikit-learn (the extra ``parts``). It costs what
-    ``attribute_matrix`` does, and a factorisation for each pair. :func:`~captum_fam.visualize_parts` draws the parts;
-    on the page of :func:`~captum_fam.explore_pair`, one points at them.
+    As a Captum attribution, :meth:`attribute` shows what each place contributes with its own part in the reference. It
+    needs scikit-learn (the extra ``parts``). It costs as much as ``attribute_matrix`` and a factorisation for each
+    pair. :func:`~captum_fam.visualize_parts` draws the parts, and :func:`~captum_fam.explore_pair` makes a page where
+    you point at them.
 
     Args:
-        forward_func (Callable or torch.nn.Module): The encoder, or a :class:`~captum_fam.SimilarityScore`,
-                    of which the encoder is taken.
+        forward_func (Callable or torch.nn.Module): The encoder, or a :class:`~captum_fam.SimilarityScore`, whose
+                    encoder is used.
         layer (torch.nn.Module): Layer whose activations (B, C, \*spatial) are factorised; one tensor.
-        n_parts (int, optional): The number of parts, at most that of the channels.
-                    Default: None, 6, or as many as there are channels if these are fewer
+        n_parts (int, optional): The number of parts n: at most the layer's channels, and the places of both images.
+                    Default: None, 6, or fewer if there are fewer channels or places
         device_ids (list[int]): Device ID list, necessary only if forward_func applies a
                     DataParallel model, as for other Captum layer methods.
                     Default: None
-        similarity (str, optional): ``"cosine"`` or ``"dot"``; others are no sums over pairs of places.
+        similarity (str, optional): ``"cosine"`` or ``"dot"``: only these are sums over pairs of places.
                     Default: None, that of the SimilarityScore, else ``"cosine"``
         n_steps, baseline: As in :class:`~captum_fam.FeatureActivationMap`.
         output_selector, reshape_transform (Callable, optional): As in
@@ -190,7 +191,7 @@ class SharedParts(OnLayer, LayerAttribution):
         internal_batch_size: int | None = None,
     ) -> Tensor:
         r"""
-        What each place contributes to the similarity together with its own part in the reference:
+        What does each place contribute to the similarity together with its own part in the reference?
 
         .. math:: M_i = N \sum_a p_{ia} \, v(i) \cdot \sum_j p'_{ja} \, v'(j) / (\|z\| \|s\|)
 
@@ -219,12 +220,7 @@ class SharedParts(OnLayer, LayerAttribution):
             torch.Size([2, 1, 14, 14])
         """
         inputs = format_inputs("inputs", inputs)
-        if reference is None or reference_embedding is not None:
-            raise ValueError(
-                "SharedParts compares places, and embeddings have none; pass the references as inputs of the encoder,"
-                " reference=images."
-            )
-        references, B = format_inputs("reference", reference), len(inputs[0])
+        references, B = references_given("SharedParts", reference, reference_embedding), len(inputs[0])
         K = len(references[0])
         self._before_target(target, K, inputs, additional_forward_args)
         own = reference_index("target", target, K, B)
@@ -237,7 +233,7 @@ class SharedParts(OnLayer, LayerAttribution):
         self, inputs: Inputs, reference: Inputs, *, internal_batch_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         r"""
-        The map of :meth:`attribute` on both sides.
+        What does each place of both images contribute together with its own part in the other image?
 
         Args:
             inputs, reference, internal_batch_size: As in :meth:`explain`.
@@ -263,13 +259,13 @@ class SharedParts(OnLayer, LayerAttribution):
         self, inputs: Inputs, reference: Inputs, *, internal_batch_size: int | None = None
     ) -> SharedPartsExplanation:
         r"""
-        The parts of pairs of images, and their shares of the score.
+        Which parts do pairs of images share, and what is each part's share of the score?
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
             reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
                         paired with the inputs, or one that they share.
-            internal_batch_size (int, optional): Pairs that go through the encoder at a time.
+            internal_batch_size (int, optional): How many pairs go through the encoder at a time.
                         Default: None, all at once
 
         Returns:
@@ -376,7 +372,7 @@ class SharedParts(OnLayer, LayerAttribution):
         return W[:, :N], W[:, N:]
 
     def _decomposition(self) -> SimilarityDecomposition:
-        """Of the same layer, as it is now."""
+        """A decomposition at the same layer, with the options as they are now."""
         method = SimilarityDecomposition(
             self.forward_func,
             self.layer,
