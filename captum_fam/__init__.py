@@ -16,8 +16,8 @@ else:
 
     def __getattr__(name):
         """
-        The public names are imported when the first of them is used, and a module when it is: the command's help
-        does not wait for torch.
+        Imports the public names when the first of them is used, and a module when it is used. So
+        the command's help does not wait for torch.
         """
         if name == "__all__" or not name.startswith("__"):
             if find_spec(f"{__name__}.{name}"):

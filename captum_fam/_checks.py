@@ -147,7 +147,7 @@ def _some(labels: Any) -> str:
 
 def check_reference_embedding(value: object) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        inside = [f"output{key}" for key in embeddings_in(value)]  # of what a model of transformers returns
+        inside = [f"output{key}" for key in embeddings_in(value)]  # for an output of a model of transformers
         cure = f"the embeddings in it, {' or '.join(inside)}" if inside else "embeddings here"
         raise TypeError(
             f"Expected `reference_embedding` to be a floating-point tensor (K, D), but got {describe(value)};"

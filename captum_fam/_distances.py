@@ -10,8 +10,8 @@ from torch import Tensor
 
 def lp_contributions(z: Tensor, s: Tensor, p: float, power: float) -> Tensor:
     """
-    What each dimension contributes to minus the distance, to a power: the terms of the p-th root of a sum share it
-    as they share the sum,
+    What each dimension contributes to minus a power of the distance. The dimensions share the
+    distance as they share the sum under its root,
 
         c_k = -d^power |z_k - s_k|^p / d^p    with    d = ||z - s||_p
     """
@@ -24,7 +24,7 @@ def lp_contributions(z: Tensor, s: Tensor, p: float, power: float) -> Tensor:
 
 
 def _shares_of_largest(ratio: Tensor) -> Tensor:
-    """The largest of the dimensions alone make the distance; where all are zero, so are their shares."""
+    """Only the largest dimensions make the distance; where all are zero, so are their shares."""
     largest = (ratio == 1).to(ratio.dtype)
     return largest / largest.sum(-1, keepdim=True).clamp(min=1)
 
@@ -40,7 +40,8 @@ def _product_contributions(z: Tensor, s: Tensor, power: float) -> Tensor:
 
 def of_distance(distance: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
     """
-    The contributions (z, s) -> c to a distance of pytorch-metric-learning, or None for what is none.
+    The contributions (z, s) -> c to a distance of pytorch-metric-learning; None if it is no such
+    distance.
 
     A distance counts as its negative, so that more is always more similar.
 

@@ -1,4 +1,4 @@
-"""Files of others, also in stores: which can be read to an end, how they are named, and which a warning is about."""
+"""Files of the user, on disk or in a store: whether they can be read, their names, and warnings about them."""
 
 import logging
 import re
@@ -16,35 +16,36 @@ _KINDS = {stat.S_IFREG: "", stat.S_IFDIR: FOLDER, stat.S_IFIFO: "a pipe", stat.S
 
 def irregular(path: Path) -> str:
     """
-    What a path is in place of a file, or "": who opens a pipe may wait for ever, and a device may have no end.
+    What a path is instead of a regular file, or "". A pipe may make its reader wait for ever, and a device may have no
+    end.
 
     Raises:
-        OSError: there is nothing, or it cannot be reached.
+        OSError: the path does not exist, or cannot be reached.
     """
     return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "a device")
 
 
 class StoreError(ValueError):
-    """A store gives nothing, for another reason than that there is no such file."""
+    """A store cannot be read, for another reason than a missing file."""
 
 
 def is_address(path: Path | str) -> bool:
-    """Whether it is for fsspec, as s3://bucket/photo.jpg and zip://photo.jpg::s3://bucket/photos.zip are."""
+    """Whether a path is an address for fsspec: s3://bucket/photo.jpg, zip://photo.jpg::s3://bucket/photos.zip."""
     text = path if isinstance(path, str) else path.as_posix().replace(":/", "://", 1)  # a slash of which is lost
     return re.match(r"([a-z][a-z\d+.-]+::)*[a-z][a-z\d+.-]+://", text) is not None  # a letter alone is a drive
 
 
 def located(path: Path | str) -> Path | str:
     """
-    A path of the file system, or the address of something in a store, as text: file:///photo.jpg is a path.
+    A path of the file system, or an address in a store as text; file:///photo.jpg is a path.
 
     Raises:
-        ValueError: it is an address, but no text.
+        ValueError: an address came as a Path.
     """
     if not is_address(path):
         return Path(path)
     if isinstance(path, Path):
-        raise ValueError(f"{path} is an address, of which a Path loses a slash: pass it as text")
+        raise ValueError(f"{path} is an address, and a Path loses one of its slashes: pass it as text")
     if not path.startswith(("file://", "local://")):
         return path
     from fsspec.core import strip_protocol
@@ -53,7 +54,7 @@ def located(path: Path | str) -> Path | str:
 
 
 def within(root: Path | str, path: str) -> Path | str:
-    """Where a file is: in the root, if its path is relative."""
+    """Where a file is: below the root, if its path is relative."""
     found = located(path)
     if isinstance(found, str) or found.is_absolute():
         return found
@@ -66,8 +67,8 @@ def store(address: str) -> Iterator[tuple[Any, str]]:
     The file system of fsspec for an address, and the path there.
 
     Raises:
-        FileNotFoundError: it says that there is no such file.
-        StoreError: it fails in another way, here or in this context.
+        FileNotFoundError: the store has no such file.
+        StoreError: the store fails in another way, here or within the context.
     """
     try:
         from fsspec.core import url_to_fs  # most have no addresses
@@ -85,7 +86,7 @@ def store(address: str) -> Iterator[tuple[Any, str]]:
 
 
 def opened(path: Path | str) -> IO[bytes]:
-    """A file, or what is under an address, to read from."""
+    """Opens a file, or an address, to read from."""
     if isinstance(path, Path):
         return path.open("rb")
     with store(path) as (system, name):
@@ -94,19 +95,19 @@ def opened(path: Path | str) -> IO[bytes]:
 
 
 def fetched(address: str) -> bytes:
-    """The whole content in one request, of stores that have one for it."""
+    """The whole content of an address, in one request where the store allows it."""
     with store(address) as (system, name):
         content: bytes = system.cat_file(name)
         return content
 
 
 def printable(text: object) -> str:
-    """With escapes for what a terminal would obey, and for bytes of names that are no UTF-8."""
+    """Text to print: control characters, and bytes of names that are no UTF-8, are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def utf8(text: object) -> str:
-    """With escapes for those bytes only: for programs, whose JSON must be UTF-8."""
+    """Text for programs, whose JSON must be UTF-8: only those bytes are escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -115,7 +116,7 @@ _read = threading.local()
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Warnings of this thread are about this file."""
+    """Within the context, warnings of this thread are about this file."""
     _read.path = path
     try:
         yield
@@ -125,7 +126,7 @@ def reading(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def recorded_warnings() -> Iterator[dict[tuple[str, str], None]]:
-    """The warnings in all threads, each once: its text, and the file that was being read, or ""."""
+    """Records the warnings of all threads, each once: its text, and the file that was being read, or ""."""
     found: dict[tuple[str, str], None] = {}
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -136,7 +137,7 @@ def recorded_warnings() -> Iterator[dict[tuple[str, str], None]]:
     pillow = logging.getLogger("PIL")
     level = pillow.level
     with warnings.catch_warnings():
-        for category in (UserWarning, RuntimeWarning):  # for each file, but for who has another filter
+        for category in (UserWarning, RuntimeWarning):  # for each file, unless the user has set another filter
             warnings.simplefilter("always", category, append=True)
         warnings.showwarning = show
         pillow.setLevel(logging.CRITICAL)  # an error that it logs it raises, too

@@ -12,7 +12,7 @@ STATUS = 130  # 128 and the number of the signal, as shells have it
 
 
 def _end(*_: object) -> None:
-    """While libraries are imported, some of which swallow exceptions, and while Python ends."""
+    """Ends the process at once: while libraries are imported, as some swallow exceptions, and while Python ends."""
     os.write(2, b"captum-fam: interrupted\n")
     os._exit(STATUS)
 
@@ -34,7 +34,7 @@ if _is_the_command() and signal.getsignal(signal.SIGINT) is signal.default_int_h
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """In this context an interrupt is an exception."""
+    """Within the context, Ctrl-C raises an exception."""
     before = signal.getsignal(signal.SIGINT)
     if before not in (_end, signal.default_int_handler) or threading.current_thread() is not threading.main_thread():
         yield

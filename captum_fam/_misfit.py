@@ -1,4 +1,4 @@
-"""An encoder that cannot take what it got: errors that say which part of it can."""
+"""Errors for an encoder that cannot take its inputs: they name the part of it that can."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_fam import _captum
 
-# What encoders call their methods that embed one input, with all that belongs to it, and the parts that may.
+# How encoders call the methods that embed one input, and the parts that may do so.
 _METHODS = (
     "get_image_features",
     "encode_image",
@@ -33,13 +33,13 @@ _OF_TORCH = nn.modules.module.__file__
 @contextmanager
 def in_plain_words(forward_func: Callable[..., Any], inputs: tuple[Any, ...]) -> Iterator[None]:
     """
-    Around a call of an encoder: where it takes other arguments, or compares images with texts, that is said, with what
-    to pass instead. Whatever else goes wrong inside is its own error.
+    Put around a call of an encoder. If the encoder takes other arguments, or compares images with texts, the error says
+    so, and what to pass instead. Any other error inside stays as it is.
     """
     try:
         yield
     except Exception as error:
-        if type(error).__module__.startswith("captum_fam."):  # says that the call is to go another way
+        if type(error).__module__.startswith("captum_fam."):  # our own signal to run the call in another way
             raise
         frames = list(_frames(error))
         text = _of_texts(frames)
@@ -58,7 +58,7 @@ def _frames(error: Exception) -> Iterator[FrameType]:
 
 
 def _of_texts(frames: list[FrameType]) -> str | None:
-    """Of a call of a model with a tower for images and one for texts, which of them got what it cannot take."""
+    """If a model with towers for images and texts failed: a message about the tower that got what it cannot take."""
     for frame in frames:
         values = frame.f_locals
         model = values.get("self")
@@ -91,8 +91,8 @@ def _of_signature(
     forward_func: Callable[..., Any], inputs: tuple[Any, ...], error: Exception, frames: list[FrameType]
 ) -> str | None:
     """
-    Of Python's own error about the arguments of the encoder itself, or torch's about one that has no forward pass: the
-    part that takes them, if that is found.
+    If the encoder's own arguments do not fit, or it has no forward pass: a message that names the part to pass, where
+    one is found.
     """
     modules = [f.f_locals["self"] for f in frames if f.f_code.co_filename == _OF_TORCH and "self" in f.f_locals]
     modules = [m for m in modules if not isinstance(m, nn.DataParallel) and not hasattr(m, "_orig_mod")]
@@ -111,13 +111,13 @@ def _of_signature(
     if "missing" in str(error):
         one = _written(_branches(model, inputs)) or "the part of it that embeds one"
         return (
-            f"{met} If it compares several inputs, pass {one}, and what that is compared with as `reference`; if not,"
-            " pass what is missing as `additional_forward_args`."
+            f"{met} If it compares several inputs, pass {one}, and the other input as `reference`; if not, pass the"
+            " missing arguments as `additional_forward_args`."
         )
     by_name = [p.name for p in signature(called).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
     if by_name:
         return f"{met} It takes {', '.join(by_name)} by name: pass lambda x: model({by_name[0]}=x)."
-    return f"{met} Pass only what it embeds; what that is compared with is the `reference`."
+    return f"{met} Pass only the inputs that it embeds, and the inputs to compare with as `reference`."
 
 
 def _written(parts: list[str]) -> str:
@@ -129,7 +129,7 @@ def _tensors(inputs: tuple[Any, ...]) -> str:
 
 
 def _branches(model: object, inputs: tuple[Any, ...]) -> list[str]:
-    """The names of what alone maps these inputs to embeddings (B, D): methods, or else parts."""
+    """The names of the encoder's methods, or else of its parts, that map these inputs to embeddings (B, D)."""
     if not isinstance(model, nn.Module):
         return []
     methods = [n for n in _METHODS if callable(getattr(type(model), n, None))]
@@ -145,6 +145,6 @@ def _branches(model: object, inputs: tuple[Any, ...]) -> list[str]:
 def _embeds(function: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
     try:
         z = function(*inputs)
-    except Exception:  # of whatever kind: it does not take them
+    except Exception:  # of any kind: the function does not take these inputs
         return False
     return isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 2

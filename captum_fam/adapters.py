@@ -13,17 +13,16 @@ _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 def explanation_func(attribution: Attribution) -> Callable[..., tuple[Tensor, ...]]:
     r"""
-    An attribution method's ``attribute`` in the form that Captum's ``sensitivity_max`` needs.
-
-    ``captum.metrics.sensitivity_max`` takes a single tensor from its explanation function for
-    a tuple with one tensor per example: it fails for several examples, and for one it
-    normalises by a part of the map. This function always returns a tuple.
+    How do I measure a method with Captum's ``sensitivity_max``? Wrap it with this function.
+    ``sensitivity_max`` mistakes a single tensor from its explanation function for a tuple with one
+    tensor per example. It then fails for several examples, and for one it normalises by a part of
+    the map. The function that this returns always gives a tuple.
 
     Args:
         attribution (Attribution): A Captum attribution method.
 
     Returns:
-        *Callable*: a function of the arguments of ``attribution.attribute`` that returns its
+        *Callable*: a function that takes the arguments of ``attribution.attribute`` and returns its
         attributions as a tuple of contiguous tensors.
 
     Raises:
@@ -52,10 +51,9 @@ def to_input_space(
     mode: str = "bilinear",
 ) -> Tensor | tuple[Tensor, ...]:
     r"""
-    Maps at the inputs' spatial size, expanded over the inputs' channels, as Captum's
-    ``infidelity`` takes them.
-
-    Each of the C input channels carries map / C, so that the sum over channels is the map.
+    How do I measure a map with Captum's ``infidelity``? Resize it with this function to the shape
+    of the inputs. Each of the C input channels gets map / C, so that the sum over channels is the
+    map.
 
     Args:
         attributions (Tensor or tuple[Tensor, ...]): Maps (B, 1, \*spatial), one for each tensor
@@ -98,7 +96,7 @@ def _resize(maps: Tensor, inputs: Tensor, mode: str) -> Tensor:
 
 
 def resize(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """Maps (N, C, *spatial) at another spatial size, also none of them."""
+    """Maps (N, C, *spatial) at another spatial size; N may be 0."""
     if mode in ("linear", "bilinear", "trilinear"):
         mode = _LINEAR.get(maps.ndim - 2, mode)
     if not len(maps):

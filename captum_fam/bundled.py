@@ -72,10 +72,10 @@ class BundledEncoder(nn.Module):
     r"""
     A convolutional encoder of 1.2 million parameters for RGB images.
 
-    Its first layers are those of EfficientNet-Lite0 (Apache-2.0, see ``bundled.LICENSE``);
-    its last ones learned from the whole of that network. Its embedding is the spatial mean of
-    its last, non-negative feature map, so dimension k of the embedding is channel k of
-    ``features``: FAM's aligned case.
+    Its first layers are those of EfficientNet-Lite0 (Apache-2.0, see ``bundled.LICENSE``); its last
+    ones learned from the whole of that network. Its embedding is the spatial mean of its last
+    feature map, which is not negative. So dimension k of the embedding is channel k of
+    ``features``, and FAM takes its aligned route.
 
     Shape:
         - input: (B, 3, H, W), float, normalised by ``mean`` and ``std``
@@ -103,7 +103,12 @@ class BundledEncoder(nn.Module):
 
 def bundled_encoder() -> BundledEncoder:
     """
-    The trained encoder, in eval mode and float32.
+    An encoder for a first map without a download: the one that the package carries, trained.
+
+    Returns:
+        *torch.nn.Module*: from images (B, 3, H, W), normalised by its ``mean`` and ``std``, to
+        embeddings (B, 512); in eval mode and float32. Its layer ``features`` gives maps
+        (B, 512, H / 16, W / 16).
 
     Examples::
 

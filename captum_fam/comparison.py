@@ -62,32 +62,32 @@ def compare_attributions(
     show_progress: bool = True,
 ) -> Comparison:
     r"""
-    How several attribution methods explain the same similarity, as maps of one size.
+    How do several attribution methods explain the same similarity? Their maps, at one size.
 
     Args:
-        score (SimilarityScore): An encoder and its references, as one function for all methods.
-                    (Methods that explain classifiers take one here, too.)
+        score (SimilarityScore): An encoder and its references, as one function for all methods. For
+                    methods that explain classifiers, a classifier.
         layer (torch.nn.Module): The layer that layer methods explain.
         inputs (Tensor): Inputs to explain, (B, C, \*spatial).
         target (int, list, Tensor, optional): Number of the reference, as in
                     :meth:`FeatureActivationMap.attribute`.
                     Default: None
-        methods (list or dict, optional): Methods, or methods by the names to give them, each one
+        methods (list or dict, optional): Methods, or a dict of names and methods. Each method is
 
-                    - a name: that of a class of captum_fam or ``captum.attr``,
-                    - a class, which is made with ``score`` and, if it needs one, ``layer``,
-                    - an instance, for one with other arguments,
-                    - a function ``(inputs, target) -> attributions``, for other arguments of
+                    - the name of a class of captum_fam or ``captum.attr``,
+                    - a class, which gets ``score`` and, if it needs one, ``layer``,
+                    - an instance, to set other arguments,
+                    - a function ``(inputs, target) -> attributions``, to set other arguments of
                       ``attribute``.
 
                     Default: FeatureActivationMap, SimilarityDecomposition, IntegratedDecomposition
                     (at a layer of its own), LabelFreeActivationMap, LayerGradCam, RelevanceCam and
-                    Relax (whose 1,000 passes take the most time); without the decompositions where
-                    the score is of another similarity than their three, and with CorrespondenceMap
-                    where there is a ``reference``
-        reference (Tensor, optional): The K inputs whose embeddings the score compares with, for
-                    CorrespondenceMap and SharedParts, which compare places.
-                    Default: None, these have no map
+                    Relax (whose 1,000 passes take the most time). The decompositions only for a
+                    cosine, dot product or Euclidean distance; with a ``reference``,
+                    CorrespondenceMap, too
+        reference (Tensor, optional): The K inputs whose embeddings are the references of the score.
+                    CorrespondenceMap and SharedParts need them, because they compare places.
+                    Default: None, no maps of these two
         additional_forward_args (Any, optional): As for other Captum methods; not given to
                     functions.
                     Default: None
@@ -95,12 +95,11 @@ def compare_attributions(
                     Default: True
 
     Returns:
-        *dict*: maps (B, 1, \*spatial) at the size of the inputs, by name: layer maps are
-        interpolated linearly, attributions of several channels are added up. Methods that
-        could not explain this encoder are missing from it; a warning names each with the
-        reason, and ``.failures`` holds both. (A method that needs other arguments goes in as
-        an instance or a function.) Captum's Occlusion, which cannot do without, gets
-        windows of an eighth of the input's size, half overlapping.
+        *dict*: maps (B, 1, \*spatial) at the size of the inputs, by name. Layer maps are
+        interpolated linearly; attributions of several channels are added up. Methods that cannot
+        explain this encoder are missing; a warning gives the reason for each, and ``.failures`` has
+        the reasons by name. If a method needs other arguments, pass an instance or a function.
+        Captum's Occlusion gets windows of an eighth of the input's size that overlap by half.
 
     Raises:
         TypeError, ValueError: an argument is not as described above, or no method succeeded.
@@ -125,8 +124,8 @@ def compare_attributions(
         check_same_form(format_inputs("reference", reference), (inputs,))
         if isinstance(score, SimilarityScore) and len(reference) != len(score.reference_embedding):
             raise ValueError(
-                f"Expected `reference` to hold the {len(score.reference_embedding)} inputs that the score's references"
-                f" are embeddings of, but got {len(reference)}."
+                f"Expected `reference` to hold the {len(score.reference_embedding)} inputs whose embeddings are the"
+                f" references of the score, but got {len(reference)}."
             )
     if isinstance(score, SimilarityScore):
         target = reference_index("target", target, len(score.reference_embedding), len(inputs)).tolist()
@@ -157,14 +156,14 @@ def _is_decomposable(score: Callable[..., Any]) -> bool:
 
 @contextmanager
 def _undisturbed(score: Callable[..., Any]) -> Iterator[None]:
-    """No method's failure is another's: the model stays as it was. Captum's notes on how it works are not shown."""
+    """Restores the model, so that one method's failure harms no other, and hides Captum's notes on how it works."""
     with attributes_restored(score), buffers_restored(score), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"captum\.")
         yield
 
 
 def _named(methods: Iterable[Method] | Mapping[str, Method]) -> dict[str, Method]:
-    """The methods, looked up, by names that differ."""
+    """The methods by name; a name that comes twice gets a number."""
     if isinstance(methods, str) or not isinstance(methods, Iterable):
         raise TypeError(f"Expected `methods` to be a list or a dict of methods, but got {describe(methods)}.")
     if isinstance(methods, Mapping):

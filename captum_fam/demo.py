@@ -22,7 +22,7 @@ from captum_fam.matches import as_matrices, draw_boxes, strongest_matches
 from captum_fam.methods.feature_activation_map import FeatureActivationMap
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
-# What both images have in common, and what is particular to the match: only the decomposition's adds up to zero.
+# What both images have in common, and what is particular to the match: only that of the decomposition adds up to zero.
 _ROWS: tuple[tuple[Any, str | None], ...] = ((FeatureActivationMap, None), (SimilarityDecomposition, "self"))
 PARTS, COLUMNS = 4, 2  # of the collage
 _MOST_SIMILAR_FIRST = ("coffee", "astronaut", "cat", "rocket")  # to the collage

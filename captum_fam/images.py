@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # workers read images, and need not import it
     from matplotlib.figure import Figure
 
 
-# Kinds of files that are taken for pictures, by how they begin, and what helps; HEIC and AVIF say it at byte 8.
+# Kinds of files that may be taken for pictures, by their first bytes (of HEIC and AVIF, from byte 8), and what helps.
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _HEIC_HELP = "HEIC, which Pillow opens with pillow-heif: pip install pillow-heif"
 _AVIF_HELP = "AVIF, which Pillow opens from version 11.3 on: pip install --upgrade pillow"
@@ -33,20 +33,20 @@ _KINDS = {
     b"<": "text, such as SVG or a web page: save the picture itself, as PNG or JPEG",
 }
 
-# The kinds of files that a figure is written as.
+# The file formats of figures.
 FIGURES = (".png", ".pdf", ".svg")
 
 
 class UnknownRangeError(ValueError):
-    """Which number of a picture is white cannot be told."""
+    """A picture whose range is unknown: nothing says which number is white."""
 
 
 def read_image(path: Path | str) -> Image.Image:
     """
-    An RGB image, upright: a file, or what a store has under an address, which is text.
+    Reads an RGB image, upright, from a file or from the address of a store (as text).
 
     Raises:
-        StoreError: the store does not give it.
+        StoreError: the store cannot be read.
         ValueError: there is no such file, or it is no image that can be read.
     """
     try:
@@ -69,7 +69,7 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def _opened(file: Path | BytesIO) -> Image.Image:
-    """Opened by Pillow, or by its plugin for HEIC where that is installed."""
+    """Opens a file by Pillow, or by its plugin for HEIC where that is installed."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
@@ -107,7 +107,7 @@ def _missing(path: Path) -> str:
 
 
 def _unreadable(file: Path | BytesIO, error: Exception) -> str:
-    """Why, and what helps."""
+    """Why a file cannot be read, and what helps."""
     if isinstance(error, UnidentifiedImageError):
         begins = _beginning(file)
         if not begins:
@@ -128,17 +128,17 @@ def _unreadable(file: Path | BytesIO, error: Exception) -> str:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """
-    A picture of any mode as RGB, without its opacity. Pillow would clip what is deeper than 8 bits at 255: 16 bits and
-    floats from 0 to 1 are scaled.
+    A picture of any mode as RGB, without its opacity. 16 bits, and floats from 0 to 1, are scaled
+    to 8 bits; Pillow would clip them at 255.
 
     Raises:
-        ValueError: its numbers are of no known range, or Pillow cannot convert it.
+        ValueError: the range of its numbers is not known, or Pillow cannot convert it.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
         finite = values[np.isfinite(values)]
         low, high = finite.min(initial=0), finite.max(initial=0)
-        # Mode I holds the numbers of files of 16 bits, and of 8 bits as well: if they are small, none can tell.
+        # Mode I holds numbers of 16 bits, and of 8 bits as well: if they are small, nothing tells which.
         white = 1 if image.mode == "F" else 65535
         if low < 0 or high > white or (image.mode == "I" and 0 < high <= 255):
             raise UnknownRangeError(
@@ -154,7 +154,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
-    """Levels of values from 0 to 1."""
+    """Values from 0 to 1 as levels from 0 to 255."""
     levels: NDArray[np.uint8] = (shares.clip(0, 1) * 255).round().astype(np.uint8)
     return levels
 
@@ -167,7 +167,18 @@ def to_tensor(
     resample: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> Tensor:
     """
-    The whole image at size by size pixels, normalised: float32 (3, size, size).
+    How do I make an encoder's input of an image? Takes the whole image, resized and normalised.
+
+    Args:
+        image (PIL.Image.Image): An RGB image of any size.
+        size (int): Height and width of the result in pixels.
+        mean, std (sequence of float): What the encoder's images are normalised with, for the RGB
+                    channels in [0, 1].
+        resample (PIL.Image.Resampling): How Pillow resizes the image.
+                    Default: ``BILINEAR``
+
+    Returns:
+        *Tensor*: (3, size, size), float32.
 
     Examples::
 
@@ -185,6 +196,8 @@ def to_tensor(
 
 def check_output(output: Path, suffixes: str | Sequence[str], inputs: Sequence[Path] = ()) -> None:
     """
+    Checks that a figure can be written.
+
     Raises:
         ValueError: a file of one of these kinds, such as ".png", cannot be written there, or it is one of the inputs.
     """
@@ -209,7 +222,7 @@ def _partial(output: Path) -> Path:
 
 
 def write_figure(figure: "Figure", output: Path) -> None:
-    """Writes the whole file, of the kind that its name says, or none."""
+    """Writes the whole file, in the format of its name's ending, or none."""
     content = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a file's name, that the font lacks

@@ -1,4 +1,4 @@
-"""The strongest matches of two images' places, and their figure."""
+"""The strongest matches between the places of two images, and their figure."""
 
 from collections.abc import Iterable, Sequence
 from math import isqrt
@@ -48,27 +48,28 @@ def visualize_matches(
     use_pyplot: bool = True,
 ) -> tuple[Figure, NDArray[Any]]:
     r"""
-    Draws pairs of images side by side, a row for each pair, and the strongest matches of their places: numbered
-    boxes, joined by lines in the colour of the match's value. The rest of the images is dimmed.
+    Which place of one image matches which place of the other? Draws pairs of images side by side, a row for each pair,
+    with their strongest matches: numbered boxes, joined by lines in the colour of the match's value. The rest of the
+    images is dimmed.
 
-    A match is mutual: its value is positive, and the largest that either of its places has with any place of the
-    other image. Of two matches whose places touch, in one of the images or in both, only the stronger is drawn.
-    All values of the figure are on one colour scale, from zero, if ``scale`` does not say otherwise. A pair of images
-    without a match is said to be so under it.
+    A match is mutual: its value is positive, and no other value of its two places is larger. If the places of two
+    matches touch, in one of the images or in both, only the stronger match is drawn. All matches of the figure share
+    one colour scale, from zero, unless ``scale`` says otherwise. If a pair of images has no match, a note under it says
+    so.
 
     Args:
         query, reference (Tensor, array, PIL.Image or a list of them): B images each, as in
                     :func:`visualize_pair`.
-        matrix (Tensor, array or a list of them): A value for each place of the query with each place of the
-                    reference, as :meth:`.SimilarityDecomposition.attribute_matrix`, what they contribute to the
-                    score, and :meth:`.CorrespondenceMap.attribute_matrix`, how much they look alike, return it:
+        matrix (Tensor, array or a list of them): A value for each place of the query with each place of the reference:
                     (B, N, N') or (N, N') where both grids are square, else (B, h, w, h', w') or (h, w, h', w').
-        n (int): The largest number of matches that are drawn of a pair.
+                    :meth:`.SimilarityDecomposition.attribute_matrix` returns what they contribute to the score,
+                    :meth:`.CorrespondenceMap.attribute_matrix` how much they look alike.
+        n (int): How many matches of a pair are drawn at most.
                     Default: 8
         titles, reference_titles, scores, mean, std, use_pyplot: As in :func:`visualize_pair`.
-        label (str): Of the colour scale.
+        label (str): Label of the colour scale.
                     Default: ``"match"``
-        scale (str or float): As in :func:`visualize_pair`, of the matches that are drawn.
+        scale (str or float): As in :func:`visualize_pair`, for the matches that are drawn.
                     Default: ``"all"``
 
     Returns:
@@ -134,14 +135,14 @@ def as_matrices(name: str, matrix: Values) -> list[Tensor]:
     if values.ndim != 5 or not values.numel():
         raise ValueError(
             f"Expected `{name}` to be matrices (B, N, N') or (N, N') of square grids, or (B, h, w, h', w') or"
-            f" (h, w, h', w'), but got shape {tuple(matrix.shape)}; places of other grids are told by"
+            f" (h, w, h', w'), but got shape {tuple(matrix.shape)}; for other grids, pass"
             f" {name}.reshape(-1, h, w, h', w')."
         )
     return list(values)
 
 
 def check_squares(name: str, matrix: Values, images: Sequence[Sequence[Image.Image]]) -> None:
-    """Refuses to take places for a square grid where another grid of as many has the form of their image."""
+    """Raises an error where the number of places is square, but another grid has the form of their image."""
     if matrix.ndim > 3:
         return
     for side, places, shown in zip(SIDES, matrix.shape[-2:], images):
@@ -151,8 +152,8 @@ def check_squares(name: str, matrix: Values, images: Sequence[Sequence[Image.Ima
 
 def strongest_matches(values: Tensor, n: int) -> list[tuple[int, int]]:
     """
-    At most n pairs (place of the query, place of the reference), numbers in row-major order, strongest first: each
-    the largest, finite and positive, of both its row and its column in values (h, w, h', w'). Of two pairs whose
+    At most n pairs (place of the query, place of the reference), as numbers in row-major order, strongest first. Each
+    is finite, positive and the largest of both its row and its column in values (h, w, h', w'). Of two pairs whose
     places touch, in one image or the other, only the stronger is kept; of equal ones, the first.
     """
     h, w, h2, w2 = values.shape
@@ -176,7 +177,7 @@ def _touch(one: int, other: int, width: int) -> bool:
 
 
 def _dim(axis: Axes, size: tuple[int, int], grid: Sequence[int], places: Sequence[int]) -> None:
-    """A veil over an image of that height and width, but for some places of the grid."""
+    """Dims an image of that height and width, except for some places of the grid."""
     (height, width), (h, w) = size, grid
     veil = np.ones((h * w, 4))
     veil[:, 3] = DIMMED
@@ -188,7 +189,7 @@ def _dim(axis: Axes, size: tuple[int, int], grid: Sequence[int], places: Sequenc
 def draw_boxes(
     axis: Axes, size: tuple[int, int], grid: Sequence[int], places: Sequence[int], colours: Iterable[Any]
 ) -> list[Rectangle]:
-    """Boxes of places of the grid over an image of that height and width."""
+    """Draws boxes around places of the grid over an image of that height and width."""
     (height, width), (h, w) = size, grid
     boxes = []
     for place, colour in zip(places, colours):
@@ -199,7 +200,7 @@ def draw_boxes(
 
 
 def _join(figure: Figure, number: str, axes: Sequence[Axes], boxes: Sequence[Rectangle]) -> None:
-    """A line between two boxes, and their number at each: of the figure, so that no axes hide them."""
+    """Draws a line between two boxes, and their number at each, on the figure itself: so no axes hide them."""
     (left, top), (right, above), colour = boxes[0].get_xy(), boxes[1].get_xy(), boxes[0].get_edgecolor()
     outer = ((left, top), (right + boxes[1].get_width(), above))
     inner = ((left + boxes[0].get_width(), top + boxes[0].get_height() / 2), (right, above + boxes[1].get_height() / 2))
@@ -224,7 +225,7 @@ def _join(figure: Figure, number: str, axes: Sequence[Axes], boxes: Sequence[Rec
 
 
 def _lacks(values: Tensor, pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """What should be known of a matrix before its matches are looked at."""
+    """What to know of a matrix before reading its matches."""
     missing = int((~values.isfinite()).sum())
     said = [f"{missing} of {values.numel()} values are not finite"] if missing else []
     return [f"({line})" for line in said + ["no mutual matches"] * (not pairs)]

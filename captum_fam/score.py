@@ -13,13 +13,13 @@ from captum_fam.similarity import Similarity, channel_contributions, check_simil
 
 class SimilarityScore(nn.Module):
     r"""
-    Similarity of the inputs' embeddings to K reference embeddings: a K-way classifier
-    whose logits are similarity scores.
+    How similar are inputs to K references? An encoder and reference embeddings as a K-way
+    classifier, whose logits are similarity scores.
 
-    Any Captum method can explain it, with ``target`` as the number of the reference;
-    :class:`~captum_fam.FeatureActivationMap` takes its encoder, references and similarity.
-    The references are embedded beforehand, because Captum's hooks keep only the last call
-    of a layer: a forward function that embeds query and reference explains the reference.
+    Any Captum method can explain it, with the number of the reference as ``target``;
+    :class:`~captum_fam.FeatureActivationMap` uses its encoder, references and similarity. Embed the
+    references first: Captum's hooks keep only the last call of a layer, so a function that embeds
+    query and reference would explain the reference.
 
     Args:
         encoder (Callable or torch.nn.Module): Maps inputs to embeddings (B, D).
@@ -63,6 +63,8 @@ class SimilarityScore(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         r"""
+        How similar is each input to each reference?
+
         Args:
             *inputs (Any): What the encoder takes.
 
@@ -78,7 +80,7 @@ class SimilarityScore(nn.Module):
 
 def prototypes(embeddings: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
     r"""
-    Class prototypes: the mean embedding of each class (Prototypical Networks,
+    Which embedding stands for each class? Its prototype, the mean embedding (Prototypical Networks,
     https://arxiv.org/abs/1703.05175, equation 1).
 
     Args:
@@ -86,8 +88,8 @@ def prototypes(embeddings: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
         labels (Tensor or sequence of int): N integer labels, any values.
 
     Returns:
-        *Tensor*: (n_classes, D), classes in sorted order of their labels, in the
-        embeddings' dtype, detached.
+        *Tensor*: prototypes (n_classes, D), in the sorted order of the labels and the embeddings'
+        dtype, detached.
 
     Raises:
         TypeError: ``embeddings`` is no floating-point tensor, or the labels are no integers.
@@ -138,7 +140,7 @@ def _is_embedding(z: object) -> bool:
 
 
 def _of_output(z: Any) -> tuple[str, str]:
-    """What an encoder has returned, and what to select of it."""
+    """What an encoder has returned, and how to select the embeddings from it."""
     inside = embeddings_in(z)
     if isinstance(z, Tensor):
         advice = "return one row per input; if this is a loss or a score, pass the part of the encoder that embeds"

@@ -30,8 +30,8 @@ _SIMILARITIES = {"cosine": _cosine, "dot": _dot, "euclidean": _euclidean}
 
 def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Similarity = "cosine") -> Tensor:
     r"""
-    What each embedding dimension contributes to a similarity score; the contributions
-    add up to the score.
+    What does each embedding dimension contribute to a similarity score? The contributions add up to
+    the score.
 
     ================  =================================  ==================================
     similarity        :math:`c_k`                        :math:`\sum_k c_k`
@@ -49,22 +49,22 @@ def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Simi
     Args:
         embedding (Tensor): Embeddings z of the explained inputs, (..., D), floating point.
         reference (Tensor): Reference embeddings s, (..., D), broadcastable with ``embedding``.
-        similarity (str or Callable): ``"cosine"``, ``"dot"``, ``"euclidean"``, a function
-                    ``(z, s) -> c`` from two tensors of one shape (..., D) to the
-                    contributions of that shape, or a ``CosineSimilarity``,
-                    ``DotProductSimilarity`` or ``LpDistance`` of pytorch-metric-learning, also
-                    normalised or to a power. Its score is the library's, a distance with a
-                    minus: :math:`c_k = z_k s_k (z \cdot s)^{power-1}`, or
-                    :math:`-d^{power} |z_k - s_k|^p / d^p` with :math:`d = \|z - s\|_p`.
+        similarity (str or Callable): ``"cosine"``, ``"dot"`` or ``"euclidean"``; or a function
+                    ``(z, s) -> c`` from two tensors of one shape (..., D) to the contributions of
+                    that shape; or a ``CosineSimilarity``, ``DotProductSimilarity`` or
+                    ``LpDistance`` of pytorch-metric-learning, normalised and to a power, too. For
+                    these, the score is the library's, with a minus for a distance: :math:`c_k = z_k
+                    s_k (z \cdot s)^{power-1}`, or :math:`-d^{power} |z_k - s_k|^p / d^p` with
+                    :math:`d = \|z - s\|_p`.
                     Default: ``"cosine"``
 
     Returns:
-        *Tensor*: contributions c, the broadcast shape (..., D), in the inputs' dtype
-        (float16 and bfloat16 are computed in float32). Differentiable.
+        *Tensor*: contributions c in the broadcast shape (..., D) and the inputs' dtype; float16 and
+        bfloat16 are computed in float32. Gradients pass through it.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or ``similarity`` neither a name
-                    nor a function.
+        TypeError: an argument is no floating-point tensor, or ``similarity`` is neither a name nor
+                    a function.
         ValueError: the embedding dimensions differ, the similarity's name is unknown, or a
                     function returned another shape.
 
@@ -91,7 +91,7 @@ def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Simi
             f" {tuple(embedding.shape)} and {tuple(reference.shape)}; for all pairs, pass embedding[:, None]."
         ) from error
     z, s = widen(embedding), widen(reference)
-    # The named rules broadcast, which spares the norms of what is repeated.
+    # The named rules broadcast by themselves, so that norms of repeated vectors are computed once.
     named = isinstance(similarity, str)
     c = contribute(z, s) if named else contribute(z.expand(shape), s.expand(shape))
     if not isinstance(c, Tensor) or c.shape != shape:
@@ -104,12 +104,12 @@ def channel_contributions(embedding: Tensor, reference: Tensor, similarity: Simi
 
 def contribution_weights(contributions: Tensor, normalize: Normalize = "minmax") -> Tensor:
     r"""
-    FAM's weight of each embedding dimension, from its contribution to the score:
+    How much weight does FAM give to each embedding dimension, by its contribution to the score?
 
     .. math:: w = \frac{c - \min c}{\max c - \min c}
 
-    with minimum and maximum over the D dimensions of each pair (Liao, Gao, Zhang,
-    https://arxiv.org/abs/2307.05017). Where c is flat, all weights are one.
+    with the minimum and the maximum over the D dimensions of each pair (Liao, Gao, Zhang,
+    https://arxiv.org/abs/2307.05017). Where all contributions are equal, all weights are one.
 
     Args:
         contributions (Tensor): Contributions c, (..., D), floating point.
@@ -148,7 +148,7 @@ def contribution_weights(contributions: Tensor, normalize: Normalize = "minmax")
 
 
 def check_similarity(similarity: Similarity) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function of a similarity given by name or as a function; an error that says what would work."""
+    """The function of a similarity that is given by name or as a function; an error that says what would work."""
     if isinstance(similarity, str):
         if similarity in _SIMILARITIES:
             return _SIMILARITIES[similarity]

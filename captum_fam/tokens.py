@@ -13,13 +13,12 @@ _PREFIXES = (0, 1, 2, 4, 5)
 
 def patch_tokens(height: int, width: int) -> Callable[[Tensor], Tensor]:
     r"""
-    A ``reshape_transform`` for the tokens of a vision transformer: the last height · width
-    of them are the patches, row by row; those before them (class token, registers) are
-    left out.
+    How do the tokens of a vision transformer lie on the image? A ``reshape_transform`` for them: the last height ·
+    width tokens are the patches, row by row; those before them (class token, registers) are left out.
 
-    Without a ``reshape_transform``, the attribution methods of this package find the grid
-    by themselves: where the model is a vision transformer of timm, torchvision, transformers or
-    open_clip that they know, or where the shape fits one grid and the encoder confirms it.
+    You seldom need it. Without a ``reshape_transform``, the attribution methods find the grid themselves for the vision
+    transformers of timm, torchvision, transformers and open_clip that they know, and wherever the shape fits one grid
+    and the encoder confirms it.
 
     Args:
         height (int): Patches in a column: the image's height / the patch size.
@@ -55,13 +54,13 @@ def patch_tokens(height: int, width: int) -> Callable[[Tensor], Tensor]:
 
 def channels_last(activation: Tensor) -> Tensor:
     r"""
-    A ``reshape_transform`` for maps with their channels last, as in Swin Transformers.
+    How do maps with their channels last, as in Swin Transformers, lie on the image? A ``reshape_transform`` for them.
 
     Args:
-        activation (Tensor): (B, \*spatial, C).
+        activation (Tensor): Activations (B, \*spatial, C).
 
     Returns:
-        *Tensor*: (B, C, \*spatial), a view.
+        *Tensor*: (B, C, \*spatial), a view of the activations.
 
     Examples::
 
@@ -74,7 +73,8 @@ def channels_last(activation: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Patches:
     """
-    Tokens (B, N, C) of a vision transformer, by its own words: so many others come first, then the patches, row by row.
+    How the tokens (B, N, C) of a vision transformer lie, as the model declares it: ``prefix`` other tokens come first,
+    then the patches, row by row.
     """
 
     prefix: int
@@ -82,7 +82,7 @@ class Patches:
     width: int
 
     def grid(self, activation: Tensor, images: Tensor) -> tuple[int, int] | None:
-        """Of the patches on these images, if that is what the activation has."""
+        """The grid of the patches on these images; None if the activation has other tokens."""
         if images.ndim != 4 or activation.ndim != 3:
             return None
         h, w = images.shape[2] // self.height, images.shape[3] // self.width
@@ -106,7 +106,7 @@ _OF_TIMM = ("Beit", "Eva", "VisionTransformer", "VisionTransformerDistilled")
 
 
 def patches_of(model: nn.Module) -> Patches | None:
-    """What a vision transformer of timm, torchvision, transformers or open_clip says of its tokens."""
+    """What a vision transformer of timm, torchvision, transformers or open_clip declares about its tokens."""
     package, name = type(model).__module__, type(model).__name__
     size: Any = None
     prefix: Any = 1
@@ -136,16 +136,16 @@ def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) ->
     """
     shape = activation.shape
     if inputs.ndim != 4:
-        # Of other inputs no grid is known; fewer dimensions, or the embedding's last, speak for tokens.
+        # For other inputs no grid is known. Fewer dimensions, or the embedding's as the last, suggest tokens.
         tokens = activation.ndim < inputs.ndim or (shape[-1] == dimensions and dimensions not in shape[2:-1])
         return activation if activation.ndim < 3 or shape[1] == dimensions or not tokens else None
     size = (inputs.shape[2], inputs.shape[3])
     if activation.ndim == 4:
         first, last = _may_be_map((shape[2], shape[3]), size), _is_grid((shape[1], shape[2]), size)
         if first and last and not _has_one_stride((shape[2], shape[3]), size):
-            # Two strides on a square image are far less likely than channels that divide it.
+            # On a square image, two strides are far less likely than a number of channels that divides its side.
             return channels_last(activation) if size[0] == size[1] and shape[1] != dimensions else None
-        if shape[-1] == dimensions != shape[1]:  # speaks for channels last, which alone is no proof
+        if shape[-1] == dimensions != shape[1]:  # suggests channels last, but does not prove it
             return channels_last(activation) if last and not first else activation if first and not last else None
         if shape[1] == dimensions or first:
             return None if last and not first else activation
@@ -166,14 +166,14 @@ def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) ->
 
 
 def fit(grid: Sequence[int], size: Sequence[int]) -> int:
-    """How well one stride makes a map of that size: exactly (2), but for what kernels lose at the edges (1), or not."""
+    """How well one stride makes a map of that size: exactly (2), up to what kernels lose at edges (1), or not."""
     strides = range(1, size[0] // grid[0] + 2)
     lost = [[abs(S - s * n) for S, n in zip(size, grid)] for s in strides]
     return 2 if any(not any(of) for of in lost) else int(any(max(of) <= max(s, 4) for of, s in zip(lost, strides)))
 
 
 def _grids(tokens: int, size: tuple[int, int]) -> list[tuple[int, int]]:
-    """The grids of more than one patch that many tokens may be, with a few others before them."""
+    """The grids of more than one patch that this many tokens may form, with a few other tokens before them."""
     H, W = size
     found = [(H // p, W // p) for p in range(1, min(H, W) + 1) if H % p == W % p == 0]
     return [(h, w) for h, w in found if h * w > 1 and tokens - h * w in _PREFIXES]
@@ -193,11 +193,11 @@ def _has_one_stride(grid: tuple[int, int], size: tuple[int, int]) -> bool:
     """Whether one stride for both sides makes a map of that size, with the same loss at their edges."""
     (h, w), (H, W) = grid, size
     lost = [(H - s * h, W - s * w, s) for s in range(1, H // h + 2)]
-    # An even kernel with half of it as padding makes one place more than it is given.
+    # An even kernel with half its size as padding makes one place more.
     return any(abs(top - left) < s and -max(s, 2) <= min(top, left) and 4 * top <= H for top, left, s in lost)
 
 
 def images_of(inputs: tuple[Tensor, ...]) -> Tensor:
-    """Of the inputs of an encoder those that its activations lie on: the images, or what has the most dimensions."""
+    """Which of the encoder's inputs its activations lie on: the images, or the input with the most dimensions."""
     images = (t for t in inputs if t.ndim == 4 and t.is_floating_point())
     return next(images, max(inputs, key=lambda t: t.ndim))

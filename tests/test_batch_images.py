@@ -178,7 +178,10 @@ BAD = {
     "one image": (["album/sub"], "a pair needs two images, but album/sub has 1"),
     "no image": (["empty"], "a pair needs two images, but empty has none"),
     "no match": (["album/*.gif"], "a pair needs two images, but album/*.gif has none"),
-    "a list among images": (["pairs.csv", "album"], "expected one list of pairs, or images, but got pairs.csv among 2"),
+    "a list among images": (
+        ["pairs.csv", "album"],
+        "expected images, or one list of pairs alone, but got pairs.csv among 2",
+    ),
     "an image alone": (["album/cat.jpg"], "or a folder of images"),
     "nothing there": (["albums"], "there is no file albums: check the path"),
     "embeddings": (["album", "--reference-embeddings", "z.npy"], "--reference-embeddings needs a list of pairs"),

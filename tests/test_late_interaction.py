@@ -690,7 +690,7 @@ def test_errors_of_what_is_asked_of_an_explanation():
             found.visualize(image(40, 60), tokens)
     with pytest.raises(TypeError, match="Expected the number of one of several pages or queries, but"):
         found[0]
-    with pytest.raises(TypeError, match=r"got \(0, 0\) of MaxSimExplanation"):
+    with pytest.raises(TypeError, match=r"got \(0, 0\) for MaxSimExplanation"):
         explain_maxsim(Q[None], P[None], (2, 3))[0, 0]
     assert isinstance(explain_maxsim(Q[None], P[None], (2, 3))[0][-1], MaxSimExplanation)
     with pytest.raises(IndexError):

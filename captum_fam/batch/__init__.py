@@ -1,4 +1,4 @@
-"""Many pairs as a batch job: explained in parts, by worker processes or Ray, that can be stopped at any moment."""
+"""Many pairs as a batch job: worker processes or Ray explain them in parts, and you can stop them at any moment."""
 
 import csv
 import json
@@ -34,23 +34,23 @@ from captum_fam.methods.on_layer import OnLayer
 
 __all__ = ["BatchResult", "StoredPair", "StoredPairs", "explain_pairs", "read_maps"]
 
-# Names that are none of a folder: who writes them expects one file.
+# Endings of names that are files: a user who writes one expects a single file.
 _FILES = (".csv", ".tsv", ".txt", ".parquet", ".json", ".npy", ".png", ".jpg", ".pdf", ".svg", ".html")
 
 
 @dataclass(frozen=True)
 class BatchResult:
     """
-    What became of a job.
+    How many pairs of a job were explained, and how many failed?
 
     Attributes:
-        explained: pairs that have a score and a map.
-        failed: pairs that have an error instead.
-        error: the first of them, or None.
-        layer: whose maps they are; empty for a method that takes none.
-        failures: how many failed of each kind, the most frequent first: ``"no such file"``, ``"cannot be read"``,
-            ``"no path"``, ``"bad row"`` (it is not as the list's header says), ``"no embedding"`` and
-            ``"no similarity"`` (an embedding is zero or not finite).
+        explained (int): The number of pairs that have a score and a map.
+        failed (int): The number of pairs that have an error instead.
+        error (str or None): The first error.
+        layer (str): The layer of the maps; empty for a method that takes none.
+        failures (dict): The number of failed pairs of each kind, the most frequent first: ``"no such file"``,
+                    ``"cannot be read"``, ``"no path"``, ``"bad row"`` (it does not fit the list's header),
+                    ``"no embedding"`` and ``"no similarity"`` (an embedding is zero or not finite).
     """
 
     explained: int
@@ -87,40 +87,40 @@ def explain_pairs(
     errors: Path | str | None = None,
 ) -> BatchResult:
     r"""
-    Explains pairs of images, as ``captum-fam batch`` does: those that a file lists, or those of a folder.
+    How do I explain thousands of pairs of images? Runs a job, as ``captum-fam batch`` does, for the pairs that a file
+    lists or those of the images in a folder. You can stop it at any moment and start it again.
 
     The output folder gets Parquet files with a row for each pair, in the order of the list;
     :func:`read_maps` gives them as arrays:
 
     - ``id`` (the row's number where the list has none), ``query`` and ``reference``
     - ``score``: the similarity
-    - ``map``, of the query for the reference: float16, and its ``shape``; the values are
-      ``map * scale``, with a power of two as scale where the largest magnitude is above 2**15 or
-      below 2**-3, else 1. With ``sides="reference"`` or ``"both"``, ``reference_map``,
-      ``reference_shape`` and ``reference_scale``, of the reference for the query
-    - ``failure`` and ``error``: of which kind, and why there is neither score nor map; an image that cannot be
-      read costs its own rows
+    - ``map``, of the query for the reference, float16, and its ``shape``. The values are ``map * scale``; the scale is
+      1, or a power of two where the largest magnitude is above 2**15 or below 2**-3. With ``sides="reference"`` or
+      ``"both"`` also ``reference_map``, ``reference_shape`` and ``reference_scale``, of the reference for the query
+    - ``failure`` and ``error``: if there is neither score nor map, the kind and the reason. An image that cannot be
+      read affects only its own rows
 
-    Each file is written at once and whole. Started again after whatever stop, the job finishes
-    what is left. A pair that failed is not tried again, unless its file is deleted.
+    Each file is written whole or not at all. If you start the job again after a stop, it finishes what is left. A
+    failed pair is not tried again unless you delete its file.
 
-    An image goes through the encoder once for all of its pairs in a part, however the list is ordered: as a query
-    with its activations, as a reference for its embedding, and with its activations if its map is asked for, too.
-    (CorrespondenceMap takes it again after each ``batch_size`` pairs.)
+    In each part, an image goes through the encoder once as a query, for its activations, and once as a reference, for
+    its embedding (or its activations, if its map is wanted), whatever the order of the list. CorrespondenceMap runs it
+    again after each ``batch_size`` pairs.
 
     Args:
-        pairs (Path or list of Path): A .parquet, .csv (or .tsv; commas, semicolons or tabs) file with the columns
-                    query, reference and, perhaps, id. Or images: a folder, with all folders in it, a pattern such as
-                    ``"photos/*.jpg"``, or a list of paths. Each is paired with each other, in both orders, or
-                    once with ``sides="both"``. All of them, and the paths in a list, may be addresses of a store, such
-                    as ``"s3://bucket/photos/"``, as text: fsspec opens them, with the library that it has for each
+        pairs (Path or list of Path): A list: a .parquet, .csv or .tsv file (commas, semicolons or tabs) with the
+                    columns query, reference and, if you like, id. Or images: a folder, with all its subfolders; a
+                    pattern such as ``"photos/*.jpg"``; or a list of paths. Each image is paired with each other, in
+                    both orders, or once with ``sides="both"``. All of these, and the paths in a list, may be addresses
+                    of a store, as text, such as ``"s3://bucket/photos/"``: fsspec opens them, with its library for each
                     kind (s3fs, gcsfs, aiohttp).
-        output (Path): A new or empty folder of the file system, or that of the same job. Another encoder (the name, and
-                    what is in ``weights``; what a factory does is not looked at), layer, method, similarity,
-                    contrast, threshold, sides, neighbours, embeddings, size, mean, std, root, precision, part_size
-                    or pairs are another job.
+        output (Path): A folder of the file system: new, empty, or that of the same job. It is another job if one of
+                    these differs: pairs, encoder (its name and the content of ``weights``; the code of a factory is not
+                    compared), layer, method, similarity, contrast, threshold, sides, neighbours, embeddings, size,
+                    mean, std, root, precision or part_size.
         encoder, weights, size: As in :func:`~captum_fam.load_encoder`.
-        layer (str, optional): Dotted name.
+        layer (str, optional): Dotted name of the layer to explain.
                     Default: None, the last module with a map that the embedding depends on, or what the method finds
         method (str or type): A method of similarities by name or class: FeatureActivationMap,
                     SimilarityDecomposition, IntegratedDecomposition, CorrespondenceMap, RelevanceCam, ScoreCam,
@@ -128,52 +128,52 @@ def explain_pairs(
                     Default: ``"FeatureActivationMap"``
         similarity (str): As in :func:`~captum_fam.channel_contributions`.
                     Default: ``"cosine"``
-        contrast (str, optional): ``"self"``, as in :class:`~captum_fam.FeatureActivationMap`: what a match has beyond
-                    what the image has with itself.
+        contrast (str, optional): ``"self"``, as in :meth:`.FeatureActivationMap.attribute`: what a match has beyond the
+                    match of the image with itself.
                     Default: None
-        threshold (float, optional): Why scores lie above or below it. The column ``score`` is the score itself.
+        threshold (float, optional): The maps show why scores lie above or below this value. The column ``score`` is the
+                    score itself.
                     Default: None
-        sides (str): Whose maps are made: ``"query"``, ``"reference"`` or ``"both"``.
+        sides (str): Which images get maps: ``"query"``, ``"reference"`` or ``"both"``.
                     Default: ``"query"``
-        neighbours (int, optional): With images in place of a list, pairs each with so many others that are most
-                    similar to it, best first. All are embedded in this process before the first pair is explained; a
-                    stop until then loses this.
+        neighbours (int, optional): For images instead of a list: pairs each image with this many others, the most
+                    similar first. All images are embedded in this process before the first pair is explained; if you
+                    stop it before that, this work is lost.
                     Default: None, all pairs
-        reference_embeddings (Path, optional): Embeddings of the references in place of their images: a .npy file
-                    (N, D), and the column reference has numbers of rows, from 0; a .parquet file
-                    with the columns id and embedding, and the column reference has ids; or a .index or .faiss file
-                    of ``faiss.write_index``, of an index that keeps its vectors as they are (flat, HNSWFlat, or an
-                    IndexIDMap of one), and the column reference has its numbers. They must be this
-                    encoder's. For ``sides="query"``, and not for CorrespondenceMap.
+        reference_embeddings (Path, optional): Embeddings of the references, by this encoder, instead of their images. A
+                    .npy file (N, D): the column reference has numbers of rows, from 0. A .parquet file with the columns
+                    id and embedding: the column reference has ids. A .index or .faiss file of ``faiss.write_index``, of
+                    an index that keeps its vectors unchanged (flat, HNSWFlat, or an IndexIDMap of one): the column
+                    reference has its numbers. Only for ``sides="query"``, and not for CorrespondenceMap.
                     Default: None
         device (str): A torch device; with ``"cuda"``, each worker has a GPU of its own.
                     Default: ``"cpu"``
-        mean, std (Sequence[float], optional): Of the RGB channels in [0, 1].
+        mean, std (Sequence[float], optional): What images are normalised with, for the RGB channels in [0, 1].
                     Default: None, the encoder's
-        root (Path): Where relative paths in a list start: a folder, or an address. Images that lie in the folder get
-                    such paths.
+        root (Path): Where relative paths in a list start: a folder, or an address. Images in this folder get such paths
+                    in the output.
                     Default: the current folder
-        precision (str, optional): ``"float32"``, ``"bfloat16"`` or ``"float16"``: the encoder's. Scores and maps are
+        precision (str, optional): ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the encoder. Scores and maps are
                     computed in float32 from its activations.
-                    Default: None, as the encoder is loaded, which is float32 as a rule
+                    Default: None, as the encoder is loaded, usually float32
         part_size (int, optional): Pairs in each file, the unit of work.
-                    Default: None, 512, of less than 8,192 pairs a sixteenth of them, but at least 64
-        batch_size (int): Images that go through the encoder at once. It changes results only by rounding.
+                    Default: None, 512; for less than 8,192 pairs a sixteenth of them, but at least 64
+        batch_size (int): How many images go through the encoder at a time. It changes results only by rounding.
                     Default: 32
         workers (int, optional): Processes, each with its own encoder.
                     Default: None, one for each CPU, or each GPU with ``device="cuda"``
         engine (str): ``"local"``, or ``"ray"`` for Ray, whose nodes must all see the files.
                     Default: ``"local"``
-        errors (Path, optional): A .csv file to write: id, query, reference, failure and error of pairs that failed,
-                    separated as the list is.
+        errors (Path, optional): A .csv file to write, with the id, query, reference, failure and error of failed pairs,
+                    separated as in the list.
                     Default: None
 
     Returns:
-        *BatchResult*: of the whole job, runs before this one included.
+        *BatchResult*: of the whole job, including earlier runs.
 
     Raises:
-        TypeError, ValueError: an argument is not as described above, another run is at work in the same
-                    folder, the encoder failed, or a worker died.
+        TypeError, ValueError: an argument is not as described above, another run is working in the same folder, the
+                    encoder failed, or a worker died.
 
     The worker processes import the script that calls this: guard it with
     ``if __name__ == "__main__":``.
@@ -246,7 +246,7 @@ def explain_pairs(
             return write_pairs(given[0], to, part_size, numbers)
         if neighbours is None:
             return write_tables(all_pairs(images, once=sides == "both"), to, part_size)
-        with recorded_warnings():  # who explains these images says so again
+        with recorded_warnings():  # the workers that explain these images repeat the warnings
             embedded = PartExplainer(**options, threads=torch.get_num_threads()).embeddings(images)
         return write_tables(nearest(images, embedded, similarity, neighbours), to, part_size)
 

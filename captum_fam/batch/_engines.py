@@ -1,4 +1,4 @@
-"""Where parts are explained: parts in, the counts and warnings of PartExplainer out, in any order."""
+"""The engines that explain parts. They take parts, and yield the results of PartExplainer in any order."""
 
 import logging
 from collections import Counter
@@ -9,7 +9,7 @@ from captum_fam.batch._local import cpus, locally
 from captum_fam.batch._part import PartExplainer, Warned
 from captum_fam.encoders import one_line
 
-LIVES = 3  # workers of Ray that a part may cost, for nodes come and go, before it is taken for what kills them
+LIVES = 3  # how many workers of Ray may die with a part, as nodes come and go, before the part is taken for the cause
 
 
 def _on_ray(left: list[int], options: dict[str, Any], workers: int | None, parts: int) -> Iterator[tuple[int, Warned]]:
@@ -44,12 +44,14 @@ def _on_ray(left: list[int], options: dict[str, Any], workers: int | None, parts
 
 def _by_actors(ray: Any, begin: Callable[[], Any], left: list[int], workers: int) -> Iterator[tuple[int, Warned]]:
     """
-    A part has its file at once or not at all. So one whose worker is lost, with its node perhaps, goes to another, and
-    it does no harm if the first was only cut off and goes on. Ray's own retries have no end, or count its attempts to
-    reach a node.
+    A part's file is written whole or not at all. So if a worker is lost, perhaps with its node, its
+    part goes to another worker. It does no harm if the first worker was only cut off and goes on.
+    Ray's own retries are not used: they have no end, or count its attempts to reach a node.
     """
     left, lost = left[::-1], Counter[int | None]()
-    busy: dict[Any, tuple[Any, int | None]] = {}  # None: it starts, and holds no part as long as Ray has no place
+    busy: dict[
+        Any, tuple[Any, int | None]
+    ] = {}  # None: the worker starts, and holds no part while Ray has no place for it
 
     def start() -> None:
         actor = begin()
@@ -87,7 +89,7 @@ def _by_actors(ray: Any, begin: Callable[[], Any], left: list[int], workers: int
 def _start_ray(ray: Any) -> None:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except Exception as error:  # its time limits for a start are fixed, and their errors of no kind of their own
+    except Exception as error:  # its time limits for a start are fixed, and their errors have no class of their own
         raise ValueError(
             f"Ray did not start ({_first(error)}), as on a busy machine or where no cluster answers at RAY_ADDRESS:"
             " start again, or pass --engine local"
@@ -95,7 +97,7 @@ def _start_ray(ray: Any) -> None:
 
 
 def _first(error: Exception) -> str:
-    """The rest is a traceback, or the logs of Ray."""
+    """The first line of an error; the rest is a traceback, or the logs of Ray."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 

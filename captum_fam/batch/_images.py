@@ -17,13 +17,13 @@ from captum_fam.similarity import unit, widen
 
 MOST = 10_000_000  # pairs that nobody has asked for by name
 _ROWS = 256  # images that are compared with all others at once
-_HEIC = (".heic", ".heif")  # which Pillow opens with a plugin: their names should not be passed over without a word
+_HEIC = (".heic", ".heif")  # Pillow opens them with a plugin; without it, an error should say so
 
 
 def images_of(given: Sequence[Path | str], root: Path | str) -> list[str] | None:
     """
-    The images that are given as a folder, a pattern or by name, as paths from the root, or addresses; None, if it is a
-    list of pairs.
+    The images of a folder, of a pattern or by name, as paths from the root or as addresses; None
+    for a list of pairs.
 
     Raises:
         ValueError: there are fewer than two.
@@ -32,7 +32,7 @@ def images_of(given: Sequence[Path | str], root: Path | str) -> list[str] | None
         return None
     for path in given:
         if Path(path).suffix.lower() in LISTS and len(given) > 1:
-            raise ValueError(f"expected one list of pairs, or images, but got {path} among {len(given)} paths")
+            raise ValueError(f"expected images, or one list of pairs alone, but got {path} among {len(given)} paths")
     files = [path for some in given for path in (_files(some) if isinstance(some, Path) else _in_store(some))]
     found = list(dict.fromkeys(_from(path, root) for path in files))
     if len(found) < 2:
@@ -60,7 +60,7 @@ def _is_pattern(path: Path) -> bool:
 
 
 def _files(path: Path) -> Sequence[Path]:
-    """The images in a folder and its own folders, what a pattern matches, or a path."""
+    """The images in a folder and its subfolders, the files that a pattern matches, or the path itself."""
     if path.is_dir():
         inside = (file.relative_to(path) for file in path.rglob("*"))
         return [path / file for file in _images(inside) if not (path / file).is_dir()]
@@ -70,7 +70,7 @@ def _files(path: Path) -> Sequence[Path]:
 
 
 def _images(inside: Iterable[PurePath]) -> list[PurePath]:
-    """Those files of a folder that have the names of images, and are not hidden."""
+    """The files of a folder whose names are those of images, and not hidden."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return [
         file
@@ -80,7 +80,7 @@ def _images(inside: Iterable[PurePath]) -> list[PurePath]:
 
 
 def _in_store(address: str) -> list[str]:
-    """The same in a store, where what has an ending is no folder, unless it has a slash behind it."""
+    """The same in a store, where a name with an ending is a folder only if a slash follows."""
     is_pattern, is_folder = "*" in address, address.endswith("/") or not Path(address).suffix
     if not is_pattern and not is_folder:
         return [address]
@@ -105,10 +105,10 @@ def _from(path: Path | str, root: Path | str) -> str:
 
 def all_pairs(images: Sequence[str], once: bool) -> Iterator[pa.Table]:
     """
-    Each image with each other, in both orders or, as where a row is about both sides, ``once``.
+    Pairs each image with each other, in both orders, or ``once`` if a row is about both sides.
 
     Raises:
-        ValueError: they are too many.
+        ValueError: there are too many pairs.
     """
     count = len(images) * (len(images) - 1) // (2 if once else 1)
     if count > MOST:
@@ -123,8 +123,9 @@ def nearest(
     images: Sequence[str], embeddings: Mapping[str | int, Tensor], similarity: str, neighbours: int
 ) -> Iterator[pa.Table]:
     """
-    Each image with the others that are most similar to it, best first. One that cannot be read, or whose embedding is
-    zero or not finite, is paired with itself, and so has its row and its error.
+    Pairs each image with the others that are most similar to it, best first. An image that cannot
+    be read, or whose embedding is zero or not finite, is paired with itself: so it has a row, with
+    its error.
     """
     known = [path for path in images if path in embeddings and bool(usable(widen(embeddings[path])))]
     found: dict[str, list[int]] = {}
@@ -132,7 +133,7 @@ def nearest(
         z = widen(torch.stack([embeddings[path] for path in known]))
         z = unit(z) if similarity == "cosine" else z
         for rows in torch.arange(len(known)).split(_ROWS):
-            if similarity == "euclidean":  # by differences: those of near ones would be lost in a product
+            if similarity == "euclidean":  # by differences, because products would lose those of near embeddings
                 scores = -torch.cdist(z[rows], z, compute_mode="donot_use_mm_for_euclid_dist")
             else:
                 scores = z[rows] @ z.T

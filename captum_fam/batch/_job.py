@@ -1,4 +1,4 @@
-"""A batch job's folder: what it is a job of, and that one run alone works in it."""
+"""The folder of a batch job: the options of the job, and a lock that lets one run work in it."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _FILES = ("pairs", "weights", "reference_embeddings")  # whose digest tells nobo
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """This run alone works in the folder. If no job is made of it, it is left as it was."""
+    """Within the context, only this run works in the folder. If no job is made, the folder is left as it was."""
     try:
         read_job(output)  # before a folder of others gets a lock
         made = [folder for folder in (output, *output.parents) if not folder.exists()]
@@ -36,7 +36,7 @@ def locked(output: Path) -> Iterator[None]:
             yield
         finally:
             if mine and not (output / JOB).exists():
-                with suppress(OSError):  # as where a file that is open cannot be deleted
+                with suppress(OSError):  # for systems where an open file cannot be deleted
                     (output / LOCK).unlink()
                     for folder in made:
                         folder.rmdir()
@@ -63,7 +63,7 @@ def seal(content: dict[str, Any]) -> str:
 
 
 def read_job(output: Path) -> dict[str, Any] | None:
-    """What the folder is a job of; None, if it is new or empty."""
+    """The options of the job in the folder; None if the folder is new or empty."""
     file = output / JOB
     if not os.path.lexists(file):
         if started := _started(output):
@@ -82,8 +82,8 @@ def prepare(
     output: Path, job: dict[str, Any], names: Sequence[str], write: Callable[..., tuple[int, int]]
 ) -> tuple[int, int]:
     """
-    Makes the folder that of this job, or finds that it is; the number of pairs, and of those in a part. ``write`` gets
-    the files of these names to write what all parts share.
+    Begins this job in the folder, or finds it there. Returns the number of pairs, and that of pairs
+    in a part. ``write`` gets the files of these names to write what all parts share.
     """
     before, file, copies = read_job(output), output / JOB, [output / name for name in names]
     then: dict[str, Any] = before["job"] if before else {}
@@ -97,7 +97,7 @@ def prepare(
             raise ValueError(
                 f"{output} holds a job of other {', '.join(changed)}: pass the same, or another folder with -o"
             )
-        file.unlink()  # first: it says that the pairs are whole and its own
+        file.unlink()  # comes first: this file says that the pairs are complete and belong to the job
     if before is None or then != job or not all(map(os.path.lexists, copies)):
         with ExitStack() as stack:
             total, size = write(*[stack.enter_context(whole(copy)) for copy in copies])

@@ -1,4 +1,4 @@
-"""The local engine: this process explains parts, and so do worker processes that start meanwhile."""
+"""The local engine: this process explains parts while worker processes start, and goes on beside them."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ def cpus() -> int:
 
 
 def locally(left: list[int], options: dict[str, Any], workers: int | None, parts: int) -> Iterator[_Done]:
-    """The first worker is this process: others take seconds to start, and it takes the next part as they do."""
+    """This process is the first worker, because others take seconds to start; all take one part after another."""
     one_each = torch.cuda.device_count() if options["device"] == "cuda" else cpus() if options["device"] == "cpu" else 1
     workers = min(workers or one_each or 1, parts)
     options = options | {"threads": max(1, cpus() // workers)}
@@ -43,7 +43,7 @@ def locally(left: list[int], options: dict[str, Any], workers: int | None, parts
 
 
 def _next(todo: deque[int]) -> int | None:
-    """In any thread."""
+    """The next part; may be called in any thread."""
     try:
         return todo.popleft()
     except IndexError:
@@ -53,8 +53,9 @@ def _next(todo: deque[int]) -> int | None:
 @contextmanager
 def _processes(count: int, options: dict[str, Any], todo: deque[int]) -> Iterator["SimpleQueue[Future[_Done]]"]:
     """
-    What comes of the parts that so many processes take, each the next one as soon as it is done with another, and the
-    first when it has loaded the encoder: until then, this process may be done with all.
+    Yields the results of parts from ``count`` processes. Each takes the next part when it is done
+    with one, and its first when it has loaded the encoder. Until then, this process may be done
+    with all.
     """
     done: SimpleQueue[Future[_Done]] = SimpleQueue()
     if not count:
@@ -83,7 +84,7 @@ def _processes(count: int, options: dict[str, Any], todo: deque[int]) -> Iterato
 
     with ProcessPoolExecutor(count, context, _start, (options, context.Value("i", 1))) as pool:
         try:
-            with _deaf_to_interrupts():  # for the processes that this starts: we end them
+            with _deaf_to_interrupts():  # for the processes that this starts, which we end ourselves
                 for _ in range(count):
                     pool.submit(_load).add_done_callback(loaded)
             yield done
@@ -92,7 +93,7 @@ def _processes(count: int, options: dict[str, Any], todo: deque[int]) -> Iterato
                 "a worker process died, as one does that runs out of memory: start again, which finishes what is left,"
                 " with fewer --workers or a smaller --batch-size"
             ) from error
-        finally:  # at once, whatever they are doing: parts are whole or not there
+        finally:  # at once, whatever they do: a part is written whole or not at all
             todo.clear()
             for process in set(multiprocessing.active_children()).difference(others):
                 process.kill()
@@ -100,7 +101,7 @@ def _processes(count: int, options: dict[str, Any], todo: deque[int]) -> Iterato
 
 @contextmanager
 def _as_in_a_process(options: dict[str, Any]) -> Iterator[None]:
-    """What the caller has set in torch changes no map, and is as it was when it goes on."""
+    """Within the context, the caller's settings of torch change no map; they are restored afterwards."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(options["threads"])
     torch.set_default_dtype(torch.float32)
@@ -125,7 +126,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def _on_a_gpu(options: dict[str, Any], worker: int) -> dict[str, Any]:
-    """Of its own, if there are as many as workers."""
+    """The options with a GPU for this worker: its own, if there are enough."""
     if options["device"] != "cuda" or not torch.cuda.device_count():
         return options
     return options | {"device": f"cuda:{worker % torch.cuda.device_count()}"}
@@ -135,7 +136,7 @@ _explainer: PartExplainer
 
 
 def _start(options: dict[str, Any], started: Any) -> None:
-    """In a worker process."""
+    """Called when a worker process starts."""
     global _explainer
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # not its own of processes: whoever kills us would leave a semaphore behind

@@ -1,4 +1,4 @@
-"""The pairs of a batch job: read from a list of others, copied in parts."""
+"""The pairs of a batch job: read from the user's list, and copied in parts."""
 
 import csv
 import re
@@ -27,8 +27,8 @@ Numbers: TypeAlias = Callable[[pa.ChunkedArray], pa.Array]  # the rows of refere
 
 def write_pairs(pairs: Path | str, file: Any, part_size: int | None, numbers: Numbers | None = None) -> tuple[int, int]:
     """
-    The columns of a list of pairs as an Arrow file, whose record batch i is part i; the number of pairs, and of those
-    in a part.
+    Writes the columns of a list of pairs as an Arrow file, whose record batch i is part i. Returns the number of pairs,
+    and that of pairs in a part.
     """
     total, size = write_tables(_read_pairs(pairs, numbers), file, part_size)
     if not total:
@@ -37,7 +37,7 @@ def write_pairs(pairs: Path | str, file: Any, part_size: int | None, numbers: Nu
 
 
 def write_tables(tables: Iterable[pa.Table], file: Any, part_size: int | None) -> tuple[int, int]:
-    """The same for pairs as tables."""
+    """The same for pairs that come as tables."""
     total, writer = 0, None
     size, tables = _sized(tables, part_size)
     for table in _in_parts(tables, size):
@@ -53,7 +53,7 @@ def write_tables(tables: Iterable[pa.Table], file: Any, part_size: int | None) -
 
 
 def _sized(tables: Iterable[pa.Table], part_size: int | None) -> tuple[int, Iterable[pa.Table]]:
-    """How many pairs a part has, and the tables; without a size, it is their number that decides."""
+    """How many pairs a part has, and the tables. Without ``part_size``, the number of pairs decides."""
     if part_size is not None:
         return part_size, tables
     tables, first, total = iter(tables), [], 0
@@ -112,7 +112,7 @@ def _of_parquet(pairs: Path | str) -> Iterator[dict[str, pa.Array]]:
 
 
 def _of_csv(pairs: Path | str) -> Iterator[dict[str, pa.Array]]:
-    """Text as it is, 007 is no number; of a row that is not as its header says, BAD has the reason."""
+    """Tables of text, so that 007 stays 007. If a row does not fit the header, its column BAD has the reason."""
     with reading(pairs):
         delimiter, before = dialect(pairs)
         stream = TextIOWrapper(opened(pairs), encoding="utf-8-sig", newline="")
@@ -130,7 +130,7 @@ def _of_csv(pairs: Path | str) -> Iterator[dict[str, pa.Array]]:
 
 
 def _rows(pairs: Path | str, stream: TextIO, delimiter: str, before: int) -> Iterator[tuple[list[str], str]]:
-    """The rows after so many lines that hold none, the header first, and what is wrong with each, or ""."""
+    """The header and the rows, each with what is wrong with it, or "", after ``before`` lines that hold none."""
     for _ in range(before):
         stream.readline()
     reader, width = csv.reader(stream, delimiter=delimiter, strict=True), 0
@@ -165,8 +165,9 @@ def _rows(pairs: Path | str, stream: TextIO, delimiter: str, before: int) -> Ite
 
 def dialect(pairs: Path | str) -> tuple[str, int]:
     """
-    The delimiter, and how many lines come before the header: one that names it, as in Excel's files, or none. It is
-    that of a header with the columns query and reference, or else the most frequent of what may be one.
+    The delimiter, and how many lines come before the header: one if it names the delimiter, as in Excel's files, else
+    none. The delimiter is the one that gives a header with the columns query and reference, or else the most frequent
+    candidate.
     """
     with TextIOWrapper(opened(pairs), encoding="utf-8-sig", errors="replace") as file:
         header = file.readline(2**16)
@@ -189,7 +190,7 @@ def _columns(pairs: Path | str, names: list[str]) -> list[str]:
 
 
 def plain_text(column: pa.Array) -> pa.Array:
-    """Without a dictionary, which could differ from part to part; text of all kinds as one."""
+    """A column without a dictionary, which could differ from part to part, and with one type for all kinds of text."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     is_view = getattr(pa.types, "is_string_view", lambda kind: False)  # since Arrow 16

@@ -1,4 +1,4 @@
-"""A part of a batch job: its pairs are explained and written at once and whole."""
+"""A part of a batch job: its pairs are explained, and written whole or not at all."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from captum_fam.images import read_image
 from captum_fam.methods.by_name import make_method, method_named
 from captum_fam.methods.on_layer import OnLayer
 
-# Names that begin with _ are no data for those who read the folder as one table.
+# Readers of the folder as one table ignore names that begin with _.
 JOB, PAIRS, LOCK, PARTIAL = "_batch.json", "_pairs.arrow", "_lock", "_tmp-"
 EMBEDDINGS = "_references.npy"
 ROW = "row"  # of the pairs' copy: where a reference's embedding is
@@ -42,10 +42,10 @@ def part_file(output: Path, part: int) -> Path:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """
-    A temporary file; its content gets its name at once and whole, or not at all.
+    A temporary file that gets its name when its content is complete.
 
     Raises:
-        ValueError: it cannot be written, as on a disk that is full.
+        ValueError: the file cannot be written, for example on a full disk.
     """
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{uuid4().hex}")
     try:
@@ -65,7 +65,7 @@ _MAP = {"map": pa.list_(pa.float16()), "shape": pa.list_(pa.int32()), "scale": p
 _REFERENCE_MAP = {f"reference_{name}": kind for name, kind in _MAP.items()}
 _COLUMNS = (_MAP, _REFERENCE_MAP)  # of the sides
 _OPEN = b"0" * 64  # in place of a seal
-_PATIENCE = 32  # images that no store gives to a worker that has got none yet
+_PATIENCE = 32  # how many images in a row a store may refuse to a worker that has got none yet
 Warned: TypeAlias = list[tuple[str, str]]  # texts, and the files that they are about, or ""
 
 
@@ -77,8 +77,8 @@ def write_part(
     file: Path, table: pa.Table, layer: str, job: str, part: int, opposite: tuple[int, int] = (0, 0)
 ) -> None:
     """
-    With a seal on every bit of it, and on its place: in the file's metadata, which readers of Parquet pass over.
-    ``opposite`` is how many maps of each side add up to the other sign than their margins.
+    Writes the file of a part, with a seal on its content and its place. The seal is in the file's metadata, which
+    readers of Parquet ignore. ``opposite`` is how many maps of each side add up to the other sign than their margins.
     """
     about = {"layer": layer, "opposite": json.dumps(opposite), "seal": _OPEN}
     pq.write_table(table.replace_schema_metadata(about), file, compression="zstd")
@@ -90,7 +90,7 @@ def write_part(
 
 def finished(output: Path, part: int, job: str) -> str | None:
     """
-    The layer of a part whose file is there, or None; the file is read as a whole.
+    The layer of a part whose file exists, else None. The whole file is read.
 
     Raises:
         ValueError: the file is not as this job wrote it.
@@ -115,7 +115,7 @@ def finished(output: Path, part: int, job: str) -> str | None:
 
 def layers_of(output: Path, parts: Iterable[int], job: str) -> dict[int, str]:
     """
-    The layers of the parts whose files are there: it is one.
+    The layer of each part whose file exists; all are the same.
 
     Raises:
         ValueError: a file in the folder is not as this job wrote it.
@@ -136,8 +136,8 @@ def layers_of(output: Path, parts: Iterable[int], job: str) -> dict[int, str]:
 
 class PartExplainer:
     """
-    Explains parts of a job, by number. It loads the encoder for the first; engines only make it, in each worker, and
-    feed it.
+    Explains parts of a job, by number. It loads the encoder for the first part. Engines only make it, in each worker,
+    and give it parts.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class PartExplainer:
         self._refused = 0.0  # images, by stores that have given none yet
 
     def __call__(self, part: int) -> tuple[int, Warned]:
-        """Writes the file of a part, if there is none; the number of its pairs, and what is doubtful in them."""
+        """Writes the file of a part, if there is none. Returns the number of its pairs, and the warnings about them."""
         with pa.memory_map(str(self.output / PAIRS)) as source:
             pairs = pa.table(pa.ipc.open_file(source).get_batch(part))
         if finished(self.output, part, self.job) is not None:  # made by a worker that outlived its run
@@ -181,11 +181,11 @@ class PartExplainer:
         return len(pairs), list(warned)
 
     def load(self) -> None:
-        """The encoder, if it is not loaded yet."""
+        """Loads the encoder, if it is not loaded yet."""
         self._explaining  # noqa: B018  # which is kept
 
     def embeddings(self, paths: Sequence[str]) -> dict[Key, Tensor]:
-        """Embeddings (D,) of images; those that cannot be read have none."""
+        """Embeddings (D,) of images, by path, without images that cannot be read."""
         work = Work(self._explaining, (paths, paths), {})
         in_turn(tqdm(work.embedding(QUERY), "embeddings", unit="batch", disable=None), self._image, self.threads)
         return work.embeddings[QUERY]
@@ -196,7 +196,7 @@ class PartExplainer:
         kind = method_named(self.method, "explain_pairs")
         with self._running():
             encoder = ready_encoder(self.encoder, **self.loading)
-            # Not an image of the job, or the layer could be another in each worker; noise has something of everything.
+            # Noise has something of everything. With images of the job, each worker could find another layer.
             noise = np.random.default_rng(0).integers(0, 256, (encoder.size, encoder.size, 3), np.uint8)
             image = encoder.batch([encoder.tensor(Image.fromarray(noise))])
             named = find_layer(encoder.model, self.layer, image) if self.layer else None
@@ -223,7 +223,7 @@ class PartExplainer:
             yield
 
     def _explain(self, pairs: pa.Table) -> tuple[dict[str, pa.Array], tuple[int, int]]:
-        """The columns of what is found, and how many maps of each side have another sign than their margins."""
+        """The columns of the results, and how many maps of each side have another sign than their margins."""
         queries, references = (pairs[name].to_pylist() for name in NAMES)
         bad = pairs[BAD].to_pylist() if BAD in pairs.column_names else [None] * len(pairs)
         keys, stored = references, {}
@@ -259,7 +259,7 @@ class PartExplainer:
         return dict(zip(rows, torch.from_numpy(self._stored[rows].astype(wide)).to(encoder.device)))
 
     def _image(self, path: str) -> Tensor | Failure:
-        """The tensor of an image, or what is wrong with it."""
+        """The tensor of an image, or why there is none."""
         place = within(self.root, path)
         try:
             found: Tensor | Failure = self._explaining.encoder.tensor(read_image(place))
@@ -269,8 +269,8 @@ class PartExplainer:
             self._refused += 1
             if self._refused >= _PATIENCE:
                 raise ValueError(
-                    f"stores have given none of {_PATIENCE} images: start again, which goes on, when they do, or take"
-                    f" such images out of the list; one of them: {error}"
+                    f"no store gave any of {_PATIENCE} images: start again when the stores work, which goes on with the"
+                    f" job, or take these images out of the list; the last error: {error}"
                 ) from error
             return Failure("cannot be read", printable(error))
         except Exception as error:  # whatever a broken file makes Pillow raise: it costs its own rows only
@@ -282,7 +282,7 @@ class PartExplainer:
 
 
 def _layer_of(kind: type[Any], model: nn.Module, image: Tensor) -> tuple[str, nn.Module | None]:
-    """The name and module that a method takes where none is named."""
+    """The name and module of the layer that a method takes if none is named."""
     if not issubclass(kind, OnLayer):
         return "", None
     if not kind._finds_layer:
@@ -292,7 +292,7 @@ def _layer_of(kind: type[Any], model: nn.Module, image: Tensor) -> tuple[str, nn
 
 
 def _unnamed(query: str | None, reference: str | None, key: Key | None) -> Failure | None:
-    """What a row lacks."""
+    """The failure of a row that lacks a path or an embedding."""
     for name, path in zip(NAMES, (query, reference)):
         if path is None:
             return Failure("no path", f"there is no path in the column {name!r}")

@@ -1,4 +1,4 @@
-"""References that are known by their embeddings alone: rows of a file of others."""
+"""References that are known only by their embeddings, the rows of a file of the user."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +19,8 @@ FILES = (".npy", ".parquet", *_INDEXES)
 
 def check_references(file: Path) -> None:
     """
+    Checks a file of embeddings by its name.
+
     Raises:
         ValueError: it is neither an array (N, D) nor a table of ids and embeddings nor an index of faiss.
     """
@@ -33,8 +35,8 @@ def check_references(file: Path) -> None:
 
 def numbered(file: Path, copy: Path | None) -> Numbers:
     """
-    What tells the rows of references, None for those that have none. Embeddings of a table or an index are copied as
-    an array.
+    A function that finds the rows of references, None for those that have none. Embeddings of a
+    table or an index are copied as an array.
 
     Raises:
         ValueError: the file is not as described.
@@ -44,7 +46,7 @@ def numbered(file: Path, copy: Path | None) -> Numbers:
         count = len(_array(file if copy is None else copy))
 
         def rows(references: pa.Array) -> pa.Array:
-            """They are the rows' numbers themselves."""
+            """References are the numbers of rows themselves."""
             found = [_number(reference, count) for reference in references.to_pylist()]
             return pa.array(found, pa.int64())
 
@@ -53,7 +55,7 @@ def numbered(file: Path, copy: Path | None) -> Numbers:
 
 
 def _number(reference: str | None, count: int) -> int | None:
-    """Of that many rows; a number of more digits than theirs is none, and need not be read."""
+    """The number of one of ``count`` rows. Text with more digits than their number is not read as a number."""
     if reference is None or not reference.isdecimal() or len(reference) > len(str(count)):
         return None
     return number if (number := int(reference)) < count else None
@@ -72,7 +74,7 @@ def _array(file: Path) -> Any:
 
 
 def _copied(file: Path, copy: Path) -> pa.Array:
-    """The ids as text; the embeddings are written as an array."""
+    """Returns the ids as text, and writes the embeddings as an array."""
     with reading(file):
         table = pq.ParquetFile(file)
     names = table.schema_arrow.names
@@ -100,12 +102,12 @@ def _each_once(file: Path, ids: pa.ChunkedArray) -> pa.Array:
     counts = pc.value_counts(ids.drop_null())
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
-        raise ValueError(f"{file} has more than one row of id {twice[0]['values'].as_py()!r}: which is meant?")
+        raise ValueError(f"{file} has more than one row of id {twice[0]['values'].as_py()!r}: keep one of them")
     return ids.combine_chunks()
 
 
 def _copied_index(file: Path, copy: Path) -> pa.Array | None:
-    """The ids as text, None if they are the rows' numbers; the vectors are written as an array."""
+    """Returns the ids as text, None if they are the rows' numbers, and writes the vectors as an array."""
     faiss = optional("faiss", "retrieval")
     try:
         owner = index = faiss.read_index(str(file))  # what it holds ends with it
@@ -130,7 +132,7 @@ def _copied_index(file: Path, copy: Path) -> pa.Array | None:
 
 
 def _batches(file: Path, table: pq.ParquetFile) -> Iterator[tuple[pa.Array, Any]]:
-    """Ids, without those whose embedding is missing, and embeddings (n, D)."""
+    """Yields ids, without those whose embedding is missing, and embeddings (n, D)."""
     with reading(file):
         batches = table.iter_batches(columns=["id", "embedding"])
     while True:

@@ -21,15 +21,18 @@ from captum_fam.images import read_image
 @dataclass(frozen=True, eq=False)
 class StoredPair:
     """
-    A row of a batch job, from :func:`read_maps`.
+    What did a batch job find for one pair? A row of its output, from :func:`read_maps`.
 
     Attributes:
-        id, query, reference: As in the list of pairs.
-        score: the similarity, or None.
-        map: of the query for the reference, float32 (h, w); None for a pair that failed, or a job without that side.
-        reference_map: of the reference for the query, otherwise the same.
-        failure: of which kind, such as ``"no such file"``, or None.
-        error: why there is neither score nor map, or None.
+        id (str or int): The id of the pair, as in the list.
+        query (str or None): The path of the query, as in the list.
+        reference (str or None): The path or the id of the reference, as in the list.
+        score (float or None): The similarity.
+        map (array or None): The map of the query for the reference, float32 (h, w); None for a pair that failed, or a
+                    job without that side.
+        reference_map (array or None): The map of the reference for the query, in the same form.
+        failure (str or None): The kind of failure, such as ``"no such file"``.
+        error (str or None): Why there is neither score nor map.
 
     Examples::
 
@@ -49,13 +52,13 @@ class StoredPair:
 
     def images(self) -> tuple[Image.Image, Image.Image]:
         """
-        The photographs of the query and the reference, upright RGB, as their maps are drawn over them.
+        Which pictures belong to this pair? Those of the query and the reference, to draw their maps over.
 
         Returns:
-            *tuple*: two PIL images.
+            *tuple*: two PIL images, upright RGB.
 
         Raises:
-            ValueError: one cannot be read, or the reference was an embedding.
+            ValueError: a picture cannot be read, or the reference was an embedding.
         """
         if self._root is None:
             raise ValueError("the references of this job were embeddings, which have no images")
@@ -66,11 +69,12 @@ class StoredPair:
 
 class StoredPairs(Sequence[StoredPair]):
     """
-    The rows of a batch job in the order of its list, read from their files when they are asked for.
+    What did a batch job find? Its rows in the order of its list, read from their files when needed; made by
+    :func:`read_maps`.
 
     Attributes:
-        layer: whose maps they are; empty for a method that takes none.
-        job: the options that they were made with, a dict.
+        layer (str): The layer of the maps; empty for a method that takes none.
+        job (dict): The options of the job.
 
     Examples::
 
@@ -95,12 +99,12 @@ class StoredPairs(Sequence[StoredPair]):
         parts = range(-(-total // self._size))
         self._parts = [part for part in parts if part_file(folder, part).exists()]
         if not self._parts:
-            raise ValueError(f"the job in {folder} has no maps yet: start it again, which goes on with it")
+            raise ValueError(f"the job in {folder} has no maps yet: start it again to go on with it")
         self._length = sum(min(self._size, total - part * self._size) for part in self._parts)
         if self._length < total:
             warn(
-                f"The job in {folder} is not finished: it has {self._length:,} of {total:,} pairs. Start it again,"
-                " which goes on with it."
+                f"The job in {folder} is not finished: it has {self._length:,} of {total:,} pairs. Start it again"
+                " to go on with it."
             )
         self.layer = str(pq.read_schema(part_file(folder, self._parts[0])).metadata[b"layer"], "utf-8")
 
@@ -141,7 +145,7 @@ class StoredPairs(Sequence[StoredPair]):
         return f"StoredPairs({len(self):,} pairs of {self._folder})"
 
     def _table(self, part: int) -> pa.Table:
-        """Of the last part that was asked for, which is checked when it is read."""
+        """The table of a part; the last one is kept, and each is checked when it is read."""
         if self._loaded[0] != part:
             if finished(self._folder, part, self._seal) is None:
                 raise ValueError(f"{part_file(self._folder, part)} is no longer there")
@@ -151,13 +155,13 @@ class StoredPairs(Sequence[StoredPair]):
 
 def read_maps(folder: Path | str) -> StoredPairs:
     r"""
-    The maps that ``captum-fam batch`` or :func:`explain_pairs` has written, as arrays that
-    :func:`~captum_fam.visualize_pair` takes.
+    How do I get the maps of a batch job? Reads what ``captum-fam batch`` or :func:`explain_pairs` has written, as
+    arrays that :func:`~captum_fam.visualize_pair` takes.
 
-    A sequence of :class:`StoredPair` in the order of the list of pairs, those that failed included. Each file is read,
-    and its checksum compared, when a pair of it is asked for; one file at a time is in memory. The values are those
-    of ``attribute``, rounded to float16. To choose pairs by their scores, read the columns without the maps:
-    ``pyarrow.parquet.read_table(folder, columns=["id", "score"])`` has the same order.
+    The result is a sequence of :class:`StoredPair` in the order of the list of pairs, failed ones included. Each file
+    is read, and its checksum compared, when you ask for a pair of it; one file at a time is in memory. The values are
+    those of ``attribute``, rounded to float16. To choose pairs by their scores, read the columns without the maps,
+    which have the same order: ``pyarrow.parquet.read_table(folder, columns=["id", "score"])``.
 
     Args:
         folder (Path or str): The job's output.
@@ -168,7 +172,7 @@ def read_maps(folder: Path | str) -> StoredPairs:
     Raises:
         ValueError: the folder holds no job of this version, or nothing yet, or a file is not as the job wrote it.
 
-    Warns of a job that is not finished, whose pairs so far are given.
+    Warns if the job is not finished; the result then has the pairs so far.
 
     Examples::
 

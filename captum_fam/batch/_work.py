@@ -1,4 +1,4 @@
-"""The pairs of a part: in which order their images go through the encoder, and what becomes of each pair."""
+"""The pairs of a part: the order in which their images go through the encoder, and the result of each pair."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +46,7 @@ Stored: TypeAlias = tuple[NDArray[Any], float]
 
 
 class Step(NamedTuple):
-    """What is done at once with a few images."""
+    """One step of work: what is done with a few images at a time."""
 
     paths: Iterable[str]
     run: Callable[[Images], None]
@@ -56,7 +56,7 @@ _NOTHING = Step((), lambda _: None)
 
 
 def in_turn(steps: Iterable[Step], read: Callable[[str], "Tensor | Failure"], threads: int) -> None:
-    """Runs steps while the images of the next are read; an image of two steps that follow each other is read once."""
+    """Runs steps while the images of the next step are read. An image of two successive steps is read once."""
     with ThreadPoolExecutor(threads) as pool:
 
         def reading(step: Step, before: Reading) -> Reading:
@@ -75,7 +75,7 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 @dataclass(frozen=True)
 class Explaining:
-    """What explains pairs: a method on a loaded encoder, what is taken away from the scores, and how many at once."""
+    """How pairs are explained: a method on a loaded encoder, what is subtracted from scores, and how many at a time."""
 
     encoder: ReadyEncoder
     layer: str
@@ -86,7 +86,7 @@ class Explaining:
 
     @property
     def needs_images(self) -> bool:
-        """Whether embeddings of the references are not enough."""
+        """Whether the images of the references are needed, not only their embeddings."""
         return isinstance(self.method, CorrespondenceMap)
 
 
@@ -116,14 +116,14 @@ class Work:
         self._unlike: set[int] = set()
 
     def steps(self, sides: Sequence[int], stored: bool) -> list[Step]:
-        """What is to be done, in this order: the embeddings of one side, the maps of the other, and perhaps of both."""
+        """The steps in their order: the embeddings of one side, the maps of the other, and perhaps of both."""
         steps = [] if stored else self.embedding(1 - sides[0])
         for side in sides:
             steps += self._explaining(side)
         return steps
 
     def failure(self, number: int) -> Failure | None:
-        """Why a pair of which both sides are known has no map."""
+        """Why a pair whose sides are both known has no map."""
         for keys in self.keys:
             key = keys[number]
             if key is not None and key in self._unreadable:
@@ -144,7 +144,7 @@ class Work:
         return [Step(some, embed) for some in chunks(paths, self.by.batch_size)]
 
     def _explaining(self, side: int) -> list[Step]:
-        """Of images with as many pairs, or one with more than are explained at once, which needs no more passes."""
+        """Steps that explain one side. Images with about equally many pairs share a step, to fill the batches."""
         pairs: dict[Any, list[int]] = {}
         for number in self._whole:
             pairs.setdefault(self.keys[side][number], []).append(number)
@@ -152,7 +152,9 @@ class Work:
         if self.by.needs_images:  # all at once, they would not fit in memory
             groups = [(path, list(some)) for path, numbers in groups for some in chunks(numbers, self.by.batch_size)]
         together: list[list[Group]] = []
-        for group in sorted(groups, key=lambda group: len(group[1])):  # a batch has a map for the longest of each
+        for group in sorted(
+            groups, key=lambda group: len(group[1])
+        ):  # each batch has as many maps for each image as its longest group needs
             if not together or (len(together[-1]) + 1) * len(group[1]) > self.by.batch_size:
                 together.append([])
             together[-1].append(group)
@@ -241,7 +243,7 @@ class Work:
 
 
 def half(values: NDArray[Any]) -> Stored:
-    """As float16, and the scale that they are to be multiplied with."""
+    """Values as float16, and the scale to multiply them with."""
     largest = float(np.abs(values).max(initial=0))
     fits = largest == 0 or 2**-3 <= largest <= 2**15
     scale = 1.0 if fits else 2.0 ** (np.frexp(largest)[1] - 1)

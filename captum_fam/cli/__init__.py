@@ -13,7 +13,7 @@ from captum_fam.cli._say import say
 
 def main() -> None:
     """Runs the command; an error is one line on stderr and exit status 2."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of each glyph that a font lacks
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of each glyph that a font lacks
     try:
         with recorded_warnings() as warned:
             status = command.main(sys.argv[1:] or ["--help"], "captum-fam", standalone_mode=False) or 0

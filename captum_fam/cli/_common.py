@@ -1,4 +1,4 @@
-"""What the commands have in common: encoders and their images."""
+"""What all commands share: encoders and their images."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ def loaded(
     texts: Sequence[str] = (),
     **loading: Any,
 ) -> Iterator[Loaded]:
-    """Loads the encoder and embeds what it is given; in this context, whatever the encoder raises becomes one line."""
+    """Loads the encoder and embeds images and texts; within the context, errors of the encoder become one line."""
     with running(encoder, size):
         ready = ready_encoder(encoder, size=size, **loading)
         said = _embedded(ready, texts)
@@ -68,13 +68,13 @@ def _embedded(ready: ReadyEncoder, texts: Sequence[str]) -> Tensor | None:
 @dataclass(frozen=True)
 class Reference:
     """
-    One image that was named, or a sentence, which has none.
+    A reference that the user named: an image, or a sentence.
 
     Attributes:
-        number: as the user counts.
-        name: path or sentence.
-        image: if it can be read.
-        error: why it cannot.
+        number: its number, from 1, as the user counts.
+        name: the path or the sentence.
+        image: the image, if there is one that can be read.
+        error: why the image cannot be read.
     """
 
     number: int
@@ -93,10 +93,10 @@ class Reference:
 
 def read_references(paths: Sequence[Path], needed: int = 1) -> list[Reference]:
     """
-    Each by itself: what cannot be read is said.
+    Reads references one by one, and says which cannot be read.
 
     Raises:
-        ValueError: not even so many as are needed can be read.
+        ValueError: fewer than ``needed`` can be read.
     """
     found, first = [], None
     for number, path in enumerate(paths, 1):

@@ -143,7 +143,7 @@ def explain(
 def asked_of(
     contrast: str | None, threshold: float | None, given: Sequence[Reference], kept: Sequence[Reference]
 ) -> Asked:
-    """What is taken away from the scores, in the words of the options; a reference is given by its number from 1."""
+    """What is subtracted from the scores, from the options; a reference is given by its number from 1."""
     if threshold is not None:
         if contrast is not None:
             raise ValueError("--contrast and --threshold were both given: name one")
@@ -173,7 +173,7 @@ def asked_of(
 def _notes(
     rows: Sequence[Row], scores: Sequence[float], margins: Sequence[float], kept: Sequence[Reference], asked: Asked
 ) -> list[str]:
-    """What should be known of the rows before they are read."""
+    """Notes about the rows, to know before reading them."""
     notes = []
     texts = [reference.number for reference in kept if reference.image is None]
     if texts:
@@ -204,7 +204,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _maps_of(rows: Sequence[Row], k: int, nested: bool, whole: bool) -> dict[str, Any]:
-    """The maps for a reference, and of it, under the names of their rows."""
+    """The maps for a reference, and those of the reference, by the names of their rows."""
     here = {row.name: _statistics(row.here[k], whole) for row in rows}
     there = {row.name: _statistics(row.there[k], whole) for row in rows}
     if nested:

@@ -1,4 +1,4 @@
-"""``captum-fam explore``: a page on which one points at a place and sees its match."""
+"""``captum-fam explore``: a page where the user points at a place to see its match."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def explore(
 
 
 def controls(control: Path | None) -> tuple[list[Image.Image], list[str]]:
-    """Images to choose a control from, and their names: that of the user, or those of the package."""
+    """Images to choose a control from, and their names: the user's image, or those of the package."""
     if control is not None:
         return [read_image(control)], [short(control)]
     offered = photographs()
@@ -60,8 +60,8 @@ def page_of(
     ready: Loaded, images: Sequence[Image.Image], names: Sequence[str], K: int, similarity: str
 ) -> tuple[PairExplorer, list[float], int]:
     """
-    The page of a query, K references and images to choose a control from; the scores of all these, and which of them
-    is the control: of several, the least similar.
+    The page of a query, K references and images to choose a control from; their scores; and which
+    is the control: the least similar of these images.
     """
     z, s = widen(ready.embeddings[:1]), widen(ready.embeddings[1:])
     scores = channel_contributions(z, s, similarity).sum(1).tolist()

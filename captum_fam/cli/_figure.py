@@ -22,8 +22,8 @@ def explanation_figure(
     reference_captions: Sequence[str],
 ) -> Figure:
     """
-    The query and its maps in rows of methods, each with captions, a column for each reference; below these the
-    references with their own maps, and sentences in place of pictures.
+    Draws the query and its maps: a row for each method, with captions, and a column for each
+    reference. Below are the references with their own maps, and sentences instead of pictures.
     """
     there = [row for row in rows if any(M is not None for M in row.there)]
     sentences = [isinstance(reference, str) for reference in references]
@@ -52,7 +52,7 @@ def _draw(
     captions: Sequence[str],
     label: str,
 ) -> None:
-    """Those of a row that there are, which are the first; the bar is beside all of the row."""
+    """Draws the maps of a row, which may be fewer than its axes; the bar stands beside the whole row."""
     drawn = [M for M in maps if M is not None]
     pictures = [image for image in images[: len(drawn)] if not isinstance(image, str)]
     for axis in axes[: len(drawn)]:
@@ -61,7 +61,7 @@ def _draw(
 
 
 def _write(axis: Axes, sentence: str, caption: str) -> None:
-    """A sentence where others have their picture."""
+    """Writes a sentence in the place of a picture."""
     lines = textwrap.wrap(f'"{printable(sentence)}"', _ACROSS)
     if len(lines) > _LINES:
         lines = [*lines[: _LINES - 1], "\N{HORIZONTAL ELLIPSIS}"]

@@ -1,4 +1,4 @@
-"""The rows of ``captum-fam explain``: what methods find of the query for each reference, and of these for the query."""
+"""The rows of ``captum-fam explain``: maps of the query for each reference, and of the references for the query."""
 
 import inspect
 import math
@@ -27,8 +27,8 @@ Maps: TypeAlias = list[Tensor | None]  # (h, w) each, or None for a sentence, wh
 @dataclass(frozen=True)
 class Asked:
     """
-    What is taken away from each score: that of another reference, by its index, the mean of the rest, the share that
-    the query has with itself, a threshold, or nothing.
+    What is subtracted from each score: the score of another reference, by its index, the mean of the rest, the share
+    that the query has with itself, a threshold, or nothing.
     """
 
     contrast: int | str | None = None
@@ -38,14 +38,14 @@ class Asked:
 
     @property
     def of_each_side(self) -> bool:
-        """Whether a reference is asked the same; other references are compared with the query alone."""
+        """Whether references are explained alike; a contrast with other references explains the query alone."""
         return self.contrast == "self" or self.threshold is not None
 
     def less(self, similarity: str, references: int) -> Less:
         return less_of(self.contrast, self.threshold, similarity, references, 1)
 
     def margins(self, scores: Sequence[float]) -> list[float]:
-        """What the maps explain, each score less what is taken away; none where that is the score, or nothing."""
+        """What the maps explain: each score less what is subtracted. Empty if that is the score itself, or nothing."""
         if self.threshold is not None:
             return [score - self.threshold for score in scores]
         if isinstance(self.contrast, int):
@@ -61,8 +61,8 @@ NOTHING, ITSELF = Asked(), Asked("self", option="--contrast self", words='"self"
 @dataclass(frozen=True)
 class Compared:
     """
-    A query (1, 3, H, W) and its K references, which have numbers: images (n, 3, H, W), then sentences, of which there
-    are embeddings alone.
+    A query (1, 3, H, W) and its K references, which have numbers: images (n, 3, H, W), then sentences, which have only
+    embeddings.
     """
 
     model: nn.Module
@@ -90,7 +90,7 @@ class Row:
     there: Maps
 
     def against(self, margins: Sequence[float], scores: Sequence[float], there: bool = False) -> list[int]:
-        """For which references the map, here or there, adds up to the other sign than the margin it is to explain."""
+        """The references whose map, here or there, adds up to the opposite sign of the margin that it explains."""
         largest = max((abs(score) for score in scores if math.isfinite(score)), default=0)
         means = [0.0 if M is None else M.mean().item() for M in (self.there if there else self.here)]
         kind = type(self.method)
@@ -99,8 +99,11 @@ class Row:
 
 def check_method(name: str, asked: Asked, similarity: str, images: int) -> None:
     """
+    Checks that a method can answer what is asked.
+
     Raises:
-        ValueError: there is no such method, or it cannot answer this; ``images`` is how many of the references are.
+        ValueError: there is no such method, or it cannot answer this; ``images`` is the number of references that are
+            images.
     """
     if name not in OF_SIMILARITIES:
         of_captum = isinstance(getattr(captum.attr, name, None), type)
@@ -130,7 +133,7 @@ def check_method(name: str, asked: Asked, similarity: str, images: int) -> None:
 
 
 def usual_rows(compared: Compared, asked: Asked) -> list[Row]:
-    """What is in common, what is particular to the match, which needs an angle, and what looks alike."""
+    """The default rows: what is in common, what is particular to the match ("self"), and what looks alike."""
     common, own, alike = "in common: FAM", 'particular to this match: "self"', "what looks alike"
     there = f"FAM: {asked.words}" if asked.of_each_side else common
     first = asked.words if asked.option and not asked.of_each_side else there
@@ -147,7 +150,7 @@ def usual_rows(compared: Compared, asked: Asked) -> list[Row]:
 
 def rows_of(methods: Sequence[str], encoder: str, compared: Compared, asked: Asked, own_layer: bool) -> list[Row]:
     """
-    Those of methods; ``own_layer`` for one that finds its layer, where the user has named none.
+    The rows of methods. ``own_layer``: the user has named no layer, so a method may find its own.
 
     Raises:
         ValueError: one of them cannot explain this encoder.
@@ -209,7 +212,7 @@ def _row(
 
 
 def _planes(maps: Any, count: int, layer: str) -> Maps:
-    """So many maps (h, w), in double precision on the CPU: the very numbers."""
+    """``count`` maps (h, w), in double precision on the CPU, with exactly their numbers."""
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         raise ValueError(f"layer {layer} does not give one map (B, C, h, w): name another with --layer")
     planes = [*maps.flatten(0, 1).cpu().double()]

@@ -9,7 +9,7 @@ from captum_fam._files import printable
 
 
 def say(line: object, err: bool = False) -> None:
-    """A line of ours, with names and messages of others in it."""
+    """Prints a line of ours, which may hold names and messages of others, in safe characters."""
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
 

@@ -17,22 +17,26 @@ __all__ = ["LoadedEncoder", "find_layer", "load_encoder", "one_line"]
 
 def load_encoder(name: str, weights: str | Path | None = None, size: int | None = None) -> LoadedEncoder:
     """
-    What ``--encoder`` of the command line loads: an encoder, its layer, and the pictures that it takes.
+    How do I get an encoder by its name? Loads what ``--encoder`` of the command line loads: an encoder, the layer to
+    explain, and the transform of its pictures.
 
     Args:
-        name: ``"bundled"``; ``"torchvision:NAME"`` or ``"timm:NAME"``, without its classifier; ``"hf:PATH"``, a folder
-            of transformers or a name on huggingface.co; ``"open_clip:NAME/PRETRAINED"``, or open_clip's own
-            ``hf-hub:NAME`` and ``local-dir:PATH`` behind ``open_clip:``; ``"sentence-transformers:PATH"``, a folder or
-            a name on huggingface.co; or ``"module.path:factory"``, a function without arguments that returns a module.
-            Its module's code is run, that of a module in the current folder first.
-        weights: A file with a state dict, in place of the pretrained weights.
-        size: Side of the images that it will get, if they are not of its own: some models must be told.
+        name (str): ``"bundled"``; ``"torchvision:NAME"`` or ``"timm:NAME"``, without the classifier; ``"hf:PATH"``, a
+                    folder of transformers or a name on huggingface.co; ``"open_clip:NAME/PRETRAINED"``, or
+                    ``open_clip:`` before open_clip's own ``hf-hub:NAME`` or ``local-dir:PATH``;
+                    ``"sentence-transformers:PATH"``, a folder or a name on huggingface.co; or
+                    ``"module.path:factory"``, a function without arguments that returns a module. This runs the code of
+                    that module, which is looked for in the current folder first.
+        weights (str or Path, optional): A file with a state dict, instead of the pretrained weights.
+                    Default: None
+        size (int, optional): Side of the images in pixels, if it is not the model's own: some models must know it.
+                    Default: None, the model's own
 
     Returns:
-        The encoder in eval mode, on the CPU; also as ``encoder, layer, transform, mean, std``.
+        *LoadedEncoder*: the encoder in eval mode, on the CPU; it unpacks as ``encoder, layer, transform, mean, std``.
 
     Raises:
-        ValueError: there is no such encoder, or the weights cannot be had or do not fit.
+        ValueError: there is no such encoder, or its weights cannot be loaded or do not fit.
 
     Examples::
 

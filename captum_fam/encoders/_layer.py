@@ -8,9 +8,9 @@ from captum_fam.engine.layers import last_map
 
 def find_layer(model: nn.Module, name: str | None, image: Tensor) -> tuple[str, nn.Module]:
     """
-    The layer of a dotted name; without a name, the last module in a forward pass of ``image``
-    (1, 3, H, W) that returns a map, or the tokens of one, with more than one location on which
-    the embedding depends.
+    The layer of a dotted name. Without a name, the last module in a forward pass of ``image``
+    (1, 3, H, W) that returns a map, or the tokens of one, with more than one location on which the
+    embedding depends.
 
     Raises:
         ValueError: there is no such layer.

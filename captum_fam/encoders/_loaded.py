@@ -1,4 +1,4 @@
-"""What is loaded by name: an encoder, the pictures that it takes, its layer and its text tower."""
+"""An encoder that was loaded by name, with its pictures, its layer and its text tower."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +20,17 @@ IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229,
 @dataclass(frozen=True)
 class LoadedEncoder:
     """
-    An encoder in eval mode, the layer to explain and the pictures that it was trained on, from :func:`load_encoder`.
-    It can be taken apart: ``encoder, layer, transform, mean, std = load_encoder("timm:resnet50")``.
+    How do I use an encoder that was loaded by name? It has the model in eval mode, the layer to explain and the
+    transform of its pictures; made by :func:`load_encoder`. It unpacks:
+    ``encoder, layer, transform, mean, std = load_encoder("timm:resnet50")``.
 
     Attributes:
-        model: from images (B, 3, size, size) to embeddings (B, D).
-        size: of the images, in pixels.
-        mean: of their RGB channels in [0, 1].
-        std: the same.
-        resample: how Pillow resizes them, as the encoder's library does.
-        name: what was loaded.
+        model (torch.nn.Module): From images (B, 3, size, size) to embeddings (B, D).
+        size (int): Height and width of the images in pixels.
+        mean (sequence of float): The mean that images are normalised with, for the RGB channels in [0, 1].
+        std (sequence of float): The standard deviation that images are normalised with, in the same form.
+        resample (PIL.Image.Resampling): How Pillow resizes images, as the encoder's library does.
+        name (str): The name that was loaded.
 
     Examples::
 
@@ -53,8 +54,9 @@ class LoadedEncoder:
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """
-        From a PIL image of any mode and size, the whole of it, upright, to a tensor (3, size, size) of the encoder's
-        dtype, on the CPU: as the command line makes it. A ``TypeError`` says that something else came.
+        How do I make an input of a picture? A function from a PIL image of any mode and size to a tensor
+        (3, size, size) in the encoder's dtype, on the CPU, as on the command line: the whole image, upright. For
+        anything else than a PIL image it raises a ``TypeError``.
         """
         return partial(
             _to_tensor, size=self.size, mean=self.mean, std=self.std, resample=self.resample, dtype=self.dtype
@@ -62,20 +64,20 @@ class LoadedEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images that the encoder takes, that of its parameters."""
+        """The dtype of the images that the encoder takes: that of its parameters."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def layer(self) -> nn.Module:
         """
-        The module that is explained without a name, found as the command line does, when it is first asked for. A
-        ``ValueError`` says that there is none.
+        Which layer should be explained? The last module with a map that the embedding depends on, as on the command
+        line. It is found on the first use; a ``ValueError`` says if there is none.
         """
         return self._named_layer[1]
 
     @property
     def layer_name(self) -> str:
-        """Its dotted name in ``model``."""
+        """The dotted name of ``layer`` in ``model``."""
         return self._named_layer[0]
 
     @cached_property
@@ -87,13 +89,19 @@ class LoadedEncoder:
 
     def embed_text(self, sentences: Sequence[str]) -> Tensor:
         """
-        Embeddings (N, D) of sentences, as the encoder's library makes them, on the device and in the dtype of the
-        encoder: references beside those of images. For encoders with a text tower: ``open_clip:NAME/PRETRAINED``,
-        ``hf:PATH`` of a model such as CLIP or SigLIP, ``sentence-transformers:PATH`` of one that takes images and
-        texts, or a module of your own with a method ``embed_text``.
+        How do I compare images with sentences? Makes embeddings of sentences, as the encoder's library does: references
+        for images. The encoder needs a text tower: ``open_clip:NAME/PRETRAINED``, ``hf:PATH`` of a model such as CLIP
+        or SigLIP, ``sentence-transformers:PATH`` of one for images and texts, or your own module with a method
+        ``embed_text``.
+
+        Args:
+            sentences (list of str): N sentences.
+
+        Returns:
+            *Tensor*: embeddings (N, D), on the device and in the dtype of the encoder.
 
         Raises:
-            TypeError: sentences are no list of strings.
+            TypeError: ``sentences`` is not a list of strings.
             ValueError: the encoder has no text tower, the list is empty, or the tower fails.
         """
         if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in sentences):
@@ -123,8 +131,8 @@ class LoadedEncoder:
 
 class SameModules(nn.Module):
     """
-    A model of another library as an encoder, (B, 3, H, W) to (B, D): its modules keep their names, and state dicts get
-    no prefix.
+    A model of another library as an encoder, from (B, 3, H, W) to (B, D). Its modules keep their names, and its state
+    dict gets no prefix.
     """
 
     def __init__(self, model: Any) -> None:
@@ -158,7 +166,7 @@ def _to_tensor(
 
 
 def resampling(interpolation: Any) -> Image.Resampling:
-    """Of a library's name or number; what it draws at random is bicubic."""
+    """The resampling of a library's name or number; bicubic if the library draws it at random."""
     if isinstance(interpolation, str):
         return Image.Resampling.__members__.get(interpolation.upper(), Image.Resampling.BICUBIC)
     return Image.Resampling.BILINEAR if interpolation is None else Image.Resampling(int(interpolation))
@@ -168,12 +176,11 @@ def pictures(
     name: str, process: Callable[[Image.Image], Any], settings: Mapping[str, Any], side: int | None
 ) -> dict[str, Any]:
     """
-    The size, mean, std and resampling of the images that a processor of transformers makes: asked for black, white and
-    a colour, whatever its settings are called.
+    The size, mean, std and resampling of the images that a processor of transformers makes. They are measured on a
+    black, a white and a coloured image, because the names of the settings differ.
 
     Raises:
-        ValueError: it fails, makes no images (1, 3, H, W), or more of them than a mean and a standard deviation for
-            each channel do.
+        ValueError: the processor fails, makes no images (1, 3, H, W), or does more than to scale each channel.
     """
     colour = (40, 120, 220)
     made = []
@@ -190,8 +197,8 @@ def pictures(
     mean = -black * std
     if not torch.allclose((torch.tensor(colour) / 255 - mean) / std, seen, atol=0.02):
         raise ValueError(
-            f"{name} has images that are more than scaled (of other channels than RGB, for one): write a factory whose"
-            " module takes RGB images and does it"
+            f"{name} does more to images than scale them (it reorders channels, for one): write a factory whose module"
+            " takes RGB images and does the rest"
         )
     timm = settings.get("data_config", {})  # of a model of timm that transformers saved
     return {
@@ -203,7 +210,7 @@ def pictures(
 
 
 def _as_written(found: Tensor, written: Any) -> tuple[float, ...]:
-    """The numbers of the settings where they are those that were found, which are rounded."""
+    """The numbers of the settings, if they are those that were found up to rounding; else those."""
     values = [float(f"{f:.6g}") + 0.0 for f in found.tolist()]  # no -0.0
     numbers = tuple(written) if isinstance(written, (list, tuple)) and len(written) == 3 else values
     return tuple(w if math.isclose(w, f, rel_tol=1e-4, abs_tol=1e-6) else f for w, f in zip(numbers, values))

@@ -1,4 +1,4 @@
-"""Libraries and weights of others: what fails is one line that says what to try."""
+"""Libraries and weights of others: a failure becomes one line that says what to try."""
 
 import importlib
 import logging
@@ -19,6 +19,8 @@ from captum_fam._files import irregular
 
 def optional(package: str, extra: str = "transformers") -> Any:
     """
+    Imports a package that is optional.
+
     Raises:
         ValueError: it is not installed.
     """
@@ -34,7 +36,7 @@ def optional(package: str, extra: str = "transformers") -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars, log lines and warnings of a library: what fails is one line of ours."""
+    """Hides the progress bars, log lines and warnings of a library: a failure becomes one line of ours."""
     disabled = logging.root.manager.disable
     logging.disable()
     try:
@@ -47,8 +49,10 @@ def quiet() -> Iterator[None]:
 
 def load_tokenizer(name: str, load: Callable[[], Any]) -> Any:
     """
+    Loads a tokenizer.
+
     Raises:
-        ValueError: there is none, or it knows no words: of a folder without its files, transformers makes such a one.
+        ValueError: there is none, or it knows no words, as transformers makes one of a folder without its files.
     """
     try:
         with quiet():
@@ -65,7 +69,7 @@ def load_tokenizer(name: str, load: Callable[[], Any]) -> Any:
 
 
 def load_state(model: nn.Module, file: Path, optional: str | tuple[str, ...] = ()) -> list[str]:
-    """Loads a state dict; keys that start with ``optional`` may be missing, and are returned, or too many."""
+    """Loads a state dict; returns its missing keys. Only keys that start with ``optional`` may be missing or extra."""
     try:
         other = irregular(file)
         state: Any = None if other else torch.load(file, map_location="cpu", weights_only=True)
@@ -109,5 +113,5 @@ def one_line(error: BaseException) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """Without the advice of a library to those who call it, which is not for users of the command."""
+    """An error without the library's advice to its callers, which does not help users of the command."""
     return re.split(r"(?<=[.!]) ", one_line(error))[0]

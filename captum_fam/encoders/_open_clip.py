@@ -73,7 +73,7 @@ def open_clip(name: str, rest: str, weights: Path | None, size: int | None) -> L
 
 
 def _parted(library: Any, name: str, rest: str, has_weights: bool) -> tuple[str, str | None]:
-    """The architecture and its pretrained weights, which are not chosen for the user: they differ."""
+    """The architecture and the name of its pretrained weights. The user must choose these, because they differ."""
     if rest.startswith(_SCHEMES):
         return rest, None
     architectures = library.list_models()
@@ -100,7 +100,7 @@ def _parted(library: Any, name: str, rest: str, has_weights: bool) -> tuple[str,
 
 
 def _load_checkpoint(library: Any, model: Any, file: Path) -> None:
-    """Of open_clip's training, a state dict, or safetensors: as open_clip reads them."""
+    """Loads a checkpoint of open_clip's training, a state dict, or safetensors, as open_clip reads them."""
     try:
         other = irregular(file)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""An encoder on its device, images as it sees them, and its failures as one line: what commands have in common."""
+"""What all commands share: an encoder on its device, images as it sees them, and its failures as one line."""
 
 import math
 import re
@@ -26,11 +26,11 @@ class ReadyEncoder(LoadedEncoder):
     device: str
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """Of an RGB image, (3, size, size), on the CPU"""
+        """An RGB image as a tensor (3, size, size), on the CPU."""
         return to_tensor(image, self.size, self.mean, self.std, self.resample)
 
     def batch(self, tensors: Sequence[Tensor]) -> Tensor:
-        """(N, 3, size, size), as the encoder takes them"""
+        """Tensors as a batch (N, 3, size, size) for the encoder."""
         return torch.stack(list(tensors)).to(self.device, self.dtype)
 
     def embed(self, tensors: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class ReadyEncoder(LoadedEncoder):
 
 
 def _for_a_factory(text: str) -> tuple[str, str]:
-    """What is wrong, of a message to those who call from Python, and its advice in place of arguments of theirs."""
+    """A message for callers from Python, with advice for a factory instead of that about their arguments."""
     fact = re.split(r"; |\. (?=If it|It takes|Pass)", text)[0]
     parts = re.findall(r"model\.\w+(?=[ ,])", text)
     selected = re.search(r"output_selector=lambda \w+: (.+?)(?:, (?:or|of) .*)?\.?$", text)
@@ -64,7 +64,7 @@ def ready_encoder(
     std: Sequence[float] | None,
     precision: str | None = None,
 ) -> ReadyEncoder:
-    """Loads an encoder; to be called, as all that runs it, in the context ``running``."""
+    """Loads an encoder. Call this, and whatever runs the encoder, within the context ``running``."""
     if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or min(std or (1,)) <= 0:
         raise ValueError("--mean must be finite and --std positive: give three numbers for each")
     loaded = load_encoder(encoder, weights, size)
@@ -84,7 +84,7 @@ def ready_encoder(
 
 @contextmanager
 def running(encoder: str, size: int | None, advice: str = "--size, or another --layer") -> Iterator[None]:
-    """Whatever a user's encoder prints goes to stderr, what it raises becomes one line that says what to try."""
+    """Within the context, what a user's encoder prints goes to stderr, and its errors become one line with advice."""
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -96,7 +96,7 @@ def running(encoder: str, size: int | None, advice: str = "--size, or another --
 
 
 def planes(maps: object, layer: str) -> Tensor:
-    """Maps (N, h, w) of single maps, however attributed."""
+    """Maps (N, h, w), from attributions in any form that holds single maps."""
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         raise ValueError(f"layer {layer} does not give one map (B, C, h, w): name another with --layer")
     return maps.flatten(0, 1).float().cpu()

@@ -43,7 +43,7 @@ class _TransformersEncoder(SameModules):
 
 class _TransformersOfText(_TransformersEncoder):
     def embed_text(self, sentences: list[str]) -> Any:
-        """As transformers' own zero-shot classification of images does."""
+        """Embeds sentences as transformers' own zero-shot classification of images does."""
         if self._tokenizer is None:  # images need none
             load = optional("transformers").AutoTokenizer.from_pretrained
             self._tokenizer = load_tokenizer(f"hf:{self._path}", lambda: load(self._path, trust_remote_code=False))

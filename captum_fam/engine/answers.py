@@ -1,8 +1,8 @@
 """
 How the places of maps answer where the encoder's input changes.
 
-What is changed is noise: the answer is remembered, so it must not hang on what the first image shows, and on photos
-trained attentions pass so much on that some cells of a map seem to lie elsewhere.
+The changed input is noise, not the user's image. The answer is remembered, so it must not depend on what the first
+image shows; and on photos, trained attentions pass so much on that some cells of a map seem to lie elsewhere.
 """
 
 import math
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from captum_fam.similarity import widen
 
-# Cells of a map that are changed: all of a small one, several times if they are few, or so many of them.
+# How many cells of a map are changed: all cells of a small one, several times if they are few.
 CHANGES = 16
-# Noises in which they are, where the first alone does not confirm the layer.
+# How many noises are used if the first does not confirm the layer.
 NOISES = 3
-# How far from a cell the places that answer may lie, beside all places, and of how many cells one at its place or the
-# next must answer most (benchmarks/order.md).
+# How far from a cell the places that answer may lie, relative to all places; and for what share of the cells the
+# place itself or the next must answer most (benchmarks/order.md).
 NEAR, _MOST = 0.5, 0.75
-# How much each cell is answered, beside their mean: less than 0.2 where its patch was left out, 0.4 and more else.
+# How much each cell is answered, relative to their mean: less than 0.2 if its patch was left out, else 0.4 and more.
 _PEAK = 0.25
 
 
@@ -33,13 +33,13 @@ class Answer:
     How places have answered to changes of an input.
 
     Attributes:
-        cells: that were changed.
+        cells: the cells that were changed.
         mean: how far from the changed cells the places that answer lie, beside all places: about 1 by chance.
         is_near: whether that holds for all cells.
-        is_local: whether it does, of most cells the place itself, or the next, answers most, and the right tokens were
+        is_local: whether it does, for most cells the place itself or the next answers most, and the right tokens were
             left out.
-        is_open: whether of each cell the place itself answers most, though others answer too.
-        of_tokens: whether the map was made of tokens; others may be blurred by large kernels.
+        is_open: whether for each cell the place itself answers most, though others answer too.
+        of_tokens: whether the map was made of tokens; other maps may be blurred by large kernels.
     """
 
     cells: int = 0
@@ -57,14 +57,14 @@ def answers_of(
     is_enough: Callable[[int, Answer], bool],
 ) -> list[Answer]:
     """
-    For each of the layers whose activations ``run`` gives, as maps, how they answer to changes of what is like x
-    (B, ...); in one of them for those whose answer is enough.
+    The answers of the layers whose activations ``run`` returns, as maps: to changes of one noise like x (B, ...) where
+    that answer ``is_enough``, else to changes of several.
     """
     x = x.detach().nan_to_num(0, 0, 0) if x.is_floating_point() else x.detach()
     state, is_random = _random_state(), True
 
     def same_run(x: Tensor) -> Sequence[Tensor | None]:
-        if is_random:  # what it draws is to be the same each time
+        if is_random:  # so that it draws the same each time
             _set_random_state(state)
         return run(x)
 
@@ -84,7 +84,7 @@ def _answers_to(
     x: Tensor,
     is_enough: Callable[[int, Answer], bool],
 ) -> list[Answer]:
-    """The same, where activations are given for the first of the noises."""
+    """The same, with the activations ``given`` for the first of the noises."""
 
     def maps(activations: Sequence[Tensor | None]) -> list[Tensor | None]:
         found = [None if a is None else to_map(a) for a in activations]
@@ -124,7 +124,7 @@ def _answers_to(
 
 
 def _random_state() -> list[Tensor]:
-    """Of torch on the CPU, and on the GPUs if it has been there."""
+    """The random state of torch on the CPU, and on the GPUs if they are in use."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
@@ -135,7 +135,7 @@ def _set_random_state(state: list[Tensor]) -> None:
 
 
 def _cells(spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """All cells of a small map; of others the corners, the second along each axis, and some by chance."""
+    """All cells of a small map; of a large one the corners, the second along each axis, and some by chance."""
     places = math.prod(spatial)
     corners = list(product(*((0, n - 1) for n in spatial)))
     seconds = [tuple(int(axis == i and n > 1) for i, n in enumerate(spatial)) for axis in range(len(spatial))]
@@ -146,7 +146,7 @@ def _cells(spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _noise(x: Tensor, number: int) -> Tensor:
-    """Random values between the smallest and the largest of x; what is no measure, such as words, as it is."""
+    """Random values between the smallest and the largest of x. What is not continuous, such as words, stays."""
     return _fill(x.clone(), x, 10**6 + number) if x.is_floating_point() else x
 
 
@@ -162,7 +162,7 @@ def _changed(x: Tensor, axes: tuple[int, ...], spatial: tuple[int, ...], cell: t
 
 
 def _fill(part: Tensor, x: Tensor, number: int) -> Tensor:
-    """Random values in the place of a part, between the smallest and the largest of x."""
+    """Random values for a part, between the smallest and the largest of x."""
     random = torch.rand(part.shape, generator=torch.Generator().manual_seed(number), dtype=torch.double).to(x.device)
     if x.is_floating_point():
         low, high = x.double().min(), x.double().max()
@@ -178,10 +178,10 @@ def _fill(part: Tensor, x: Tensor, number: int) -> Tensor:
 
 def answer_of(changes: Tensor, spatial: tuple[int, ...], cells: list[tuple[int, ...]], partial: bool) -> Answer:
     """
-    Where the changes (cells, places) of a map lie, of which tokens may have been left out.
+    Where the changes (cells, places) of a map lie; ``partial``: the layer has tokens that are not on the map.
 
-    What changes whichever cell was changed, as a class token does, is taken away; what is left is a weight for the
-    distance from the cell.
+    Places that change with every cell, as a class token does, are taken out first. The rest of the changes are weights
+    for the distance from the cell.
     """
     if not changes.isfinite().all():
         return Answer()
@@ -189,7 +189,7 @@ def answer_of(changes: Tensor, spatial: tuple[int, ...], cells: list[tuple[int, 
     def own_of(changes: Tensor) -> Tensor:
         return (changes - (changes.sum(0) - changes) / max(1, len(cells) - 1)).clamp(min=0)
 
-    # A patch that was left out for another token answers nowhere, a little everywhere.
+    # A patch that was left out in favour of another token answers at no place, or a little at all places.
     peaks = own_of(changes).amax(1)
     is_whole = not partial or bool((peaks >= _PEAK * peaks.mean()).all())
     own = own_of(changes / changes.mean(1, keepdim=True))  # some changes reach all places more than others do
@@ -208,16 +208,16 @@ def answer_of(changes: Tensor, spatial: tuple[int, ...], cells: list[tuple[int, 
         return (weights * distances(places)).sum(1) / weights.sum(1)
 
     near = found(number)
-    # Of tokens, the wrong ones may have been left out: then all lie better one further, or those of one side do.
+    # The wrong tokens may have been left out: then the places fit better shifted by one, or those of one side do.
     better = near > torch.stack([found(number - 1), found(number + 1)]).amin(0) + 1e-9
     ratios = near / distances(number).mean(1)
     is_near = bool((ratios < NEAR).all())
-    # An order of windows or of every second row is near at the corners; what answers most lies elsewhere.
+    # In an order of windows, or of every second row, corners look near; but the strongest answer lies elsewhere.
     first = torch.stack(torch.unravel_index(own.argmax(1), spatial), 1)
     away = (first - torch.tensor(cells)).abs().amax(1)
     beside = float((away <= 1).double().mean())
     is_right = is_whole and not (partial and int(better.sum()) > 1)
-    # Of two patches, one left out leaves none to compare.
+    # If one of two patches is left out, there is none to compare.
     is_local = is_right and is_near and beside >= _MOST and not (partial and len(cells) < 3)
     is_open = is_right and not is_local and not away.any()
     return Answer(len(cells), float(ratios.mean()), is_near=is_near, is_local=is_local, is_open=is_open)

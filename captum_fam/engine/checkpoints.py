@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the encoder's own, where no gradient comes through it."""
+"""Gradient checkpointing in the encoder that lets no gradient through."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ CUT = (
 
 
 def in_reentrant_part() -> bool:
-    """Whether this runs in a checkpointed part that is run again for its gradients, and keeps none of this run."""
+    """Whether this runs in a checkpointed part that keeps nothing now, and runs again for its gradients."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
@@ -24,7 +24,7 @@ def in_reentrant_part() -> bool:
 
 @contextmanager
 def checkpointing_named() -> Iterator[None]:
-    """An error of torch's about a gradient through such a part, in our words."""
+    """Replaces torch's error about a gradient through such a part by one that says what to do."""
     try:
         yield
     except CheckpointError:

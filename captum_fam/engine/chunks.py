@@ -8,18 +8,18 @@ Tensors = tuple[Tensor, ...]
 
 
 def slices(length: int, most: int | None) -> list[slice]:
-    """Of at most so many, one after another; one empty slice of nothing."""
+    """Slices of at most ``most``, one after another; for length 0 one empty slice."""
     step = most or max(1, length)
     return [slice(i, min(i + step, length)) for i in range(0, max(1, length), step)]
 
 
 def cut(inputs: Tensors, rows: slice) -> Tensors:
-    """Some rows of tensors; one that has not as many as the first is shared by all."""
+    """Some rows of tensors; a tensor with another number of rows than the first is shared by all and stays whole."""
     return tuple(t[rows] if len(t) == len(inputs[0]) else t for t in inputs)
 
 
 def cut_arguments(additional_forward_args: Any, rows: Tensor | slice, inputs: int) -> Any:
-    """Those of some inputs: tensors with a row for each of them, in whatever memory, are cut, as Captum does."""
+    """The arguments of some inputs: tensors with a row for each input, on any device, are split, as in Captum."""
     if additional_forward_args is None:
         return None
     given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
@@ -31,7 +31,7 @@ def cut_arguments(additional_forward_args: Any, rows: Tensor | slice, inputs: in
 
 
 class Assembled:
-    """Tensors of B rows, put together from those of some rows and, of P columns, some columns."""
+    """Tensors of B rows and P columns, put together from parts of some rows and some columns."""
 
     def __init__(self, rows: int) -> None:
         self.tensors: list[Tensor] = []
@@ -40,7 +40,7 @@ class Assembled:
     def put(
         self, rows: slice, columns: slice | None, parts: list[Tensor], n_columns: int = 0, add: bool = False
     ) -> None:
-        """``columns``, of so many, or None for parts that have all of them; ``add``, to what is there."""
+        """Puts parts into rows and ``columns`` of ``n_columns`` (None: all); ``add`` adds to what is there."""
         whole = columns is None or columns.stop - columns.start == n_columns
         if whole and rows.stop - rows.start == self._rows and not add:
             self.tensors = parts

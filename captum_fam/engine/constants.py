@@ -1,4 +1,4 @@
-"""Weights as constants, so that nothing is kept for gradients that nobody asks for."""
+"""Weights as constants, so that torch keeps nothing for their gradients, which nobody asks for."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from torch.overrides import TorchFunctionMode
 
 
 class WeightsNeededError(Exception):
-    """An encoder takes gradients in its own forward pass, which may be those of its weights."""
+    """An encoder takes gradients in its own forward pass; they may be gradients of its weights."""
 
 
-# The hooks that take what is saved for backward; torch 2.3 does not tell them.
+# The hooks for tensors saved for backward; torch 2.3 has no function that returns them.
 _TOP: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-# Without them, a part that is checkpointed could not be told from others, and would get wrong gradients.
+# Without them, a checkpointed part would look like any other, and would get wrong gradients.
 CAN_BE_CONSTANT = _TOP is not None
 
 
 class ConstantWeights(TorchFunctionMode):
     """
-    Weights as constants where an activation goes through linear layers, convolutions and norms: what only their
-    gradients would need is not kept for backward. Batch norm in evaluation, whose input torch keeps all the same, is
-    the affine map that it is.
+    Makes weights constants in linear layers, convolutions and norms: torch then keeps for backward
+    nothing that only their gradients would need. Batch norm in evaluation is run as the affine map
+    that it is, because torch would keep its input all the same.
     """
 
     def __init__(self) -> None:

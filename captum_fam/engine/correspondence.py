@@ -3,7 +3,7 @@ Which places look alike: for the activations A of an image and R of another,
 
     M_i = max_j cos(A_i, R_j)
 
-of which the mean over other images may be taken away.
+The mean of this over other images may be subtracted.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,8 +24,8 @@ _AT_ONCE = 2**24
 @dataclass(frozen=True)
 class Places:
     """
-    The activations of n images as vectors of unit length (n, N, C), for each of the tensors that the layers gave, nan
-    where an image's are not finite.
+    The activations of n images as vectors of unit length (n, N, C), for each tensor that the layers gave; nan for
+    images whose activations are not finite.
     """
 
     units: list[Tensor]
@@ -36,7 +36,7 @@ class Places:
 
 @dataclass
 class Call:
-    """What the forward passes of a call share: further arguments for so many inputs, and what they find out."""
+    """What the forward passes of a call share: the further arguments of so many inputs, and what they find out."""
 
     inputs: int
     additional_forward_args: object | None = None
@@ -46,7 +46,7 @@ class Call:
     unusable: dict[str, set[int]] = field(default_factory=dict)
 
     def check(self, images: Tensors, name: str, inputs: Tensors) -> None:
-        """That these images can go through the encoder as the inputs do."""
+        """Checks that these images can go through the encoder as the inputs do."""
         check_same_form(images, inputs, name)
         check_rows_fit(
             self.additional_forward_args,
@@ -94,5 +94,5 @@ def match_pairs(A: Tensor, R: Tensor) -> Tensor:
 
 
 def known(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Zero wherever any of the values over these dimensions is nan."""
+    """The values, zero wherever one of them over these dimensions is nan."""
     return values.masked_fill(values.isnan().any(dim, keepdim=True), 0)

@@ -1,4 +1,4 @@
-"""Steps that lower a score, or raise it, along its gradient by the pixels (see methods/fame.py)."""
+"""Steps along the gradient by the pixels that lower or raise a score (see methods/fame.py)."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from captum_fam.score import select_embedding
 from captum_fam.similarity import exact, largest, nonzero, norm, widen
 
 STEP = 1 / 255  # of the range of pixels
-# Relative changes of an embedding that are taken for rounding: of single precision and better, or in units of half.
+# Relative changes of an embedding that count as rounding: in single precision or better, and in units of half.
 _ROUNDING, _HALF_ROUNDING = 1e-5, 4
 
 
@@ -51,8 +51,8 @@ class Descent:
 
     def moved(self, sign: int, rows: Tensor, numbers: Tensor) -> Tensor:
         """
-        How far all steps move the pixels (n, C, *spatial) of the inputs of these rows, for the reference of this
-        number each, in parts of their range. They lower sign times the score.
+        How far all steps move the pixels (n, C, *spatial) of the inputs with these ``rows``, each for the reference
+        with its number, in parts of the pixel range. The steps lower sign times the score.
         """
         start, s = widen(self._x[rows]), self._s[numbers]
         args = cut_arguments(self._args, rows, len(self._x))
@@ -85,7 +85,7 @@ class Descent:
         return moved
 
     def _gradient(self, z: Tensor, s: Tensor) -> Tensor:
-        """The gradient (n, D) by z of its scores with s."""
+        """The gradient (n, D) of the scores with s by z."""
         check_dimensions(z, s)
         wide = widen(z.detach()).requires_grad_()
         with torch.enable_grad(), exact(wide):
@@ -93,7 +93,7 @@ class Descent:
         return u
 
     def _is_rounding(self, u: Tensor, z: Tensor, s: Tensor) -> Tensor:
-        """Whether the gradient u at z changes by its own length where z changes by no more than rounding, (n,)."""
+        """Whether the gradient u is only rounding: it changes by its own length where z changes by rounding, (n,)."""
         wide, error = widen(z.detach()), _ROUNDING
         if wide.dtype != z.dtype:
             error = _HALF_ROUNDING * torch.finfo(z.dtype).eps
@@ -104,7 +104,7 @@ class Descent:
 
 
 def _pulled_back(u: Tensor, z: Tensor, x: Tensor) -> Tensor:
-    """The gradient of u.z by x, but for a positive factor, such that half precision holds it."""
+    """The gradient of u.z by x, times a positive factor that keeps it in the range of half precision."""
     found = None
     if z.requires_grad:
         (found,) = torch.autograd.grad(z, x, (u / nonzero(largest(u))).to(z.dtype), allow_unused=True)

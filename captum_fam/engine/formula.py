@@ -1,13 +1,14 @@
 """
 The formula, in the letters of docs/method.md, for embeddings z and references s (..., D).
 
-An embedding comes from places: of a layer's activations A (C, N), place i gives it v_i (D,), its part to first order.
+An embedding comes from places: place i of a layer's activations A (C, N) gives it the part v_i (D,), to first order.
 A method is the weights f (D,) of the dimensions, held constant, and the map is
 
     M_i = N f.v_i        v_i = sum_k A_ki dz/dA_ki        (found in places.py)
 
-FAM has f = w * sign(z) with the weights w of the contributions c (similarity.py), SimilarityDecomposition the f whose
-f.z is the similarity. A contrast takes terms away: those of FAM are c, signed, those of the decomposition are f.
+FAM has f = w * sign(z), with the weights w of the contributions c (similarity.py). SimilarityDecomposition has the f
+whose f.z is the similarity. A contrast is a difference of terms: those of FAM are c, signed, those of the decomposition
+are f.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from captum_fam.similarity import Normalize, contribution_weights, nonzero, norm
 
 
 def fam(z: Tensor, c: Tensor, normalize: Normalize) -> Tensor:
-    """f = w * sign(z): c_k says how much dimension k contributes, sign(z_k) which way it must go for it."""
+    """f = w * sign(z): c_k says how much dimension k contributes, sign(z_k) in which direction."""
     return contribution_weights(c, normalize) * z.sign()
 
 
-# f of SimilarityDecomposition; the squared distance is f.z - |s|^2, and no place of the input has |s|^2.
+# f of SimilarityDecomposition. The squared distance is f.z - |s|^2, and |s|^2 belongs to no place of the input.
 DECOMPOSITION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda z, s: unit(s) / nonzero(norm(z)),
     "dot": lambda z, s: s.expand(torch.broadcast_shapes(z.shape, s.shape)),
@@ -37,14 +38,14 @@ def less_reference(t: Tensor, other: Tensor) -> Tensor:
 
 
 def less_rest(t: Tensor, total: Tensor, K: int) -> Tensor:
-    """t(z, a) - the mean of the others', where all K add up to ``total``"""
+    """t(z, a) - the mean of the other terms, where all K terms add up to ``total``"""
     return t - (total - t) / (K - 1)
 
 
 def less_own(t: Tensor, own: Tensor, share: Tensor | float) -> Tensor:
     """
-    t(z, s) - share t(z, z) / score(z, z): a share of score(z, s) leaves what this match has beyond what the input has
-    with itself, which adds up to 0; a threshold, what lies above it
+    t(z, s) - share t(z, z) / score(z, z). With the share score(z, s), it is what this match has beyond the match of the
+    input with itself, and adds up to 0. With a threshold as the share, it is what lies above the threshold.
     """
     return t - share * own
 

@@ -1,4 +1,4 @@
-"""The forward pass that records layers: the hooks that it sets, and what they pass on."""
+"""The forward pass that records layers: its hooks, and what they pass on."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -51,10 +51,9 @@ def record(
     """
     Runs the forward function once, recording the layers' outputs (or inputs).
 
-    Gradient mode is off until the first layer is reached, so nothing before it is
-    recorded for backward; with ``graph`` it is on from there. On a ``path`` of one layer, all its points go on
-    from there (see Way). The hooks are gone when the context is entered. Each thread's hooks ignore the calls of the
-    other threads.
+    Gradient mode is off until the first layer is reached, so nothing before it is recorded for backward; with ``graph``
+    it is on from there. On a ``path`` of one layer, all its points go on from there (see Way). The context begins when
+    the hooks are gone. Each thread's hooks ignore the calls of other threads.
     """
     way = way or Way(constants=False)
     forward = _Forward(encoder, layers, inputs, additional_forward_args, layer_input, graph, way, path)
@@ -69,7 +68,7 @@ def record(
         )
         recording.checkpointed = forward.checkpointed
         yield recording
-        if encoder.reshape_transform is None:  # last: the gradients need what another pass may change
+        if encoder.reshape_transform is None:  # comes last: another pass may change what the gradients need
 
             def activations(inputs: Tensors, arguments: Any) -> list[Tensor]:
                 again = _Forward(encoder, layers, inputs, arguments, layer_input, False, Way(constants=False), None)
@@ -207,7 +206,7 @@ class _Forward:
             self._stack = stack
             if self._in_threads:
                 stack.enter_context(_PARALLEL)
-            if self._parallel is not None:  # the first modules of its replicas need not be
+            if self._parallel is not None:  # the first modules of its replicas need no record
                 stack.callback(self._parallel.module.register_forward_pre_hook(_gradients_off).remove)
             for layer in dict.fromkeys(self._layers):
                 register = layer.register_forward_pre_hook if self._layer_input else layer.register_forward_hook
@@ -228,7 +227,7 @@ class _Forward:
         return embedding
 
     def _hook_of(self, layer: nn.Module) -> Callable[..., Any]:
-        # A DataParallel model calls the hook with a replica in the layer's place.
+        # A DataParallel model calls the hook with a replica of the layer.
         return lambda _, *values: self._hook(layer, *values)
 
     def _hook(self, layer: nn.Module, args: Any, output: Any = None) -> Any:
@@ -260,7 +259,7 @@ class _Forward:
         return type(value)(*filled) if hasattr(value, "_fields") else type(value)(filled)
 
     def _passed_on(self, layer: nn.Module, activations: list[Tensor]) -> list[Tensor] | None:
-        """What the pass goes on with in the place of a layer's activations, which are kept; None for themselves."""
+        """What the pass goes on with in place of a layer's activations, which are kept; None to go on with these."""
         device = activations[0].device
         with self._lock:
             number = self._calls[layer, device] = self._calls.get((layer, device), 0) + 1
@@ -277,14 +276,14 @@ class _Forward:
                 self._found.setdefault(layer, {})[device] = kept
         if not self.graph and self._path is None:
             return None
-        # No memory is shared with what the encoder may change in place.
+        # A copy, because the encoder may change its tensor in place.
         found, point = self._found[layer][device], self._point
         if point is None:
             return [a.clone() for a in found]
         return [a.unflatten(0, (self._points, len(a) // self._points))[point].clone() for a in found]
 
     def _kept(self, activation: Tensor) -> Tensor:
-        """A layer's activations, to explain, with all points of the path."""
+        """A layer's activations, as they are kept to explain, with all points of the path."""
         if self._path is not None:
             points = self._path.points(activation, lambda a: self._encoder.to_map(a, self._inputs, self._dimensions))
             return points.requires_grad_(self.graph)

@@ -14,7 +14,7 @@ from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, ha
 from captum_fam.score import select_embedding
 from captum_fam.tokens import images_of
 
-# Places along a side of a map for integrated explanations, at least.
+# The least number of places along a side of a map for integrated explanations.
 _PLACES = 14
 
 
@@ -27,8 +27,8 @@ def last_map(
     """
     The dotted name of the last of the maps (see maps_on_the_way); None if there is none.
 
-    Of a transformer pooled by its class token, that is the normalisation before the last attention: what comes after
-    still returns patches, but no longer uses them.
+    In a transformer pooled by its class token, that is the normalisation before the last attention: later modules still
+    return patches, but the embedding no longer uses them.
     """
     found = maps_on_the_way(forward_func, inputs, additional_forward_args, output_selector)
     return next(reversed(found), None)
@@ -44,9 +44,10 @@ def early_map(
     The dotted name of the layer at which integrated maps were the most faithful (benchmarks/integrated.md); None if
     there is no map.
 
-    Of the maps that are smaller than the image, that is the smallest of at least 14 places a side, or else the largest:
+    Of the maps that are smaller than the image, it is the smallest with at least 14 places a side, or else the largest:
     the end of a stage in the middle of a convolutional network. Where all have one size, as in a vision transformer, it
-    is the first of them. Modules that hold others come before their parts, which residual paths may lead around.
+    is the first of them. Modules that hold others come before their parts, because residual paths may lead around the
+    parts.
     """
     found = maps_on_the_way(forward_func, inputs, additional_forward_args, output_selector)
     image = images_of(inputs).shape[2:].numel()
@@ -73,13 +74,14 @@ def maps_on_the_way(
     output_selector: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """
-    The dotted names of the modules whose output is a map, or the tokens of one (see to_map), with more than one
-    location on which the embedding of the first example depends, in the order of their calls, with the map's size.
+    The dotted names of the modules that give a map, and the sizes of the maps, in the order of their calls. Their
+    output is a map, or the tokens of one (see to_map), with more than one location, and the embedding of the first
+    example depends on it.
 
-    Modules that are called once come before others, and modules inside an attention count where there are no others, as
-    theirs are only parts of what the attention passes on. Those whose places do not lie where their map says (see
-    order.py) do not count. Where the encoder has cut the gradient of the embedding
-    itself (torch.no_grad), dependence is taken for granted.
+    Modules that are called once are preferred to others. Modules inside an attention count only where there are no
+    others, because they hold only parts of what the attention passes on. Modules whose places do not lie where their
+    map says (see order.py) do not count. If the encoder has cut the gradient of the embedding itself (torch.no_grad),
+    it is taken to depend on each of them.
 
     Any hook of the caller's must be gone; the model is left as it was.
     """
@@ -94,7 +96,7 @@ def maps_on_the_way(
                 again.add(name)
             outputs[name] = output
 
-    # Gradients from the inputs on reach every output, whichever parameters are frozen; a leaf must not change in place.
+    # Gradients from the inputs reach every output, even with frozen parameters; a leaf must not change in place.
     few = slice(0, len(inputs[0]) if has_batch_statistics(forward_func) else 1)
     given = cut(inputs, few) if len(inputs[0]) else tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)
     leaves, rows = [t.detach().clone() for t in given], len(given[0])
@@ -105,7 +107,7 @@ def maps_on_the_way(
         for n, m in modules.items()
         if not isinstance(m, torch.jit.ScriptModule)  # which takes no hooks
     ]
-    with buffers_restored(forward_func), torch.enable_grad():  # backward before that: it may need the buffers
+    with buffers_restored(forward_func), torch.enable_grad():  # backward must come before that: it may need the buffers
         try:
             with compiled_parts_off():
                 output = run(forward_func, images, arguments)

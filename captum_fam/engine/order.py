@@ -1,9 +1,9 @@
 """
 Whether the places of a layer lie where its map says.
 
-A shape alone cannot tell: tokens may be shuffled, a class token may come last, what looks like a map may be windows, or
-an attention. So where it leaves doubt, the encoder is asked (see answers.py): one cell of an input is changed after
-another, and each time the place that the map has there must be the one that answers.
+The shape alone cannot tell: tokens may be shuffled, a class token may come last, and what looks like a map may be
+windows or an attention. So where the shape leaves doubt, the encoder is asked (see answers.py): one cell of an input
+after another is changed, and each time the place at that cell of the map must answer.
 """
 
 import math
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Doubt(Enum):
-    """What is not known of a layer's layout: whether its channels come last, or where its places lie."""
+    """What is in doubt about a layer's layout: whether its channels come last, or where its places lie."""
 
     CHANNELS = "channels"
     PLACES = "places"
@@ -46,14 +46,14 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention, nn.Embedding, 
 
 
 class Layouts:
-    """How the activations of an encoder's layers lie on its inputs: by its own words, or by their shape."""
+    """How the activations of an encoder's layers lie on its inputs: as the model declares it, or by their shape."""
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self._forward_func = forward_func
 
     @cached_property
     def _said(self) -> dict[Patches, set[nn.Module]]:
-        """What the vision transformers in an encoder say, of these modules."""
+        """What the vision transformers in an encoder declare about these modules."""
         said: dict[Patches, set[nn.Module]] = {}
         for module in (m for root in roots_of(self._forward_func) for m in root.modules()):
             if (patches := patches_of(module)) is not None:
@@ -70,7 +70,7 @@ class Layouts:
         return to_map(activation, images, dimensions)
 
     def doubt(self, layer: nn.Module, activation: Tensor, inputs: Tensors, dimensions: int | None) -> Doubt | None:
-        """What is to be asked of the encoder before what a layer gave is taken for ``to_map`` of it."""
+        """What to ask the encoder before the activations of a layer may be laid out by ``to_map``; None for nothing."""
         images = images_of(inputs)
         if activation.ndim < 3 or activation.shape[2:].numel() == 1:
             return None
@@ -78,12 +78,12 @@ class Layouts:
             return None
         if activation.ndim != images.ndim or self._is_attention(layer, activation):
             return Doubt.PLACES
-        if images.ndim != 4:  # one stride for all sides is no rule there
+        if images.ndim != 4:  # there, the rule of one stride for all sides does not help
             return None if channels_first(layer.modules()) else Doubt.CHANNELS
         A = to_map(activation, images, dimensions)
         if A is None:
             return Doubt.PLACES
-        if A.shape != activation.shape:  # channels last; or so many blocks of so many places, both of a square
+        if A.shape != activation.shape:  # channels last, or blocks of places, where both numbers are squares
             blocks, each = activation.shape[1:3]
             may_be_pieces = math.isqrt(blocks) ** 2 == blocks and math.isqrt(each) ** 2 == each
             return Doubt.PLACES if may_be_pieces and blocks * each > CHANGES else None
@@ -91,7 +91,7 @@ class Layouts:
         return None if first > last else Doubt.CHANNELS if first else Doubt.PLACES
 
     def _is_attention(self, layer: nn.Module, activation: Tensor) -> bool:
-        """Whether a layer gives what each place takes from each other: (B, heads, N, N)."""
+        """Whether a layer gives attentions (B, heads, N, N): what each place takes from each other."""
         if activation.ndim != 4 or activation.shape[2] != activation.shape[3] or channels_first(layer.modules()):
             return False
         model = model_of(self._forward_func)
@@ -110,7 +110,7 @@ def in_attention(model: nn.Module, name: str) -> bool:
 
 
 def channels_first(modules: Iterable[nn.Module]) -> bool | None:
-    """Whether dimension 1 of what modules take and give is the channels, if their types say so."""
+    """Whether dimension 1 of what modules take and give is the channels; None if their types do not tell."""
     said = {isinstance(m, _CHANNELS_FIRST) for m in modules if isinstance(m, _CHANNELS_FIRST + _CHANNELS_LAST)}
     return None if not said else said == {True}
 
@@ -123,9 +123,9 @@ def check_order(
     activations: Callable[[Tensors, Any], list[Tensor]],
 ) -> None:
     """
-    Raises an error where the places of a layer do not lie where its map says. Where that is not known, the encoder is
-    asked, once for inputs of a shape: ``activations`` runs it and gives what the layers gave. ``called`` are the
-    modules in the order of their first calls; those called ``again``, perhaps with another input, have a warning.
+    Raises an error if the places of a layer do not lie where its map says. If that is in doubt, it asks the encoder,
+    once for inputs of a shape: ``activations`` runs it and returns what the layers gave. ``called`` are the modules in
+    the order of their first calls; those called ``again``, perhaps with another input, get a warning.
     """
     encoder, inputs, args = recording.encoder, recording.inputs, recording.additional_forward_args
     of = [layer for layer, size in zip(layers, recording.sizes) for _ in range(size)]
@@ -144,23 +144,21 @@ def check_order(
             raise ValueError(
                 f"Cannot tell whether the activations {tuple(given.shape)} of layer {name} lie on inputs"
                 f" {tuple(images_of(inputs).shape)} as their shape suggests: when a part of an input was changed, the"
-                " place there answered, but others far from it, too. If they do, pass"
-                f" reshape_transform={_transform(given, encoder.layouts.to_map(given, inputs, D))}; else one that"
-                " returns (B, C, *spatial) in the order of the input, or choose an earlier layer."
+                " place there answered, but so did places far from it. If you know that the layout is right, pass"
+                f" reshape_transform={_transform(given, encoder.layouts.to_map(given, inputs, D))}; if not, pass one"
+                " that returns (B, C, *spatial) in the order of the input, or choose an earlier layer."
             )
         if not answer:
-            found = (
-                "when a part of an input was changed, other places of the map answered than the one there, or all alike"
-            )
+            found = "when a part of an input was changed, places elsewhere on the map answered, or all places alike"
             if failure is not None:
                 found = f"the encoder failed when a part of an input was changed ({type(failure).__name__}: {failure})"
             raise ValueError(
                 f"The activations {tuple(given.shape)} of layer {name} do not lie on inputs"
-                f" {tuple(images_of(inputs).shape)} as their shape suggests: {found}. That is so where tokens are in an"
-                " order of their own (a class token that is not the first, windows, a shuffle, the batch second), where"
-                " the channels come last, and inside attentions. Choose another layer, or pass a reshape_transform that"
-                " returns (B, C, *spatial) in the order of the input, such as patch_tokens(height, width),"
-                " channels_last, or lambda a: a to take them as they are."
+                f" {tuple(images_of(inputs).shape)} as their shape suggests: {found}. This happens where tokens are in"
+                " an order of their own (a class token that is not the first, windows, a shuffle, the batch second),"
+                " where the channels come last, and inside attentions. Choose another layer, or pass a"
+                " reshape_transform that returns (B, C, *spatial) in the order of the input, such as"
+                " patch_tokens(height, width), channels_last, or lambda a: a to take them as they are."
             ) from failure
     encoder.confirmed.add(asked)
 
@@ -176,7 +174,7 @@ def _transform(activation: Tensor, A: Tensor | None) -> str:
 
 
 def follows_convolution(layer: nn.Module, called: Iterable[nn.Module]) -> bool:
-    """Whether the last module whose type tells, in a layer or else before it, has its channels first."""
+    """Whether channels come first by the last module whose type tells, in a layer or else before it."""
     own = list(layer.modules())
     before = takewhile(lambda m: m is not layer, called)
     told = [first for m in (*before, *own) if (first := channels_first([m])) is not None]
@@ -193,13 +191,13 @@ def ask(
     dimensions: int,
 ) -> tuple[list[bool | None], Exception | None]:
     """
-    For each of the layers whose activations the function gives, whether it lies as its layout says: whether the places
-    of its map answer where the input changes, or, if that is the doubt, whether they do so better than its channels.
-    None where that cannot be told, as others answer, too; no layer does where the encoder fails on a changed input; its
-    error comes second.
+    Whether each of the layers whose activations the function returns lies as its layout says: whether the places of its
+    map answer where the input changes, or, if the channels are in doubt, whether they answer better than the channels.
+    None where others answer, too, so that it cannot be told. If the encoder fails on a changed input, no layer does;
+    that error is returned second.
 
-    The encoder runs ``CHANGES`` + 1 times (a few more for volumes), and twice that for channels; for places that are
-    not confirmed then, ``NOISES`` times as often in all; and again for maps of each other size.
+    The encoder runs ``CHANGES`` + 1 times (a few more for volumes), and twice that for channels; if places are not
+    confirmed then, ``NOISES`` times as often in all; and again for maps of each other size.
     """
     if not any(doubts):
         return [True] * len(doubts), None
@@ -239,7 +237,7 @@ def ask(
 
 
 def _are_places(places: Answer, channels: Answer, of_convolution: bool | None) -> bool:
-    """Whether the places of a map are its places, and not its channels; None of images, whose channels lie nowhere."""
+    """Whether a map's places are places, not channels. ``of_convolution`` is None for images, which need none."""
     if places.is_near and channels.is_near and of_convolution is not None:  # residual paths leave both where they were
         return of_convolution
     return places.mean <= channels.mean or (places.cells <= _FEW and not channels.is_near)

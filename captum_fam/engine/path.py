@@ -3,7 +3,7 @@ The path along which v is integrated (see formula.py): from a baseline B of a la
 
     v_i = sum_k (A_ki - B_ki) integral_0^1 dz/dA_ki (B + t (A - B)) dt
 
-whose v_i add up to z - z(B), whatever lies between. The integral is a sum of weights times gradients at nodes t.
+The v_i add up to z - z(B) for every network. The integral is a sum of gradients at nodes t, times weights.
 """
 
 import math
@@ -30,7 +30,7 @@ class Path:
         baseline: where it starts.
         nodes: t of the points at which gradients are taken; 0 is the baseline itself.
         weights: of these gradients, which add up to one over all parts.
-        rows: which of the inputs are on it, of so many ``inputs``; None for all.
+        rows: which of all ``inputs`` are on it; None for all.
     """
 
     baseline: Baseline
@@ -65,11 +65,11 @@ class Path:
             return A.clone()
         places = A.reshape(*A.shape[:2], math.prod(A.shape[2:]))
         moved = A - places.mean(2).reshape(*A.shape[:2], *[1] * (A.ndim - 2))
-        return moved.nan_to_num(0, 0, 0)  # no activations, such as a mask of the lowest values, stay as they are
+        return moved.nan_to_num(0, 0, 0)  # values that are no activations, such as a mask of the lowest values, stay
 
     def points(self, activation: Tensor, to_map: Callable[[Tensor], Tensor]) -> Tensor:
         """
-        The activations as the layer gave them, and those of each node after them, (1 + nodes) times the batch: what is
+        The activations as the layer gave them, and after them those of each node: (1 + nodes) times the batch. What is
         on no map (see ``to_map``) stays as it is.
         """
         with torch.enable_grad():
@@ -82,7 +82,7 @@ class Path:
                 )
             # With one dimension it is no map, and an error follows.
             moved = self.moved(A.detach()).to(A.dtype) if A.ndim > 1 else torch.zeros_like(A)
-            (back,) = torch.autograd.grad(A, a, moved)  # of a selection, the gradient puts values back in their places
+            (back,) = torch.autograd.grad(A, a, moved)  # the gradient of a selection puts values back in their places
             if not torch.allclose(to_map(a - back), A - moved, equal_nan=True):
                 raise ValueError(
                     "Expected `reshape_transform` to select and reorder the layer's activations, but it changes them;"
@@ -98,7 +98,7 @@ def gauss_legendre(n: int) -> tuple[list[float], list[float]]:
 
 
 def paths(baseline: Baseline, n_steps: int, at_once: int, from_baseline: bool) -> list[Path]:
-    """The path in parts of at most so many nodes; ``from_baseline``, the first has the baseline's embedding, too."""
+    """The path in parts of ``at_once`` nodes. ``from_baseline`` adds the baseline's embedding to the first part."""
     nodes, weights = gauss_legendre(n_steps)
     if from_baseline:
         nodes, weights = [0.0, *nodes], [0.0, *weights]

@@ -1,9 +1,9 @@
 """
-v and M = N f.v (see formula.py) of a recorded pass, found in the cheapest way. On a path from a baseline B, A - B takes
-the place of A, and the mean gradient over the path that of the gradient (see path.py).
+v and M = N f.v (see formula.py) of a recorded pass, in the cheapest way. On a path from a baseline B, A - B replaces A,
+and the mean gradient over the path replaces the gradient (see path.py).
 
-Where dimension k of z is channel k of A, *aligned*, z is the mean of a A with a number a for each input, so that
-v_ki = a A_ki / N and no gradient is needed.
+If dimension k of z is channel k of A (*aligned*), z is the mean of a A, with a number a for each input. Then v_ki = a
+A_ki / N, and no gradient is needed.
 """
 
 import math
@@ -18,12 +18,12 @@ from captum_fam.engine.formula import place_map
 from captum_fam.engine.recording import Recording
 from captum_fam.similarity import exact, nonzero, norm, unit, widen
 
-# The a (B, 1, 1) of each of the activations, or None where z is no multiple of its mean.
+# The multiple a (B, 1, 1) for each of the activations, or None where z is no multiple of its mean.
 Multiples: TypeAlias = list[Tensor | float | None]
 
-# How far unit vectors may differ that are equal but for the rounding of a mean in their dtype.
+# How far unit vectors may differ that are equal up to the rounding of a mean in their dtype.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-# How much of that may be put down to values that cancel in the mean, at most.
+# The most that they may differ where values cancel in the mean.
 _CANCELLED = 1e-3
 # How far two ways to the same products may differ, as a share of their size.
 _AGREE = 1e-3
@@ -33,8 +33,8 @@ def place_maps(recording: Recording, f: Tensor, multiples: Multiples, n_referenc
     """
     M (B, P, N) of each of the activations, for the f of P of that many references.
 
-    f.v is found in the cheapest way: without a gradient where z is aligned, by one for each of a few references, which
-    costs little where all places share it, and by the v_i themselves for many.
+    f.v takes no gradient if z is aligned. For a few references it takes a gradient each, which costs little where all
+    places share it. For many references it is made of the v_i themselves.
     """
     if _aligned(multiples):
         return [_of_channels(f, A).mul_(a) for a, A in zip(multiples, recording.moved) if a is not None]
@@ -82,8 +82,8 @@ def _of_means(recording: Recording, u: Tensor, multiples: Multiples) -> list[Ten
 
 def _is_right(recording: Recording, v: list[Tensor], multiples: Multiples) -> bool:
     """
-    Whether forward-mode products agree with a gradient: they go through the second derivative, which an operation may
-    leave out without a word (once_differentiable).
+    Whether forward-mode products agree with a gradient. They need the second derivative, and an operation may lack it
+    without an error (once_differentiable).
     """
     z = widen(recording.embedding)
     u = torch.linspace(1, 2, z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), 1, -1)

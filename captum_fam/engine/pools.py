@@ -1,6 +1,6 @@
 """
-Where an encoder averages a layer's places first: all places then share a gradient, that by their mean over their
-number, and only what lies behind the mean is run to find it.
+Encoders that average a layer's places first. All places then share one gradient, that of their mean
+divided by their number, and only the part behind the mean is run to find it.
 """
 
 import math
@@ -15,12 +15,13 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 @dataclass(frozen=True)
 class Pool:
     """
-    The mean of a tensor over some of its dimensions, through which alone an embedding depends on it.
+    The mean of a tensor over some of its dimensions; the embedding depends on the tensor only
+    through this mean.
 
     Attributes:
         edge: of the mean in the graph.
-        sizes: of an example's dimensions, where those that were averaged have size 1.
-        places: that were averaged.
+        sizes: of an example's dimensions; those that were averaged have size 1.
+        places: how many were averaged.
     """
 
     edge: GradientEdge
@@ -28,7 +29,7 @@ class Pool:
     places: int
 
     def numbers(self, shape: torch.Size) -> Tensor:
-        """For a tensor of that shape, the number of the value of the mean that each of its values went into."""
+        """For each value of a tensor of that shape, the number of the value of the mean that it went into."""
         return torch.arange(float(math.prod(self.sizes))).reshape(self.sizes).expand(shape)
 
 

@@ -16,17 +16,17 @@ from captum_fam.engine.recording import Recording
 from captum_fam.engine.report import SIDES
 from captum_fam.similarity import Similarity, exact, largest, widen
 
-# What is taken away from a score: that to another reference, by its number (B, 1), the mean of those to the rest, the
+# What is subtracted from a score: that to another reference, by its number (B, 1), the mean of those to the rest, the
 # share that the input has with itself, a threshold, for all or for each input (B, 1) in floating point, or nothing.
 Less: TypeAlias = Tensor | Literal["rest", "self"] | float | None
 Once: TypeAlias = Callable[[object, Callable[[], Tensor]], Tensor]
 
-# Terms made at once: on a CPU as many as fit its cache, where they are made several times faster.
+# How many terms are made at a time: on a CPU as many as fit its cache, which is several times faster.
 _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**24
 
 
 class Terms(Protocol):
-    """What a method makes of a pair of embeddings, and what that contributes to their score."""
+    """The terms that a method makes of a pair of embeddings, and what they contribute to the score."""
 
     def terms(self, z: Tensor, s: Tensor) -> Tensor: ...
     def contributions(self, z: Tensor, t: Tensor) -> Tensor: ...
@@ -51,7 +51,7 @@ class Question:
     Attributes:
         s: embeddings (K, D) of the references.
         own: the numbers (B, P), or (1, P) for all inputs, of the references that each input is compared with.
-        less: what is taken away from these similarities.
+        less: what is subtracted from these similarities.
     """
 
     s: Tensor
@@ -60,7 +60,7 @@ class Question:
 
     @property
     def other(self) -> Tensor | None:
-        """The numbers (B, 1) of the references whose scores are taken away, if it is those."""
+        """The numbers (B, 1) of the references whose scores are subtracted; None if something else is."""
         return self.less if isinstance(self.less, Tensor) and not self.less.is_floating_point() else None
 
     def of(self, rows: Tensor | slice) -> "Question":
@@ -71,7 +71,7 @@ class Question:
 
     def terms(self, z: Tensor, method: Terms, once: Once = lambda _, compute: compute()) -> Tensor:
         """
-        The method's t (B, P, D) for embeddings z (B, D), less those of what is taken away; ``once`` keeps what all
+        The method's t (B, P, D) for embeddings z (B, D), less the terms of what is subtracted. ``once`` keeps what all
         parts of a question share.
         """
         check_dimensions(z, self.s)
@@ -96,7 +96,7 @@ class Question:
         return formula.less_own(t, once("own", lambda: self._own(z, method)), share)
 
     def scores(self, z: Tensor, method: Terms, once: Once = lambda _, compute: compute()) -> Tensor:
-        """What the terms contribute in all, (B, P)."""
+        """The sums of what the terms contribute, (B, P)."""
         return method.contributions(z[:, None], self.terms(z, method, once)).sum(2)
 
     def _total(self, z: Tensor, method: Terms) -> Tensor:
@@ -107,7 +107,7 @@ class Question:
         return total
 
     def _own(self, z: Tensor, method: Terms) -> Tensor:
-        """t(z, z) / score(z, z) (B, 1, D), whose score is one."""
+        """t(z, z) / score(z, z) (B, 1, D); its score is one."""
         wide = z[:, None] if z.device.type == "mps" else z[:, None].double()  # for squares that underflow
         t = method.terms(wide, wide)
         score = method.contributions(wide, t).sum(2, keepdim=True)
@@ -127,11 +127,11 @@ class Pairs:
     Attributes:
         recording: of the inputs' forward pass.
         question: about them.
-        n_references: how many each input has over all, where the question is a part of another.
+        n_references: how many references each input has in all, if this question is a part of a larger one.
         z: embeddings (B, D) of the inputs.
         t: the method's terms (B, P, D).
         c: what they contribute to the score (B, P, D).
-        valid: which pairs (B, P) can be explained: all this is finite, and the embeddings are not zero.
+        valid: which pairs (B, P) can be explained: z, t and c are finite, and the embeddings are not zero.
     """
 
     def __init__(self, recording: Recording, question: Question, n_references: int, method: Terms) -> None:
@@ -193,7 +193,7 @@ def pair_index(inputs: int, references: int) -> Tensor:
 
 
 def less_of(contrast: Any, threshold: Any, similarity: Similarity | None, references: int, inputs: int) -> Less:
-    """What ``contrast`` or ``threshold`` takes away from the scores."""
+    """What ``contrast`` or ``threshold`` subtracts from the scores."""
     if threshold is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, Real):
             raise TypeError(f"Expected `threshold` to be a number, a score, but got {describe(threshold)}.")

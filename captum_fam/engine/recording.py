@@ -29,9 +29,9 @@ _NO_GRAPH = (
     "The embedding's dimensions are not the layer's channels, so the weights need a gradient, which"
     " torch.inference_mode() rules out; use torch.no_grad() instead."
 )
-# Values of a layer's gradients that are computed in one batch: more are no faster, but need more memory.
+# How many values of a layer's gradients are computed in one batch: more are no faster, but need more memory.
 _AT_ONCE = 2**20
-_ELSEWHERE = 16  # times as many products by place on a GPU, which waits for small batches
+_ELSEWHERE = 16  # on a GPU, this many times as many products by place, as small batches make it wait
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Encoder:
     output_selector: Callable[[Any], Tensor] | None = None
     reshape_transform: Callable[[Tensor], Tensor] | None = None
     device_ids: list[int] | None = None
-    confirmed: set[object] = field(default_factory=set)  # what the encoder was asked (see order.py)
+    confirmed: set[object] = field(default_factory=set)  # questions that the encoder has answered (see order.py)
 
     @cached_property
     def layouts(self) -> Layouts:
@@ -50,8 +50,8 @@ class Encoder:
 
     def to_map(self, activation: Tensor, inputs: Tensors, dimensions: int | None) -> Tensor:
         """
-        A layer's activations, or whatever has their shape, as (B, C, *spatial); as they are where that is in doubt.
-        The dimensions are the embedding's.
+        A layer's activations, or a tensor of their shape, as (B, C, *spatial); unchanged where the layout is in doubt.
+        ``dimensions`` are the embedding's.
         """
         if self.reshape_transform is not None:
             return self.reshape_transform(activation)
@@ -69,10 +69,10 @@ class Recording:
         embedding: z (B, D), detached.
         given: all tensors that the layers gave, as they were, detached.
         activations: all tensors that the layers gave, as (B, C, *spatial), detached.
-        moved: these less the baseline of the path; without a path, these.
+        moved: these less the baseline of the path; without a path, these themselves.
         on_path: embeddings (nodes, B, D) of the path's points, detached.
-        names: of the layer of each of them.
-        sizes: how many each layer gave.
+        names: the layer's name for each of the activations.
+        sizes: how many activations each layer gave.
         partial: for each of them, whether the layer gave more, such as tokens that are no patches.
         has_graph: whether the pass was recorded for backward, from the layers on.
         checkpointed: whether a layer lies in a part of the encoder that keeps no graph (see checkpoints.py).
@@ -95,7 +95,7 @@ class Recording:
         self.inputs = inputs
         self.additional_forward_args = additional_forward_args
         self.layer_input = layer_input
-        with torch.set_grad_enabled(has_graph):  # a subclass may do as it likes in what follows
+        with torch.set_grad_enabled(has_graph):  # a subclass may do what it likes in the following
             self._embedding = embedding.as_subclass(Tensor)
         self.path = path
         self._points = 1 if path is None else 1 + len(path.nodes)
@@ -131,13 +131,13 @@ class Recording:
         self._on_map: list[Tensor] = []  # whether a gradient by each of the activations is not zero
 
     def once(self, what: object, compute: Callable[[], T]) -> T:
-        """What the chunks of references share, computed for the first of them."""
+        """A result that all chunks of references share; it is computed for the first of them."""
         if what not in self._shared:
             self._shared[what] = compute()
         return cast(T, self._shared[what])
 
     def layers(self) -> list[tuple[str, slice]]:
-        """The name of each layer, and which of the activations it gave."""
+        """The name of each layer, and which of the activations are its own."""
         ends = list(accumulate(self.sizes))
         return [(self.names[end - 1], slice(end - size, end)) for size, end in zip(self.sizes, ends)]
 
@@ -157,7 +157,7 @@ class Recording:
     def shared_gradients(self, u: Tensor) -> list[Tensor] | None:
         """
         For R rows of u (B, R, D), the gradients of u.z (B, R, C) that all places of an activation share, one for each
-        of the activations; None where the encoder does not average the places of all of them first.
+        of the activations; None if the encoder does not first average the places of all of them.
         """
         self._check_graph()
         pools = self.once("pools", self._pools)
@@ -176,7 +176,7 @@ class Recording:
         return [torch.cat(of_one, 1) for of_one in zip(*parts)]
 
     def _pools(self) -> list[tuple[Pool, Tensor]] | None:
-        """How the encoder averages the places of each of the activations, and which value of the mean a channel is."""
+        """How the encoder averages the places of each activation, and which value of the mean each channel has."""
         pools = pools_of(self._embedding, self._flat())
         if pools is None or len(pools) != len(self.given):  # of several devices
             return None
@@ -228,7 +228,7 @@ class Recording:
         self._on_map = [a | b for a, b in zip(found, self._on_map or found)]
 
     def settle(self) -> None:
-        """Notes how the embeddings depend on the layers, from all that was asked for."""
+        """Reports how the embeddings depend on the layers, from all gradients that were asked for."""
         if self._mixed and torch.stack(self._mixed).any():
             raise NotInOneBatchError
         if self._asked is None:
@@ -245,7 +245,7 @@ class Recording:
             self.report.note_dependence((i, name), found, self._elsewhere())
 
     def _elsewhere(self) -> Callable[[], str | None]:
-        """How to find a layer that has a map."""
+        """A function that finds a layer with a map."""
         encoder = self.encoder
         where = (encoder.forward_func, self.inputs, self.additional_forward_args, encoder.output_selector)
         return partial(last_map, *where)
@@ -255,7 +255,7 @@ class Recording:
         return [a for devices in layers or self._tensors for tensors in devices for a in tensors]
 
     def _laid_out(self, values: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients by the tensors that the layers gave, None for zero, as the activations."""
+        """Gradients by the tensors that the layers gave, laid out as the activations; None stands for zero."""
         rest = iter(values)
         laid_out = []
         for devices in self._tensors:
@@ -269,8 +269,8 @@ class Recording:
         self, u: Tensor, by: Sequence[Tensor] | Sequence[GradientEdge]
     ) -> tuple[Sequence[Tensor | None], Tensor]:
         """
-        Gradients (R, ...) of a multiple of u.z, for u (R, B, D), in a range that half precision holds, and the scale
-        (R, B) that undoes it.
+        Gradients (R, ...) of a multiple of u.z, for u (R, B, D), in the range of half precision, and the scale (R, B)
+        that undoes the multiple.
         """
         largest = u.abs().amax(2).clamp(min=torch.finfo(u.dtype).tiny)
         half = any(t.dtype == torch.float16 for t in (self._embedding, *self.given))
@@ -287,7 +287,7 @@ class Recording:
         return found, largest / gain
 
     def _own(self, activation: Tensor) -> Tensor:
-        """Of a tensor with a batch for each point, that of the activations themselves, detached."""
+        """The batch of the activations themselves, of a tensor with a batch for each point, detached."""
         return self._by_point(activation.detach())[0]
 
     def _by_point(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -304,8 +304,8 @@ class Recording:
 
     def _over_points(self, gradient: Tensor, dim: int = 0) -> Tensor:
         """
-        The sum over the points of gradients that have a batch for each of them, but for those of no weight, which are
-        zero where the points are independent, or undefined.
+        The sum over the points of gradients with a batch for each point. Points of no weight are left out: their
+        gradients are zero where the points are independent, or undefined.
         """
         if self.path is None:
             return gradient
@@ -341,7 +341,7 @@ class Recording:
 
 
 def _rows_at_once(tensors: list[Tensor]) -> int:
-    """How many products may be one batch: what lies behind the tensors has about their size, for each of them."""
+    """How many products may be one batch: each needs about the size of the tensors for what lies behind them."""
     return max(1, _AT_ONCE // max(1, *(a.numel() for a in tensors)))
 
 

@@ -1,4 +1,4 @@
-"""What a call finds out about its inputs and its model, and tells the user once, at its end."""
+"""What a call finds out about its inputs and its model. It tells the user once, at its end."""
 
 from collections.abc import Callable
 from enum import IntEnum
@@ -16,7 +16,7 @@ class Dependence(IntEnum):
 
 class Report:
     """
-    What holds for all chunks of a call.
+    What all chunks of a call find out together.
 
     Attributes:
         warnings: what a user should know.
@@ -32,7 +32,7 @@ class Report:
         self.pooled: dict[str, None] = {}
 
     def note_unusable(self, side: str, bad: Tensor, first: int = 0) -> None:
-        """Notes which embeddings (N,) cannot be explained; the first of them has this number in its call."""
+        """Notes which embeddings, ``bad`` (N,), cannot be explained; the first of them has this number in its call."""
         self.unusable.setdefault(side, set()).update((bad.nonzero().flatten() + first).tolist())
 
     def note_dependence(self, layer: tuple[int, str], found: Dependence, elsewhere: Callable[[], str | None]) -> None:
@@ -46,7 +46,7 @@ class Report:
         self._elsewhere = elsewhere
 
     def include(self, other: "Report") -> None:
-        """What another pass of the same call has found out, of other layers."""
+        """Adds what another pass of the same call has found out about other layers."""
         self.warnings += other.warnings
         for side, rows in other.unusable.items():
             self.unusable.setdefault(side, set()).update(rows)
@@ -57,10 +57,10 @@ class Report:
 
     def texts(self) -> list[str]:
         """
-        What the user is to be warned of.
+        The warnings for the user.
 
         Raises:
-            ValueError: there is no map, with the layer to choose instead.
+            ValueError: there is no map; the message names the layer to choose instead.
         """
         texts = list(dict.fromkeys(self.warnings))
         if self.unusable:

@@ -1,4 +1,4 @@
-"""The model, left as it was by whatever runs it."""
+"""Leaves the model as it was, whatever runs it."""
 
 import gc
 import sys
@@ -23,12 +23,12 @@ from captum_fam.score import select_embedding
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Objects around a forward function among which its modules are looked for.
+# How many objects around a forward function are searched for its modules.
 _SHOWN = 1000
 
 
 def eagerly(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that torch.compile runs as it is, in whatever is compiled around it: hooks cannot be compiled."""
+    """A function that torch.compile runs uncompiled, even within compiled code: hooks cannot be compiled."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -40,7 +40,7 @@ def eagerly(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class _Shared:
-    """Contexts that calls in several threads share: the first of those that overlap enters, the last leaves."""
+    """Contexts that calls in several threads share. Of calls that overlap, the first enters and the last leaves."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -73,7 +73,7 @@ class _Shared:
             self.leave(key)
 
     def is_alone(self, key: object) -> bool:
-        """Whether no other thread holds what this one does."""
+        """Whether no other thread is in the context of this key."""
         with self._lock:
             return set(self._held[key][1]) == {threading.get_ident()}
 
@@ -82,7 +82,7 @@ _SHARED = _Shared()
 
 
 def compiled_parts_off() -> AbstractContextManager[Any]:
-    """Compiled parts of a model, run as they are: torch.compile runs past hooks that are set after its first call."""
+    """Runs compiled parts of a model uncompiled: compiled code ignores hooks that are set after its first call."""
     # Importing Dynamo takes seconds; where it has not been imported, nothing is compiled.
     set_stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
     return nullcontext() if set_stance is None else _SHARED.hold(set_stance, partial(_eager, set_stance))
@@ -94,7 +94,7 @@ def _eager(set_stance: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        if getattr(dynamo, "_stance", ours.stance) is ours.stance:  # another that was set in the meantime stays
+        if getattr(dynamo, "_stance", ours.stance) is ours.stance:  # a stance that was set in the meantime stays
             ours.__exit__(None, None, None)
 
 
@@ -113,8 +113,8 @@ def embed(
     warned: list[str] | None = None,
 ) -> Tensor:
     """
-    The embeddings (B, D) of the argument of that name, without a graph. What ``warned`` lacks of a model in training
-    mode is added.
+    The embeddings (B, D) of the argument of that name, without a graph. Warnings about a model in training mode are
+    added to ``warned``, if it lacks them.
     """
     with torch.no_grad(), buffers_restored(forward_func) as guard:
         output = run(forward_func, inputs, additional_forward_args)
@@ -138,8 +138,8 @@ def name_of(forward_func: Callable[..., Any], layer: nn.Module) -> str:
 
 def roots_of(forward_func: Callable[..., Any]) -> list[nn.Module]:
     """
-    The modules that a forward function shows before it runs: itself, or what it binds, encloses, names and keeps. The
-    nearest come first, and the search ends after so many objects.
+    The modules that can be found in a forward function before it runs: itself, or what it binds, encloses, names and
+    keeps. The nearest come first, and the search ends after a fixed number of objects.
     """
     found: list[nn.Module] = []
     met: dict[int, Any] = {}  # kept, so that no other object takes its number
@@ -149,7 +149,7 @@ def roots_of(forward_func: Callable[..., Any]) -> list[nn.Module]:
         if id(value) in met:
             continue
         met[id(value)] = value
-        if issubclass(type(value), nn.Module):  # isinstance asks a proxy for what it stands for
+        if issubclass(type(value), nn.Module):  # isinstance would ask a proxy about the object behind it
             found.append(value)
         waiting += filter(gc.is_tracked, _held_by(value))  # what is not tracked holds nothing
     return found
@@ -172,8 +172,8 @@ def _held_by(value: Any) -> Iterable[Any]:
 @contextmanager
 def buffers_restored(forward_func: Callable[..., Any]) -> Iterator["Guard"]:
     """
-    A forward pass changes copies of a model's buffers (running statistics, counters, queues), so that a backward pass
-    of the caller's that waits for the originals finds them untouched.
+    Lets a forward pass change only copies of a model's buffers (running statistics, counters, queues): a backward pass
+    of the caller's that still needs the originals finds them untouched.
     """
     with ExitStack() as stack:
         guard, roots = Guard(), roots_of(forward_func)
@@ -183,7 +183,7 @@ def buffers_restored(forward_func: Callable[..., Any]) -> Iterator["Guard"]:
         if any("_orig_mod" in module._modules for module in guard.held):  # torch.compile warns of hooks on all modules
             guard.called.update(dict.fromkeys(roots))
         else:
-            stack.enter_context(compiled_parts_off())  # compiled in the meantime, a part would keep the hook
+            stack.enter_context(compiled_parts_off())  # a part that is compiled in the meantime would keep the hook
             stack.callback(register_module_forward_pre_hook(guard.before).remove)
         yield guard
 
@@ -194,7 +194,7 @@ class Guard:
 
     Attributes:
         held: the modules whose buffers are copies; None for those that have none.
-        called: modules that this thread has called: those behind a function may show themselves no earlier.
+        called: modules that this thread has called; modules behind a function may be found only then.
     """
 
     def __init__(self) -> None:
@@ -216,11 +216,11 @@ class Guard:
                 self.held[module] = None
                 if len(module._buffers):
                     held = self.held[module] = _SHARED.enter(module, partial(_Buffers, module, self._copies))
-                    if held.copies is not self._copies:  # an outer call of this thread's has had a pass
+                    if held.copies is not self._copies:  # an outer call of this thread has run a pass
                         self._copy(module, held)
 
     def begin(self) -> None:
-        """Before each pass: what the pass before has made of the buffers is not seen by this one."""
+        """Called before each pass: undoes what the pass before has changed in the buffers."""
         if not self._is_new:
             self._copies.clear()
             for module, held in self.held.items():
@@ -240,11 +240,11 @@ class Guard:
 
 class _Buffers:
     """
-    A module's buffers, as they are before and after. Where a pass replaces one, as caches are that grow, what the
-    module notes beside it goes back with it.
+    A module's buffers, restored after a pass. If a pass replaces a buffer, as a cache that grows does, what the module
+    notes beside it is restored, too.
 
     Attributes:
-        copies: in use, by the id of their originals, which modules may share.
+        copies: the copies in use, by the ids of their originals, which modules may share.
     """
 
     def __init__(self, module: nn.Module, copies: dict[int, Tensor]) -> None:
@@ -285,8 +285,8 @@ class _Buffers:
 @contextmanager
 def attributes_restored(forward_func: Callable[..., Any]) -> Iterator[None]:
     """
-    Attributes that other code leaves on a model's modules, or takes from them, are put right;
-    after a failure, so are the hooks that it left.
+    Restores attributes that other code sets on a model's modules, or removes from them. After a failure, it also
+    removes the hooks that this code left.
     """
     modules = {m for root in roots_of(forward_func) for m in root.modules()}
     saved = [(m, dict(vars(m)), {n: set(v) for n, v in vars(m).items() if n.endswith("_hooks")}) for m in modules]
@@ -313,13 +313,13 @@ def _is_ours(hook: Any) -> bool:
 
 
 def has_batch_statistics(forward_func: Callable[..., Any], called: Collection[nn.Module] = ()) -> bool:
-    """Whether the examples of a batch are not independent: some batch norm takes its statistics from them."""
+    """Whether the examples of a batch depend on each other: some batch norm takes its statistics from them."""
     norms = filter(_is_batch_norm, _modules_of(forward_func, called))
     return any(m.training or m.running_mean is None for m in norms)
 
 
 def warnings_of_training(forward_func: Callable[..., Any], called: Collection[nn.Module]) -> list[str]:
-    """What the user is told of a model in training mode; ``called`` has the modules behind a function."""
+    """The warnings about a model in training mode; ``called`` has the modules behind a function."""
     training = [m for m in _modules_of(forward_func, called) if getattr(m, "training", False)]  # frozen TorchScript
     causes = {
         "batch norm: each map depends on the other inputs of the batch": any(map(_is_batch_norm, training)),

@@ -1,4 +1,4 @@
-"""How a forward pass is run, from the cheapest way that an encoder allows to the safest."""
+"""Ways to run a forward pass, from the cheapest to the safest; the first that an encoder allows is taken."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ class NotInOneBatchError(Exception):
 class Way:
     """
     Attributes:
-        constants: weights are constants, so that nothing is kept which only their gradients would need.
+        constants: weights are constants, so that torch keeps nothing that only their gradients would need.
         one_batch: what comes after a layer takes all points of a path in one batch, instead of a pass for each.
     """
 

@@ -1,4 +1,4 @@
-"""A page that shows which places of two images match, in one file."""
+"""A page, in one file, that shows which places of two images match."""
 
 import html
 import json
@@ -47,8 +47,9 @@ _FULL = 0.999  # the quantile of a mode's entries at which their colour is full
 
 class PairExplorer:
     """
-    A page made by :func:`~captum_fam.explore_pair`. A notebook shows it; :meth:`save` writes it as one file, which
-    needs no server, no network and no other file.
+    Which places of two images match? A page where you point at a place to see, made by
+    :func:`~captum_fam.explore_pair`. A notebook shows it; :meth:`save` writes it as one file, which needs no server, no
+    network and no other file.
 
     Examples::
 
@@ -62,9 +63,9 @@ class PairExplorer:
 
     @property
     def html(self) -> str:
-        """The whole page."""
+        """The whole page, as text (str)."""
         page, *parts = ((files(__package__) / name).read_text(encoding="utf-8") for name in ("page.html", *_INSERTED))
-        # Text of others is in the data alone, where no < can end it. Names of files may be no text: escaped.
+        # Text of others is only in the data, where no < can end it. Names of files that are no text are escaped.
         data = json.dumps(self._data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         for name, content in zip([*_INSERTED, "data"], [*parts, data]):
             page = page.replace(f"/* {name} */", content, 1)
@@ -72,10 +73,10 @@ class PairExplorer:
 
     def save(self, path: str | PathLike[str]) -> None:
         """
-        Writes the page.
+        Writes the page to a file, whole or not at all.
 
         Args:
-            path (str or PathLike): File to write, as ``pair.html``; the whole of it or nothing is written.
+            path (str or PathLike): File to write, such as ``pair.html``.
 
         Raises:
             ValueError: the file cannot be written.
@@ -84,7 +85,7 @@ class PairExplorer:
 
     def _repr_html_(self) -> str:
         page = html.escape(self.html)
-        # A frame of its own: the styles of the notebook and of the page do not meet.
+        # In a frame of its own, so that the styles of the notebook and of the page do not mix.
         return (
             f'<iframe srcdoc="{page}" title="Pair explorer" sandbox="allow-scripts" width="100%" height="{_HEIGHT}"'
             ' style="border: 0"></iframe>'
@@ -106,35 +107,35 @@ def explore_pair(
     std: Sequence[float] | None = None,
 ) -> PairExplorer:
     r"""
-    Makes a page on which one points at a place of an image and sees what it matches in the other.
+    What does this place of an image match in the other? Makes a page where you point at a place to see.
 
-    The page has two modes. *Explains the score* shows the pairs of places that the score is made of, as
-    :meth:`SimilarityDecomposition.attribute_matrix` gives them: a row of the matrix adds up to what its place
-    contributes, all rows to the score, and the page prints the sums and what is missing. *Looks alike* shows the
-    cosines of :meth:`CorrespondenceMap.attribute_matrix`, of which the score is not made. Beside these it has whole
-    maps of both images, the scores of all references, and a control to compare with. With a
-    :class:`~captum_fam.SharedParts`, a third mode, *shared parts*, shows both images in the colours of their parts,
-    as :func:`~captum_fam.visualize_parts` does, and what each part adds to the score.
+    The page has two modes. *Explains the score* shows the pairs of places that make the score, from
+    :meth:`SimilarityDecomposition.attribute_matrix`: a row of the matrix adds up to what its place contributes, and all
+    rows to the score. The page prints the sums and what is missing. *Looks alike* shows the cosines of
+    :meth:`CorrespondenceMap.attribute_matrix`, which do not make the score. The page also has whole maps of both
+    images, the scores of all references, and a control to compare with. With :class:`~captum_fam.SharedParts` it has a
+    third mode, *shared parts*: both images in the colours of their parts, as :func:`~captum_fam.visualize_parts` draws
+    them, and what each part adds to the score.
 
     Args:
         query (Tensor): One image (1, C, H, W), ready for the encoder. With matrices, any picture, as in
                     :func:`~captum_fam.visualize_pair`.
-        reference (Tensor): K images of one size (K, C, H', W'), of one of which the page shows the matches at a
-                    time. With matrices, any K pictures.
-        method (a method, a list of them, Tensor, array or dict): A :class:`~captum_fam.SimilarityDecomposition` or
-                    :class:`~captum_fam.IntegratedDecomposition` for the first mode, a
-                    :class:`~captum_fam.CorrespondenceMap` for the second, a
-                    :class:`~captum_fam.FeatureActivationMap` for its map, a :class:`~captum_fam.SharedParts` for
-                    the third mode, or a list of them. The others, but for shared parts, are made, with the same
-                    encoder and layer. With ``n_steps``, the parts add up to the score for every encoder.
+        reference (Tensor): K images of one size (K, C, H', W'). The page shows the matches of one at a time. With
+                    matrices, any K pictures.
+        method (a method, a list of them, Tensor, array or dict): A method or a list of methods: a
+                    :class:`~captum_fam.SimilarityDecomposition` or :class:`~captum_fam.IntegratedDecomposition` for the
+                    first mode, a :class:`~captum_fam.CorrespondenceMap` for the second, a
+                    :class:`~captum_fam.SharedParts` for the third, a :class:`~captum_fam.FeatureActivationMap` for its
+                    map. Those that you leave out are made with the same encoder and layer, except shared parts. With
+                    ``n_steps``, the parts of the score add up to it for every encoder.
 
-                    Or matrices that are computed already, (K, N, N') of square grids or (K, h, w, h', w'), or a
-                    dict of such matrices by the names of their modes.
-        control (Tensor, optional): One image (1, C, H', W') that has nothing to do with the query. An explanation
-                    that is as strong for it does not explain the match.
+                    Or your own matrices, (K, N, N') of square grids or (K, h, w, h', w'), or a dict of such matrices by
+                    the names of their modes.
+        control (Tensor, optional): One image (1, C, H', W') that has nothing to do with the query. If an explanation is
+                    as strong for it, it does not explain the match.
                     Default: None
-        photos (list of pictures, optional): What is shown of the query, the references and the control, in this
-                    order; each shows all of what the encoder was given, in any size.
+        photos (list of pictures, optional): The pictures to show of the query, the references and the control, in this
+                    order, in any size. Each must show exactly what the encoder was given.
                     Default: None, the images themselves
         titles (list of str, optional): Names of the query, the references and the control, in this order.
                     Default: None
@@ -181,7 +182,8 @@ def explore_groups(
 ) -> PairExplorer:
     """
     The page of a query and of references that are groups of the images (N, C, H, W), each with the mean of their
-    embeddings; without ``groups``, of every image. ``scores`` are what somebody has said that they are.
+    embeddings; without ``groups``, each image is a reference. ``scores`` are the references' scores, as the caller has
+    them.
     """
     given = _images(query, images, control)
     if groups is None:
@@ -201,7 +203,7 @@ def explore_groups(
 def _drawn(
     images: list[Any], photos: Pictures | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> list[Image.Image]:
-    """What is shown of images: themselves, or a photo of each."""
+    """The pictures to show: the images themselves, or a photo of each."""
     shown = images if photos is None else _listed(photos)
     if len(shown) != len(images):
         raise ValueError(f"Expected `photos` to be {len(images)} pictures, one for each image, but got {len(shown)}.")
@@ -209,7 +211,7 @@ def _drawn(
 
 
 def _side_by_side(images: list[Image.Image]) -> Image.Image:
-    """As their places are in the matrix, in one size."""
+    """Images side by side, in one size, as their places are in the matrix."""
     if len(images) == 1:
         return images[0]
     width, height = (max(sizes) for sizes in zip(*(image.size for image in images)))
@@ -229,7 +231,7 @@ def _explorer(
         many = len(found) - control > 1
         titles = ["query", *(f"reference {k + 1}" if many else "reference" for k in range(len(found) - control))]
         titles += ["control"] * control
-    judged = found[: len(found) - control]  # scales are theirs, and the control is seen on them
+    judged = found[: len(found) - control]  # these set the scales, and the control is drawn on them
     scales: dict[str, Any] = {name: _scale(name, [one.modes[name].values for one in judged]) for name in found[0].modes}
     if found[0].parts is not None:
         scales[SHARED] = {"colours": _colours(found[0].parts.maps.shape[1])}
@@ -238,7 +240,7 @@ def _explorer(
         {
             "similarity": similarity,
             "query": _pictured(titles[0], shown[0]),
-            "names": list(scales),  # of modes in their order; JavaScript puts numbers first
+            "names": list(scales),  # the modes in their order; JavaScript would put numbers first
             "modes": scales,
             "maps": maps,
             "limits": {name: _limit(name, judged) for name in maps},
@@ -270,19 +272,19 @@ def _pictured(title: str, image: Image.Image) -> dict[str, Any]:
 
 
 def _scale(name: str, matrices: list[Tensor]) -> dict[str, float]:
-    """The number that is white, and how far from it colours are full, for all references but the control."""
+    """The value that is white, and how far from it colours are full, for all references except the control."""
     values = np.concatenate([m.flatten().numpy() for m in matrices])
     values = values[np.isfinite(values)]
     centre = float(values.mean()) if name == ALIKE and len(values) else 0.0  # all places look alike a little
-    away = np.abs(values - centre)  # of a matrix that is nearly all zero, the quantile is zero
+    away = np.abs(values - centre)  # if a matrix is nearly all zero, the quantile is zero
     limit = float(np.quantile(away, _FULL) or away.max()) if len(values) else 0.0
     return {"centre": centre, "limit": limit or 1.0}
 
 
 def _limit(name: str, found: list[Found]) -> float:
     """
-    The largest value of a map: all references are on one scale of colours. A difference of scores that is less than a
-    thousandth of them is nearly white: of an image with itself, it is rounding.
+    The largest value of a map: all references share one colour scale. A difference of scores below a thousandth of them
+    is nearly white: for an image with itself, it is rounding.
     """
     values = torch.cat([side.flatten() for one in found for side in one.maps[name] if side is not None])
     values = values[values.isfinite()]
@@ -292,7 +294,7 @@ def _limit(name: str, found: list[Found]) -> float:
 
 
 def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:
-    """A matrix, and what of it is said in numbers."""
+    """A matrix, and the numbers that the page prints about it."""
     known = mode.values[mode.values.isfinite()]
     sums = {"pairs": known.sum().item()}
     if name == ALIKE:
@@ -308,7 +310,7 @@ def _mode(name: str, mode: Mode, score: float | None) -> dict[str, Any]:
 
 
 def _parts(found: SharedPartsExplanation, score: float | None) -> dict[str, Any]:
-    """How strong the parts of a pair are, where 1 is the strongest place of both images, and their shares."""
+    """How strong the parts of a pair are, with 1 for the strongest place of both images, and their shares."""
     sides = [planes(maps, 1) for maps in (found.maps, found.reference_maps)]
     strengths = torch.cat([side.flatten(1) for side in sides], 1)
     shares = found.shares[0].double()

@@ -22,8 +22,8 @@ from captum_fam.methods.shared_parts import SharedParts, SharedPartsExplanation
 from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 from captum_fam.similarity import channel_contributions, nonzero, norm, widen
 
-# Where the user has named no decomposition: along this path, the parts add up to the score for every encoder, and those
-# of a spatial mean are what they are without it.
+# If the user has named no decomposition: along this path, the parts add up to the score for every encoder. It changes
+# nothing for a spatial mean.
 STEPS, BASELINE = 8, "zero"
 
 SCORE, ALIKE, SHARED = "score", "alike", "shared parts"  # modes with words of their own
@@ -35,8 +35,8 @@ Method = SimilarityDecomposition | CorrespondenceMap | FeatureActivationMap | Sh
 @dataclass
 class Mode:
     """
-    A matrix (h, w, h', w') of places, and what belongs to a score beside it: what places of the query, or of the
-    reference, contribute by themselves (h, w), (h', w'), and what no place does.
+    A matrix (h, w, h', w') of places, and the rest of the score: what places of the query (h, w), or of the reference
+    (h', w'), contribute by themselves, and what belongs to no place.
     """
 
     values: Tensor
@@ -48,8 +48,8 @@ class Mode:
 @dataclass
 class Found:
     """
-    Of one reference: its score, modes and maps by their names; maps are (h, w) of the query and the reference. With
-    the parts of this pair, there is one more mode.
+    The results for one reference: its score, and its modes and maps by name. Maps are (h, w), of the query and the
+    reference. The parts of the pair make one more mode.
     """
 
     score: float | None = None
@@ -60,8 +60,8 @@ class Found:
 
 def of_matrices(given: Any, shown: list[Image.Image]) -> list[Found]:
     """
-    What a user has computed of a query and K references that look so: matrices (K, h, w, h', w'), or several kinds of
-    them by name.
+    The results that a user has computed for a query and K references, shown as these pictures: matrices
+    (K, h, w, h', w'), or several kinds of them by name.
     """
     found = [Found() for _ in shown[1:]]
     by_name = given if isinstance(given, Mapping) else {"matches": given}
@@ -85,9 +85,10 @@ def of_methods(
     query: Tensor, images: Tensor, groups: list[list[int]], methods: list[Method], control: bool
 ) -> tuple[list[Found], str]:
     """
-    What the methods find of a query (1, C, H, W) and K references, of which the last may be the control; and the name
-    of the similarity. A reference is the mean embedding of a group of images, by their numbers among all (N, C, H, W),
-    whose places are side by side, in rows. What was not given is made for the same encoder and layer.
+    The results of the methods for a query (1, C, H, W) and K references, the last of which may be the control; and the
+    name of the similarity. A reference is the mean embedding of a group of images, given by their numbers among all
+    (N, C, H, W); their places are side by side, in rows. Methods that are not given are made for the same encoder and
+    layer.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The places of layer")  # the page says what is missing from the sum
@@ -98,16 +99,16 @@ def of_methods(
         scores = channel_contributions(z, p, similarity).sum(1)
         found = [Found(score.item()) for score in scores]
         with warnings.catch_warnings():
-            # These call the query a reference; the maps below say the same of the right side.
+            # These call the query a reference; the maps below give the same warning about the right side.
             warnings.filterwarnings("ignore", "Embeddings are zero or not finite")
-            if parts is not None:  # explore_pair alone takes it: a group is one image
+            if parts is not None:  # only explore_pair passes it, and then each group is one image
                 for one, image in zip(found, images):
                     one.parts = parts.explain(query, image[None])
             _decompose(decomposition, query, images, groups, (z, s, p), found)
         _compare(correspondence, query, images, groups, found)
         K = len(groups) - control
         for name, method, contrast in ((OWN, match, "self"), (COMMON, fam, None)):
-            if contrast is None or similarity != "euclidean":  # by which nothing is particular to a match
+            if contrast is None or similarity != "euclidean":  # a distance has no "self"
                 here = method.attribute_all(query, reference_embedding=p, contrast=contrast)
                 there = _of_groups(method, images, groups, p, z, contrast)
                 for one, plane, group in zip(found, planes(here, 1), groups):
@@ -125,8 +126,8 @@ def _all_of(
     SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap, SimilarityDecomposition, SharedParts | None
 ]:
     """
-    The two methods that give matrices, FAM, the decomposition of the first order, for maps, and that of shared parts,
-    if it was given.
+    The two methods that give matrices; FAM and the decomposition of the first order, for maps; and shared parts, if
+    given.
     """
     types = SimilarityDecomposition, CorrespondenceMap, FeatureActivationMap, SharedParts
     given: dict[type, list[Any]] = {type_: [m for m in methods if isinstance(m, type_)] for type_ in types}
@@ -165,14 +166,14 @@ def _all_of(
     (correspondence,) = given[CorrespondenceMap] or [CorrespondenceMap(*args, **options)]
     fam = FeatureActivationMap(*args, similarity=similarity, **options)
     for own in given[FeatureActivationMap]:
-        fam = copy(own)  # that of a SimilarityScore has references of its own
+        fam = copy(own)  # one of a SimilarityScore would have references of its own
         fam.forward_func, fam.similarity, fam.output_selector = args[0], similarity, options["output_selector"]
     first_order = SimilarityDecomposition(*args, similarity=similarity, **options)
     return decomposition, correspondence, fam, first_order, next(iter(given[SharedParts]), None)
 
 
 def _last(method: Method, query: Tensor) -> Any:
-    """The layer that other methods explain, where this one looks for its own."""
+    """The layer for the other methods, if this one finds its own."""
     name = last_map(method._encoder(), (query,), None, method._selector())
     model: Any = method._behind()
     return model.get_submodule(name)
@@ -187,8 +188,8 @@ def _decompose(
     found: list[Found],
 ) -> None:
     """
-    The parts of each score, by pairs of places. The product with a mean is the mean of the products, so the images of
-    a group share its score; the cosine of an image is of its own length, where that of the group has the mean's.
+    Splits each score over pairs of places. The product with a mean is the mean of the products, so the images of a
+    group share its score. The cosine of an image has its own length; that of the group has the mean's.
     """
     z, s, p = (of.cpu().double() for of in embeddings)
     similarity = method._similarity()
@@ -230,10 +231,10 @@ def _decompose(
 def _compare(
     method: CorrespondenceMap, query: Tensor, images: Tensor, groups: list[list[int]], found: list[Found]
 ) -> None:
-    """Which places look alike; the best match of a group is that of one of its images."""
+    """Finds which places look alike; the best match of a group is the best of its images."""
 
     def best(maps: Any) -> Tensor:
-        """Of matches (n, N, h, w) with each image, those with each group (n, K, h, w)."""
+        """The best matches with each group (n, K, h, w), from those with each image (n, N, h, w)."""
         return torch.stack([maps[:, group].amax(1) for group in groups], 1).cpu().double()
 
     there = planes(method.attribute(images, reference=query))
@@ -253,7 +254,7 @@ def _compare(
 def _of_groups(
     method: DimensionAttribution, images: Tensor, groups: list[list[int]], p: Tensor, z: Tensor, contrast: Any
 ) -> Tensor:
-    """The maps (N, h, w) of the images, for the query, with the weights of the mean embeddings of their groups."""
+    """The maps (N, h, w) of the images for the query, with the weights of the mean embedding of their group."""
     t = Question(z, torch.zeros(1, 1, dtype=torch.long), contrast).terms(p, method)
     f = method.weights(p[:, None], t, contrast is None)
     owners = torch.empty(len(images), dtype=torch.long)
@@ -265,12 +266,12 @@ def _of_groups(
 
 
 def _side_by_side(parts: Tensor, group: list[int]) -> Tensor:
-    """Of parts (N, ..., h, w) of the images, those of a group as of one large image."""
+    """The parts of a group's images, as of one large image, from those of all images (N, ..., h, w)."""
     return torch.cat([torch.cat([*row], -1) for row in parts[group].split(columns(len(group)))], -2)
 
 
 def columns(count: int) -> int:
-    """How many images of a group are in a row: so many that no row is shorter, and no fewer than there are rows."""
+    """How many images of a group stand in a row: all rows are equally long, and there are no more rows than columns."""
     return next(n for n in range(1, count + 1) if count % n == 0 and n * n >= count)
 
 

@@ -1,4 +1,4 @@
-"""What a page holds: matrices and pictures as text, in no more room than they need."""
+"""The contents of a page: matrices and pictures as text, in little room."""
 
 import base64
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 
 def picture(image: Image.Image) -> str:
-    """An RGB image as the address of a JPEG that is in the address itself."""
+    """An RGB image as the data address of a JPEG, which holds the whole picture."""
     scale = min(1, SIDE / sqrt(image.width * image.height))
     drawn = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     content = BytesIO()
@@ -36,8 +36,9 @@ def picture(image: Image.Image) -> str:
 
 def digits(values: Array) -> tuple[dict[str, Any], Array]:
     """
-    Numbers as text, and what a page reads there. Each is a level of one or two digits of base 64, whose square is the
-    share of the largest number: so small ones, of which many make a sum, keep more of theirs. The last is no number.
+    Numbers as text, and the values that a page reads there. Each is a level of one or two digits of base 64; the square
+    of the level is the share of the largest number. So small numbers, many of which make a sum, are kept more exactly.
+    The last level stands for a value that is not finite.
     """
     count = 1 if values.size > SHORT else 2
     top = (64**count - 2) // 2
@@ -54,8 +55,8 @@ def digits(values: Array) -> tuple[dict[str, Any], Array]:
 
 def matrix(values: Tensor) -> dict[str, Any]:
     """
-    A matrix (h, w, h', w') with what a page says of it: the largest entry of each row and column and where it is,
-    and the strongest matches, all found before anything is lost.
+    A matrix (h, w, h', w') with what a page says about it: the largest entry of each row and column and where it is,
+    and the strongest matches. All these are found before rounding.
     """
     h, w, h2, w2 = values.shape
     entries = values.reshape(h * w, h2 * w2).numpy()
@@ -86,7 +87,7 @@ def numbers(values: Tensor) -> list[float | None]:
 
 
 def _smallest(entries: Array, largest: float) -> tuple[dict[str, Any], Array]:
-    """The whole matrix, or two factors (N, r) and (N', r), and what is read there."""
+    """The whole matrix, or two factors (N, r) and (N', r), and the values that a page reads there."""
     if entries.size > WHOLE and np.isfinite(entries).all():
         for rank in (r for r in RANKS if 2 * r * sum(entries.shape) < entries.size):
             (left, here), (right, there) = map(digits, _factors(entries, rank))

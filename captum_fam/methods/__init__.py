@@ -1,4 +1,4 @@
-# What compare_attributions compares where no method is named.
+# The methods that compare_attributions compares by default.
 DEFAULT = (
     "FeatureActivationMap",
     "SimilarityDecomposition",

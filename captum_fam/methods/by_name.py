@@ -1,4 +1,4 @@
-"""The methods that explain similarities, by class or name, and what each of them finds of any references."""
+"""The methods that explain similarities, by class or by name, and their maps for any references."""
 
 import inspect
 from collections.abc import Callable
@@ -48,10 +48,11 @@ OF_SIMILARITIES: dict[str, type[SimilarityAttribution]] = {
 
 def method_named(method: Any, function: str) -> type[SimilarityAttribution]:
     """
-    The class of a method that explains similarities, by itself or its name, for the function that was called.
+    The class of a method that explains similarities, from the class or its name. ``function`` is the one that the user
+    called, for messages.
 
     Raises:
-        ValueError: it is no such method; the message says which are.
+        ValueError: there is no such method; the message lists those that there are.
     """
     if isinstance(method, str) and method in OF_SIMILARITIES:
         return OF_SIMILARITIES[method]
@@ -83,12 +84,12 @@ def make_method(
     **options: Any,
 ) -> SimilarityAttribution:
     """
-    A method for an encoder, with further options of its own. ``layer`` is left out where the method takes none, and may
-    be None where it finds one.
+    Makes a method for an encoder, with further options of its own. ``layer`` is not used where the method takes none,
+    and may be None where the method finds one.
 
     Raises:
-        TypeError: it has no such option; the message names the function that was called.
-        ValueError: it is no method of similarities, or an argument is not as its class describes.
+        TypeError: the method has no such option; the message names the function that was called.
+        ValueError: there is no such method, or an argument is not as its class describes.
     """
     kind = method_named(method, function)
     parameters = inspect.signature(kind).parameters
@@ -104,7 +105,7 @@ def make_method(
     if "similarity" in parameters or takes_any:
         return kind(forward_func, *where, similarity=similarity, **options)
     made = kind(forward_func, *where, **options)
-    if similarity is not None:  # for the scores, of which such a map is not made
+    if similarity is not None:  # only for the scores: the map is not made of them
         check_similarity(similarity)
         made.similarity = similarity
     return made
@@ -121,11 +122,11 @@ def explain_references(
     sides: tuple[str, str] = SIDES,
 ) -> Explained:
     """
-    What a method finds of inputs and their references, as LayerExplanation.explain does; ``images`` are the references
-    themselves, for a method that compares places.
+    What a method finds for inputs and their references, as LayerExplanation.explain returns it. ``images`` are the
+    references themselves, for a method that compares places.
 
     Raises:
-        ValueError: it compares places, and there are no images; or it has no map of one layer.
+        ValueError: the method compares places, and there are no images; or it has no map of one layer.
     """
     check_internal_batch_size(internal_batch_size)
 

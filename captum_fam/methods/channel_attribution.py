@@ -18,7 +18,7 @@ class ChannelAttribution(LayerSimilarityAttribution):
     @abstractmethod
     def alpha(self, pairs: Pairs) -> list[Tensor]:
         """
-        alpha (B, P, C) for each of the recorded activations. What it is for pairs that are not valid does not matter.
+        alpha (B, P, C) for each of the recorded activations. Values for pairs that are not valid are ignored.
         """
 
     def _maps(self, pairs: Pairs, aligned: list[bool], plain: bool, summed: bool) -> list[Tensor]:

@@ -20,21 +20,20 @@ from captum_fam.methods.similarity_attribution import Inputs, uncompiled
 
 class ClassActivationMap(ChannelAttribution):
     r"""
-    Which places of an image speak for a class of a classifier: Class Activation Map (CAM; Zhou,
-    Khosla, Lapedriza, Oliva, Torralba, https://arxiv.org/abs/1512.04150, equation 2), where the
-    logits are a linear layer of the spatial mean of the activations A:
+    Which places of an image speak for a class of a classifier? Class Activation Map (CAM; Zhou, Khosla, Lapedriza,
+    Oliva, Torralba, https://arxiv.org/abs/1512.04150, equation 2), for classifiers whose logits are a linear layer of
+    the spatial mean of the activations A:
 
     .. math:: M = \sum_k W_{tk} A_k
 
-    with the linear layer's weight W, and t the ``target``, a class. The mean of the map is the
-    logit less its bias, also where the linear layer takes a positive multiple of the mean, such
-    as an L2-normalised one. Where the classifier has this form, LayerGradCam gives M / (h·w);
-    where it has not, this method says so and LayerGradCam is the one to use. An encoder
-    without a classifier has no W: :class:`~captum_fam.SimilarityDecomposition` puts the
+    with the linear layer's weight W and the class t, the ``target``. The mean of the map is the logit less its bias.
+    This also holds where the linear layer takes a positive multiple of the mean, such as an L2-normalised one. For
+    these classifiers, LayerGradCam gives M / (h·w). For any other classifier this method raises an error: use
+    LayerGradCam there. An encoder without a classifier has no W; :class:`~captum_fam.SimilarityDecomposition` puts the
     reference in its place.
 
-    ``attribute`` takes no references: these are the rows of W. ``contrast`` is a class too,
-    or ``"rest"``. ``embed`` gives what the linear layer takes.
+    ``attribute`` takes no references: they are the rows of W. ``contrast`` is a class, too, or ``"rest"``. ``embed``
+    returns what the linear layer takes.
 
     Args:
         forward_func (Callable or torch.nn.Module): The classifier.
@@ -123,7 +122,7 @@ class ClassActivationMap(ChannelAttribution):
 
 
 class InputOf(nn.Module):
-    """What a module of a model takes, as the model's output; in doubt, the model's own must be the module's."""
+    """Returns what one module of a model takes. If the module was only guessed, its output must be the model's."""
 
     def __init__(self, module: nn.Module, model: Callable[..., Any], in_doubt: bool) -> None:
         super().__init__()

@@ -20,9 +20,9 @@ from captum_fam.methods.layer_explanation import masked
 from captum_fam.methods.similarity_attribution import Inputs
 from captum_fam.similarity import norm, widen
 
-# How far the places may miss the similarity, as a share of what its dimensions contribute, before a reader must know.
+# How much of the similarity the places may miss without a warning, as a share of what its dimensions contribute.
 _TOLERANCE = 0.05
-# How far the length of embeddings may be from one that were normalised.
+# How far the lengths of normalised embeddings may be from one.
 _UNIT = 1e-3
 
 
@@ -32,7 +32,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
     its :meth:`terms`, f(z, s).
     """
 
-    _adds_up = True  # whether the mean of a map is to be the score of its terms
+    _adds_up = True  # whether the mean of a map should be the score of its terms
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class DimensionAttribution(LayerSimilarityAttribution):
         recording = pairs.recording
         f = self.weights(pairs.z[:, None], pairs.t, plain and pairs.question.less is None)
         if not all(aligned):
-            f = masked(f, f.isfinite().all(2))  # what is not finite is no question to the encoder
+            f = masked(f, f.isfinite().all(2))  # values that are not finite are not passed to the encoder
         multiples = recording.once("multiples", lambda: self._multiples(recording, aligned))
         if summed:
             maps = place_maps(recording, f, multiples, pairs.n_references)
@@ -252,7 +252,7 @@ def check_normalised(pairs: Pairs, layer: str) -> None:
     rounding = 64 * torch.finfo(pairs.recording.embedding.dtype).eps
     if pairs.valid.any() and ((norm(pairs.z) - 1).abs() < min(_UNIT, rounding)).all():
         pairs.recording.report.warnings.append(
-            f"The encoder ends in a normalisation, whose gradient takes from the places of layer {layer} what they add"
-            " to the length of the embedding: most of what makes it similar. Leave the normalisation out, and compare"
-            ' by similarity="cosine": the score is the same.'
+            f"The encoder ends in a normalisation. Its gradient takes from the places of layer {layer} what they add"
+            " to the length of the embedding, which is most of what makes it similar. Leave the normalisation out, and"
+            ' compare by similarity="cosine": the score is the same.'
         )

@@ -19,10 +19,10 @@ def check_n_parts(n_parts: object) -> None:
 
 def parts_of(n_parts: int | None, places: int, channels: int) -> int:
     """
-    How many parts so many places are factorised into.
+    Into how many parts activations of this many places and channels are factorised.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: ``n_parts`` is more than the places or channels allow.
     """
     most = min(places, channels)
     if n_parts is None:
@@ -37,12 +37,12 @@ def parts_of(n_parts: int | None, places: int, channels: int) -> int:
 
 def factorised(A: Tensor, n_parts: int) -> Tensor:
     """
-    How much each of n parts has of each of N places, W (N, n) in float64: with the activations A (N, C), less each
-    channel's minimum where that is negative,
+    How strong each of n parts is at each of N places: W (N, n) in float64. The activations A (N, C), less each
+    channel's minimum where that is negative, are
 
         A - min(A, 0) = W H + what is left        W, H >= 0, the rows of H (n, C) of length one
 
-    It is deterministic: it starts from singular vectors (nndsvda), and stops after MOST_STEPS at the latest.
+    It is deterministic: it starts from singular vectors (nndsvda) and takes at most MOST_STEPS steps.
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -54,7 +54,7 @@ def factorised(A: Tensor, n_parts: int) -> Tensor:
         return V.new_zeros(len(V), n_parts)
     model = _nmf()(n_parts, init="nndsvda", max_iter=MOST_STEPS, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it might go on: what is done with it holds for any W
+        warnings.simplefilter("ignore")  # it warns that it could go on; any W is good enough here
         W: Tensor = torch.from_numpy(model.fit_transform((V / size).numpy()))
     return W.mul_(torch.from_numpy(model.components_).norm(dim=1) * size)
 

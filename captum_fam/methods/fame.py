@@ -27,39 +27,40 @@ from captum_fam.methods.similarity_attribution import Inputs, Selector, Similari
 from captum_fam.similarity import Similarity, exact, widen
 
 _LUMA = (0.2989, 0.587, 0.114)
-# The blur of an image whose shorter side has so many pixels; its kernel reaches so far to each side.
+# The blur, in pixels: the shorter side that it is for, its sigma, and how far the kernel reaches to each side.
 _SIDE, _SIGMA, _REACH = 224, 7.7, 24
 
 
 class Fame(SimilarityAttribution, PerturbationAttribution):
     r"""
-    Which pixels would have to change to change the similarity: FAME (Zhang, Günther, "Feature
+    Which pixels would have to change to change the similarity? FAME (Zhang, Günther, "Feature
     Activation Map Explanation on Image Classification and Face Recognition",
-    https://arxiv.org/abs/2605.12017). It repeats a step of LOTS (Rozsa, Günther, Boult, "LOTS
-    about attacking deep features", IJCB 2017), and shows how far each pixel has come after n steps,
+    https://arxiv.org/abs/2605.12017) shows them. It repeats a step of LOTS (Rozsa, Günther, Boult,
+    "LOTS about attacking deep features", IJCB 2017), and shows how far each pixel has come after n
+    steps,
 
     .. math:: x_{t+1} = x_t - \frac{1}{255} \frac{g_t}{\max |g_t|}, \quad
               M = \mathrm{blur} \, |\mathrm{grey}(x_n) - \mathrm{grey}(x_0)|
 
-    with g the gradient of a loss by the pixels x, in [0, 1]; the reference is held constant. The
-    *similar* map lowers the score: it shows what must change for the match to be lost, which is
-    what speaks for it. The *dissimilar* map raises the score (it lowers the complement): it shows
-    what keeps the two apart. :meth:`attribute` gives the first, :meth:`attribute_both` gives both.
+    with the pixels x in [0, 1] and g the gradient of a loss by x. The reference is held constant.
+    The *similar* map lowers the score: it shows which pixels must change for the match to be lost,
+    which is what speaks for it. The *dissimilar* map raises the score (it lowers the complement):
+    it shows what keeps the two apart. :meth:`attribute` returns the first, :meth:`attribute_both`
+    both.
 
     Grey is luma (0.2989, 0.587, 0.114) of three channels, and the mean of any other number. The
-    blur is a Gaussian with sigma 7.7 and a kernel of 49 at 224 pixels of the shorter side, in
-    proportion elsewhere, with mirrored borders. Values are changes in parts of the pixel range:
-    0 where nothing changed, at most ``n_steps`` / 255. Pixels may leave their range.
+    blur is a Gaussian with sigma 7.7 and a kernel of 49 where the shorter side has 224 pixels, in
+    proportion elsewhere, with mirrored borders. The unit of a map is the pixel range: 0 where
+    nothing changed, at most ``n_steps`` / 255. Pixels may leave their range.
 
-    Steps, sign of the losses, grey and blur are those of the authors' code, which takes 500 steps
-    and says that maps are stable from 75 to 200. It also stretches each map to [0, 1], which is
-    left to the figure. For classifiers it takes the step in units of the normalised input, as here
-    without ``std``; with ``std``, the step is one in pixels, which is ours. ``signed`` and
-    ``contrast`` are ours, too. We have not repeated the paper's measurements; by their own README,
-    the authors' code has not, either.
+    The steps, the signs of the losses, grey and blur are those of the authors' code. It takes 500
+    steps, and says that maps are stable from 75 to 200. It also stretches each map to [0, 1]; here
+    the figure does that. For classifiers, it steps in units of the normalised input, as here
+    without ``std``. Steps in pixels, ``signed`` and ``contrast`` are ours. We have not repeated the
+    paper's measurements; their README says that their code has not, either.
 
-    Each map takes ``n_steps`` forward and backward passes for each input and reference, and no random
-    numbers. To explain the logit of a classifier, pass
+    Each map takes ``n_steps`` forward and backward passes for each input and reference. Nothing is
+    random. To explain the logit of a classifier, pass
     ``SimilarityScore(model, torch.eye(n), "dot")``.
 
     Args:
@@ -70,9 +71,9 @@ class Fame(SimilarityAttribution, PerturbationAttribution):
                     Default: None
         n_steps (int): Number of steps n.
                     Default: 100
-        std (float or sequence of float): What the inputs are divided by, so that pixels are in [0, 1]
-                    before that: the standard deviation of their normalisation, one for all
-                    channels or one for each; 1 / 255 for inputs from 0 to 255.
+        std (float or sequence of float): What the inputs were divided by when they were normalised:
+                    the standard deviation, one for all channels or one for each. For inputs from 0
+                    to 255, pass 1 / 255.
                     Default: 1.0
         signed (bool): :meth:`attribute` gives the similar map less the dissimilar one, for twice
                     the passes.
@@ -126,19 +127,19 @@ class Fame(SimilarityAttribution, PerturbationAttribution):
         internal_batch_size: int | None = None,
     ) -> Tensor:
         r"""
-        Explains each input's similarity to one reference.
+        Which pixels speak for each input's similarity to one reference?
 
         Args:
             inputs (Tensor): Images to explain, (B, C, \*spatial), floating point.
             target, additional_forward_args, reference, reference_embedding, internal_batch_size: As in
                         :meth:`FeatureActivationMap.attribute`.
-            contrast (int, list, Tensor or str, optional): Number of a reference whose map is taken
-                        away, or ``"rest"`` for the mean of those of all others.
+            contrast (int, list, Tensor or str, optional): Number of a reference whose map is
+                        subtracted, or ``"rest"`` for the mean of the maps of all others.
                         Default: None
 
         Returns:
             *Tensor* of **attributions**: maps (B, 1, \*spatial) at the size of the inputs and in
-            their dtype; not negative, without ``contrast`` and ``signed``.
+            their dtype; not negative unless ``contrast`` or ``signed`` is given.
 
         Raises:
             TypeError, ValueError: an argument is not as described above; the message names it.
@@ -160,7 +161,7 @@ class Fame(SimilarityAttribution, PerturbationAttribution):
         internal_batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         r"""
-        What speaks for each input's similarity to one reference, and what speaks against it.
+        Which pixels speak for each input's similarity to one reference, and which against it?
 
         Args:
             inputs, target, additional_forward_args, reference, reference_embedding, contrast: As in
@@ -209,7 +210,7 @@ class Fame(SimilarityAttribution, PerturbationAttribution):
     def _asked(
         self, signs: Sequence[int], inputs: Inputs, additional_forward_args: Any, most: int | None, **asked: Any
     ) -> list[Tensor]:
-        """What attribute returns, for the loss with each of the signs."""
+        """What attribute returns, once for each sign of the loss."""
         tensors = format_inputs("inputs", inputs)
         check_internal_batch_size(most)
         self._check(tensors)
@@ -248,7 +249,7 @@ class Fame(SimilarityAttribution, PerturbationAttribution):
         report: Report,
         sides: tuple[str, str] = SIDES,
     ) -> list[Tensor]:
-        """Maps (B, P, *spatial) for each of the signs, less those of the references that are taken away."""
+        """Maps (B, P, *spatial) for each of the signs, less those of the contrast."""
         B, K, s = len(x), len(question.s), question.s.to(x.device)
         own, rows = question.own.to(x.device).expand(B, -1), torch.arange(B, device=x.device)[:, None]
         is_rest = isinstance(question.less, str)
@@ -288,7 +289,7 @@ class Fame(SimilarityAttribution, PerturbationAttribution):
 
 
 def _maps_of(descent: Descent, sign: int, numbers: Tensor, x: Tensor, most: int | None) -> Tensor:
-    """Maps (B, P, *spatial) for the references with these numbers (B, P), of at most so many at once."""
+    """Maps (B, P, *spatial) for the references with these numbers (B, P), of ``most`` pairs at a time."""
     B, P = numbers.shape
     maps = torch.zeros(B * P, *x.shape[2:], dtype=widen(x).dtype, device=x.device)
     for pairs in torch.arange(B * P, device=x.device).split(most or max(1, B)) if B else ():
@@ -298,7 +299,7 @@ def _maps_of(descent: Descent, sign: int, numbers: Tensor, x: Tensor, most: int 
 
 
 def _tell(descent: Descent, report: Report, sides: tuple[str, str], bad: Tensor, pairs: int) -> None:
-    """What is to be told of the inputs, of the references that are ``bad`` (K,), and of so many pairs."""
+    """Reports unusable inputs, the references that are ``bad`` (K,), and pairs without a gradient."""
     for side, unusable in zip(sides, (descent.unusable, bad)):
         if unusable.any():
             report.note_unusable(side, unusable)

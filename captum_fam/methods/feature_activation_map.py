@@ -16,47 +16,47 @@ from captum_fam.similarity import Normalize, Similarity, channel_contributions, 
 
 class FeatureActivationMap(DimensionAttribution):
     r"""
-    Feature Activation Map (FAM): which parts of an input make its embedding similar to a
-    reference's, for models that have no classifier (few-shot, contrastive, retrieval).
+    Which parts of an input make its embedding similar to a reference's? Feature Activation Map
+    (FAM), for models that have no classifier (few-shot, contrastive, retrieval).
 
-    Each dimension's contribution :math:`c_k` to the similarity of the embedding z and the
-    reference s (see :func:`~captum_fam.channel_contributions`) gives its weight :math:`w_k` (see
-    :func:`~captum_fam.contribution_weights`). Place i of the layer, of N, gives the embedding
-    :math:`v_i`, to first order. The map is
+    Each dimension of the embedding contributes :math:`c_k` to the similarity of the embedding z and
+    the reference s (see :func:`~captum_fam.channel_contributions`). Its weight :math:`w_k` is made
+    of that (see :func:`~captum_fam.contribution_weights`). Place i of the layer's N places gives
+    the embedding its part :math:`v_i`, to first order. The map is
 
     .. math:: M_i = N \, f \cdot v_i, \quad f = w \odot sign(z), \quad
               v_i = \sum_k A_{ki} \, \partial z / \partial A_{ki}
 
-    with the layer's activations A, and f held constant. There are two routes to it:
+    with the layer's activations A; f is held constant. There are two routes to it:
 
-    - *aligned*: :math:`M_i = \sum_k f_k A_{ki}`, where dimension k of z is channel k of A (z is a
-      positive multiple of the spatial mean of A, for every input). No gradient is taken. Where
-      z is not negative, this is the case of the paper, https://arxiv.org/abs/2307.05017.
+    - *aligned*: :math:`M_i = \sum_k f_k A_{ki}`, where dimension k of z is channel k of A (for
+      every input, z is a positive multiple of the spatial mean of A). It needs no gradient. Where z
+      is not negative, this is the case of the paper, https://arxiv.org/abs/2307.05017.
     - *jacobian*: the formula above, for every other encoder and layer. Where z is exactly the
-      spatial mean of A, it equals the aligned case.
+      spatial mean of A, both routes give the same map.
 
     The signs, the places and the contrasts are ours, not the paper's. :math:`c_k` says how much
-    dimension k contributes, :math:`sign(z_k)` which way it must go for it: so a change of the
-    signs of dimensions, which changes no score, changes no map. With ``contrast`` or
-    ``threshold``, the signed terms that add up to the difference take the place of w.
+    dimension k contributes, and :math:`sign(z_k)` in which direction. So flipping the sign of a
+    dimension of all embeddings, which changes no score, changes no map. ``contrast`` and
+    ``threshold`` replace w by the signed terms that add up to the difference.
 
-    With ``n_steps``, v is integrated along a path from a ``baseline`` of the layer, and adds up to
-    z - z(B) for every network; see :class:`~captum_fam.SimilarityDecomposition`, whose map this makes
-    the most faithful.
+    With ``n_steps``, v is integrated along a path from a ``baseline`` of the layer. The parts then
+    add up to z - z(B) for every network, with the embedding z(B) of the baseline. Use this with
+    :class:`~captum_fam.SimilarityDecomposition`, whose map it makes the most faithful.
 
-    FAM says what two images have in common in absolute terms and depends only weakly on the
-    reference; ``contrast`` says what decides. No ReLU is applied by default, because negative
-    values are evidence too where activations or weights are signed; pass
-    ``relu_attributions=True`` to drop them. Under ``"euclidean"``, dimensions near zero in
-    both images get weights near one, and the map drifts to the plain sum of activations.
+    FAM shows what two images have in common, and depends only weakly on the reference; ``contrast``
+    shows what decides between references. No ReLU is applied by default, because negative values
+    are evidence, too, where activations or weights are signed; pass ``relu_attributions=True`` to
+    drop them. Under ``"euclidean"``, dimensions near zero in both images get weights near one, and
+    the map approaches the plain sum of activations.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
                     (B, D), or a :class:`~captum_fam.SimilarityScore`, whose encoder,
                     references and similarity are used.
         layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
-                    (B, C, \*spatial) make the map; any number of spatial dimensions.
-                    A list of layers gives a list of results from one forward pass; with
+                    (B, C, \*spatial) make the map; any number of spatial dimensions. A list of
+                    layers gives a list of results, from one forward pass for all of them; with
                     ``n_steps``, from one for each.
         device_ids (list[int]): Device ID list, necessary only if forward_func applies a
                     DataParallel model, as for other Captum layer methods.
@@ -66,27 +66,28 @@ class FeatureActivationMap(DimensionAttribution):
                     Default: None, that of the SimilarityScore, else ``"cosine"``
         normalize (str, optional): ``"minmax"``, or None for signed weights w = c.
                     Default: ``"minmax"``
-        channel_weights (str): ``"auto"`` takes *aligned* where it holds for every input of
-                    the call (those with a zero embedding aside), else *jacobian*;
-                    ``"aligned"`` and ``"jacobian"`` force one.
+        channel_weights (str): The route. ``"auto"`` takes *aligned* where it holds for every input
+                    of the call (except zero embeddings), else *jacobian*; ``"aligned"`` and
+                    ``"jacobian"`` force one.
                     Default: ``"auto"``
-        n_steps (int, optional): Steps of the integral along the path from the baseline, nodes of
-                    the Gauss-Legendre rule. 8 are enough for a picture; where
-                    ``return_convergence_delta`` is to be small, take more.
-                    Default: None, to first order, at the activations alone
+        n_steps (int, optional): Steps of the integral along the path from the baseline: nodes of
+                    the Gauss-Legendre rule. 8 are enough for a picture; take more for a small
+                    ``return_convergence_delta``.
+                    Default: None, no path: to first order, at the activations
         baseline (str or Tensor): Where the path of ``n_steps`` starts: ``"mean"``, each channel's
                     mean over the places of the same input; ``"zero"``; or a tensor that broadcasts
-                    to the activations (B, C, \*spatial). Tokens that are no places stay as they are.
+                    to the activations (B, C, \*spatial). Tokens that are no places, such as a class
+                    token, keep their values.
                     Default: ``"mean"``
         output_selector (Callable, optional): Takes the encoder's output (a dict, a
                     ``ModelOutput``, a tuple, ...) to the embeddings (B, D).
                     Default: None, that of the SimilarityScore, else the output itself
-        reshape_transform (Callable, optional): Takes the layer's activations (tokens,
-                    channels last) to (B, C, \*spatial) by selecting and reordering; it is
-                    applied to their gradient as well.
-                    Default: None, as the model says, or as their shape suggests and the
-                    encoder confirms: where another layout could have that shape, it runs a
-                    few more times, on one example, once for inputs of a shape
+        reshape_transform (Callable, optional): Takes the layer's activations (tokens, channels
+                    last) to (B, C, \*spatial) by selecting and reordering. It is applied to their
+                    gradient as well.
+                    Default: None, the layout that the model declares or the shape suggests. Where
+                    the shape allows several layouts, the encoder must confirm it: it runs a few
+                    more times on one example, once for each shape of inputs
 
     Raises:
         TypeError, ValueError: an argument is not as described above.

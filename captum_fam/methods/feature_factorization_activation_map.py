@@ -18,22 +18,23 @@ from captum_fam.similarity import Similarity, nonzero
 
 class FeatureFactorizationActivationMap(LayerSimilarityAttribution):
     r"""
-    Where the parts of an image are strong and the similarity depends on them: Feature Factorization Activation Map
-    (FFAM; Liu et al., https://arxiv.org/abs/2405.12601) on a similarity. It is how strong all parts are at each place,
-    times how much the score depends on that place,
+    Where are parts of an image strong, and does the similarity depend on these places? Feature Factorization Activation
+    Map (FFAM; Liu et al., https://arxiv.org/abs/2405.12601) on a similarity. The map is how strong all parts together
+    are at each place, times how much the score depends on that place,
 
     .. math:: M_i = \|\partial f / \partial A_i\| \sum_a W_{ia}, \quad A \approx W H, \quad W, H \ge 0
 
-    with the score f and the layer's activations A, a row for each place, factorised into n parts (NMF) whose rows of H
-    have length one. The paper explains detectors of objects in point clouds. Its abstract says that the maps of all
-    parts are aggregated, and that the gradient of one object refines them. Our reading is the sum, the length of the
-    gradient, and that of H's rows: its equations and its number of parts could not be read here. Ours is also that
-    negative activations are factorised less their channel's minimum.
+    with the score f and the layer's activations A, a row for each place. NMF factorises them into n parts; the rows of
+    H have length one. The paper explains detectors of objects in point clouds. Its abstract says that the maps of all
+    parts are aggregated, and that the gradient of one object refines them. We could not read its equations and its
+    number of parts. The sum, the length of the gradient and the length of H's rows are our reading; where activations
+    are negative, we subtract each channel's minimum first, which is ours, too.
 
-    The map is not negative and adds up to nothing. It sees the parts of one image: for those that two images share, see
-    :class:`~captum_fam.SharedParts`. With ``contrast``, the map of the other reference is subtracted, or the mean of
-    the others' maps; there is no ``"self"`` and no ``threshold``. At a cosine of 1 the gradient vanishes, and the map
-    with it. It needs scikit-learn (the extra ``parts``). Each input takes a factorisation, each reference a gradient.
+    The map is not negative and adds up to nothing. It sees the parts of one image; for those that two images share,
+    take :class:`~captum_fam.SharedParts`. ``contrast`` subtracts the map of the other reference, or the mean of the
+    others' maps; there is no ``"self"`` and no ``threshold``. At a cosine of 1 the gradient vanishes, and the map with
+    it. The method needs scikit-learn (the extra ``parts``). It takes a factorisation for each input and a gradient for
+    each reference.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
@@ -110,7 +111,7 @@ class FeatureFactorizationActivationMap(LayerSimilarityAttribution):
         return [less_rest(M, rest, K) for M, rest in zip(maps, once(("total", summed), total))]
 
     def _terms(self, pairs: Pairs, own: Tensor) -> Iterator[list[Tensor]]:
-        """For each of the references of these numbers (B, R), what adds up to its map (B, C, N), of each activation."""
+        """Terms (B, C, N) of each activation; they add up to the maps of the references with numbers own (B, R)."""
         recording = pairs.recording
         strengths = recording.once("strengths", lambda: [self._strength(by_place(A)) for A in recording.activations])
         for gradients in recording.gradients(self._slopes(pairs, own)):

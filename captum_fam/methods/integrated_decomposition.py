@@ -17,13 +17,13 @@ from captum_fam.similarity import Similarity
 
 class IntegratedDecomposition(SimilarityDecomposition):
     r"""
-    What the score is made of, for any encoder: :class:`~captum_fam.SimilarityDecomposition` with
-    ``n_steps=8``, at an early layer that it finds by itself. In our measurements
-    (``benchmarks/integrated.md``) its maps were the most faithful that a few passes give.
+    What is the score made of, for any encoder? This is :class:`~captum_fam.SimilarityDecomposition` with ``n_steps=8``,
+    at an early layer that it finds by itself. In our measurements (``benchmarks/integrated.md``), its maps were the
+    most faithful of all that take a few passes.
 
-    The layer is the end of a stage with at least 14 by 14 places, or the patches of a vision transformer as
-    they come in: see :meth:`layer_of`. One forward and backward pass of one example looks for it in each call;
-    name it as ``layer`` to spare that.
+    The layer is the end of a stage with at least 14 by 14 places, or, in a vision transformer, the patches before its
+    first block; :meth:`layer_of` names it. To find it, each call takes one more forward and backward pass of one
+    example; pass ``layer`` to save that.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
@@ -78,7 +78,7 @@ class IntegratedDecomposition(SimilarityDecomposition):
 
     def layer_of(self, inputs: Inputs, additional_forward_args: object | None = None) -> str:
         r"""
-        The dotted name of the layer that is found for these inputs.
+        Which layer does it find for these inputs?
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): Inputs of the encoder, batch first.
@@ -86,7 +86,7 @@ class IntegratedDecomposition(SimilarityDecomposition):
                         Default: None
 
         Returns:
-            *str*
+            *str*: the dotted name of the layer.
 
         Raises:
             ValueError: no layer of the encoder gives a map.
@@ -101,7 +101,7 @@ class IntegratedDecomposition(SimilarityDecomposition):
         return name.removeprefix("module.") if self._is_split_here() else name
 
     def _is_split_here(self) -> bool:
-        """Whether the encoder's DataParallel is not the user's, who put a score in one."""
+        """Whether the encoder's DataParallel was made here, because the user's own holds a score."""
         score, encoder = self._score(), self._encoder()
         return score is not None and isinstance(encoder, nn.DataParallel) and encoder is not uncompiled(score.encoder)
 

@@ -14,15 +14,15 @@ from captum_fam.methods.layer_explanation import Ask
 
 class LabelFreeActivationMap(ChannelAttribution):
     r"""
-    Where the encoder is active at all, whatever the reference: Label-Free Activation Map (LaFAM,
-    https://arxiv.org/abs/2407.06059), the plain mean of the layer's C activation maps,
+    Where is the encoder active at all, whatever the reference? Label-Free Activation Map (LaFAM,
+    https://arxiv.org/abs/2407.06059) is the plain mean of the layer's C activation maps,
 
     .. math:: M = \frac{1}{C} \sum_k A_k
 
-    It knows of no reference: it is the baseline that shows what the weights of other methods
-    add. The references and ``target`` may be left out; they are accepted, so that it can
-    stand in for other methods, and change nothing. Its ``contrast`` is zero. The min-max
-    normalisation of the paper, which is for display, is left to the figure.
+    It ignores the reference, so it is a baseline: it shows what the weights of other methods add.
+    References and ``target`` may be left out; they are accepted, so that it can stand in for other
+    methods, and change nothing. The map of a ``contrast`` is zero. The paper's min-max
+    normalisation is for display, so the figure does it.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings

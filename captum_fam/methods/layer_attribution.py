@@ -22,7 +22,7 @@ Maps: TypeAlias = Tensor | Tensors | list[Tensor | Tensors]
 
 
 class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
-    """A method in Captum's forms."""
+    """A method with Captum's arguments and results."""
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -42,12 +42,12 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         return_convergence_delta: bool = False,
     ) -> Maps | tuple[Maps, Tensor | list[Tensor]]:
         r"""
-        Explains each input's similarity to one reference.
+        What in each input speaks for its similarity to one reference?
 
-        The references are exactly one of ``reference``, ``reference_embedding`` and those of
-        a SimilarityScore. With ``target``, each input takes the reference that its target
-        numbers. Without, one reference is shared by the batch, as many references as inputs
-        are paired with them, and anything else is an error.
+        The references come from one place: ``reference``, ``reference_embedding`` or a
+        SimilarityScore. With ``target``, each input takes the reference of that number. Without it,
+        one reference is shared by all inputs, or B references are paired with the B inputs; any
+        other number of references is an error.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): Inputs to explain, batch first.
@@ -55,49 +55,51 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
                         an int for all inputs, or a list or 1D tensor with one for each.
                         Default: None
             additional_forward_args (Any, optional): Further arguments of forward_func, as for
-                        other Captum methods. They are also given to the forward pass of
-                        ``reference``, which must then have as many rows as tensors among them.
+                        other Captum methods. ``reference`` goes through the encoder with them, too:
+                        if a tensor among them has a row for each input, pass as many references as
+                        inputs.
                         Default: None
             attribute_to_layer_input (bool, optional): Explains the layer's input instead of
-                        its output. In the jacobian case, the gradient is that through the
-                        layer: other paths of the same tensor, around the layer, do not count.
+                        its output. On the jacobian route, the gradient counts only paths through
+                        the layer, not those of the same tensor around it.
                         Default: False
-            relu_attributions (bool, optional): Drops the negative part of the maps.
+            relu_attributions (bool, optional): Sets negative values of the maps to zero.
                         Default: False
             attr_dim_summation (bool, optional): Whether to sum over the channels.
                         Default: True
             reference (Tensor or tuple[Tensor, ...], optional): K references in the form of
-                        ``inputs``; embedded before any hook is set.
+                        ``inputs``.
                         Default: None
             reference_embedding (Tensor, optional): K references as embeddings (K, D).
                         Default: None
             contrast (int, list, Tensor or str, optional): What the score is compared with. The
                         number of another reference, in the forms of ``target``: why this one rather
-                        than that one. ``"rest"``: rather than the mean of all the others.
-                        ``"self"``, which needs no other reference: what this match has beyond what
-                        the input has with itself; the input's own share is taken away such that 0
-                        is left of the score. At a cosine of 1, nothing is left: the map is zero.
-                        Terms are then signed, whatever ``normalize``.
+                        than that one. ``"rest"``: why this one rather than the mean of all the
+                        others. ``"self"``, which needs no other reference: what this match has
+                        beyond the match of the input with itself. The input's own share is
+                        subtracted such that 0 is left of the score; at a cosine of 1 nothing is
+                        left, and the map is zero. The terms of a contrast are signed, whatever
+                        ``normalize`` says.
                         Default: None
-            threshold (float, optional): Why the score lies above or below the threshold of a
-                        decision; score - threshold is explained. As ``"self"``, for similarities by
-                        which an input is similar to itself (cosine, dot product). Not with
-                        ``contrast``.
+            threshold (float, optional): Why does the score lie above or below this threshold of a
+                        decision? The map explains score - threshold. Like ``"self"``, it needs a
+                        similarity by which an input is similar to itself (cosine, dot product). Not
+                        together with ``contrast``.
                         Default: None
-            internal_batch_size (int, optional): The inputs, and the references, go through the
-                        encoder at most so many at a time, one chunk after another; the maps are
-                        the same, the memory needed is that of one chunk. As in Captum, tensors
-                        among the further arguments with as many rows as there are inputs are
-                        cut with them. With ``n_steps``, each input counts n_steps + 1 times; where one
-                        alone is too many, its steps are cut, and the encoder runs once for each part.
+            internal_batch_size (int, optional): How many inputs, or references, go through the
+                        encoder at a time. The maps are the same; less memory is needed. As in
+                        Captum, tensors among the further arguments with as many rows as there are
+                        inputs are split with them. With ``n_steps``, each input counts n_steps + 1
+                        times; if a single input is too many, its steps are split, and the encoder
+                        runs once for each part.
                         Default: None, all at once
             return_convergence_delta (bool, optional): Also returns how far each map is from what it
                         should add up to. Only for methods with ``n_steps``.
                         Default: False
 
-        Where Captum repeats the inputs (NoiseTunnel, sensitivity_max), it expands ``target`` but
-        not the references or ``contrast``: there, choose among the references with ``target``,
-        and pass an int, ``"rest"`` or ``"self"`` as ``contrast``.
+        NoiseTunnel and sensitivity_max of Captum repeat the inputs and ``target``, but not the
+        references or ``contrast``. With these, choose among the references with ``target``, and
+        pass an int, ``"rest"`` or ``"self"`` as ``contrast``.
 
         Returns:
             *Tensor*, *tuple[Tensor, ...]* or *list* of **attributions**:
@@ -163,7 +165,8 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         internal_batch_size: int | None = None,
     ) -> Maps:
         r"""
-        Explains each input's similarity to every reference, from one recorded forward pass of the inputs.
+        What in each input speaks for its similarity to every reference? Takes one forward pass of
+        the inputs.
 
         Args:
             inputs, additional_forward_args, reference, reference_embedding, relu_attributions:
@@ -173,9 +176,9 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
                         Default: None
             threshold (float, optional): As in :meth:`attribute`.
                         Default: None
-            internal_batch_size (int, optional): As in :meth:`attribute`; at most so many references
-                        are also compared at a time. Without it, their number at a time is chosen
-                        such that the memory needed beside the maps does not grow with K.
+            internal_batch_size (int, optional): As in :meth:`attribute`; it also limits how many
+                        references are compared at a time. Without it, that number is chosen such
+                        that the memory needed beside the maps does not grow with K.
                         Default: None
 
         Returns:
@@ -224,14 +227,14 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         threshold: float | None = None,
     ) -> tuple[Maps, Maps]:
         r"""
-        Explains a similarity on both sides, with one forward pass of each.
+        What in each of two images speaks for their similarity? Takes one forward pass of each.
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
             reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
                         paired with the inputs, or one that they share.
-            contrast (str, optional): ``"self"``: on each side, what the match has beyond what the
-                        image has with itself.
+            contrast (str, optional): ``"self"``: what the match has beyond the match of each image
+                        with itself.
                         Default: None
             threshold (float, optional): As in :meth:`attribute`.
                         Default: None
@@ -299,6 +302,6 @@ class LayerSimilarityAttribution(LayerExplanation, LayerAttribution):
         return lambda z, rows: question.of(rows)
 
     def _told(self, found: Explained) -> Any:
-        """The maps in Captum's form, and what is to be said of them."""
+        """The maps in Captum's form; warns the user of what the report holds."""
         warn_once(found.report.texts())
         return self._result(found.maps, found.sizes)

@@ -31,7 +31,7 @@ _OF_ONE_DIMENSION = (
 
 
 class _RoutesDifferError(Exception):
-    """A chunk of inputs is not aligned where those before it were."""
+    """A chunk of inputs is not aligned, but those before it were."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Explained:
 
     Attributes:
         embedding: of the inputs (B, D).
-        maps: of each tensor that the layers gave (B, P, *spatial), or its terms (B, C, *spatial).
-        signed: the maps of the terms themselves, if they were asked for; their differences are contrasts.
+        maps: of each tensor that the layers gave (B, P, *spatial); if not summed, its terms (B, C, *spatial).
+        signed: the maps of the terms themselves, if asked for; differences of these maps are contrasts.
         valid: which pairs (B, P) can be explained; the maps of the others are zero.
         aligned: for each of those tensors, whether no gradient was taken.
         sizes: how many of them each layer gave.
-        report: what the user is to be told.
-        missed: how far each layer's map is from what it should add up to (B, P), if that was asked for.
+        report: what to tell the user.
+        missed: how far each layer's map is from what it should add up to (B, P), if asked for.
     """
 
     embedding: Tensor
@@ -79,10 +79,9 @@ class LayerExplanation(OnLayer):
         delta: bool = False,
     ) -> Explained:
         """
-        The maps of inputs, of which at most so many at a time go through the encoder: what all calls are made of.
-
-        ``ask`` gives the question about some of the inputs, from their embeddings and their rows. Nobody is warned:
-        see ``report``.
+        The maps of inputs; ``internal_batch_size`` of them go through the encoder at a time. All calls are made of
+        this. ``ask`` returns the question about some of the inputs, from their embeddings and their rows. It warns
+        nobody: see ``report``.
         """
         B = len(inputs[0])
 
@@ -125,7 +124,7 @@ class LayerExplanation(OnLayer):
                     sizes, dtypes = recording.sizes, [A.dtype for A in recording.activations]
                     del recording, question  # the next chunk needs the memory
             valid = ~invalid.tensors[0]
-            if len(paths) > 1:  # what one part has found is not on the map of another
+            if len(paths) > 1:  # a pair that is invalid in one part of the path is zero in all
                 maps.tensors = [
                     M.masked_fill(~valid.reshape(*valid.shape, *[1] * (M.ndim - 2)), 0) for M in maps.tensors
                 ]
@@ -168,8 +167,9 @@ class LayerExplanation(OnLayer):
         delta: bool = False,
     ) -> Iterator[tuple[slice, "_Part"]]:
         """
-        For some references at a time what recorded inputs have of their maps, zero where these mean nothing; not
-        ``whole``, there is more to add. ``first`` is the number of the first input in its call.
+        Yields the maps of recorded inputs for some references at a time, zero where a map means nothing. If not
+        ``whole``, the inputs are part of a path, and there is more to add. ``first`` is the number of the first input
+        in its call.
         """
         P, valid = question.own.shape[1], []
         for columns in slices(P, min(most or P, at_once(recording.embedding))):
@@ -192,8 +192,8 @@ class LayerExplanation(OnLayer):
     @abstractmethod
     def _maps(self, pairs: Pairs, aligned: list[bool], plain: bool, summed: bool) -> list[Tensor]:
         """
-        M (B, P, N) for each of the recorded activations, or, not summed, the terms (B, C, N) that add up to it. Not
-        ``plain``, the map of the terms themselves. What it is for pairs that are not valid does not matter.
+        M (B, P, N) for each of the recorded activations; if not summed, the terms (B, C, N) that add up to it. If not
+        ``plain``, the map of the terms themselves. Values for pairs that are not valid are ignored.
         """
 
     def _valid(self, pairs: Pairs) -> Tensor:
@@ -201,11 +201,11 @@ class LayerExplanation(OnLayer):
         return pairs.valid
 
     def _aligned(self, recording: Recording) -> list[bool]:
-        """Which of the recorded activations need no gradient; nothing where that is no question."""
+        """Which of the recorded activations need no gradient; empty for methods that take none."""
         return []
 
     def _together(self, inputs: Tensors, additional_forward_args: object | None = None) -> list[list[nn.Module]]:
-        """The layers, by those that one forward pass explains."""
+        """The layers in groups; one forward pass explains a group."""
         return [self._layers(inputs, additional_forward_args)]
 
     def _inputs_at_once(self, internal_batch_size: int | None, delta: bool) -> int | None:
@@ -222,7 +222,7 @@ class LayerExplanation(OnLayer):
 
 @dataclass(frozen=True)
 class _Part:
-    """What some references have of their maps; attributes as in Explained."""
+    """The maps of some of the references; attributes as in Explained."""
 
     maps: list[Tensor]
     signed: list[Tensor]
@@ -235,7 +235,7 @@ def _shown(M: Tensor, dtype: torch.dtype, relu: bool) -> Tensor:
 
 
 def _of_several(found: list[Explained]) -> Explained:
-    """What layers have that were explained one by one."""
+    """The result for layers that were explained one by one."""
     together = Report()
     for one in found:
         together.include(one.report)

@@ -1,4 +1,4 @@
-"""Maps and the margins that they are to explain, score - threshold for one: whether their signs agree, and why not."""
+"""Whether a map has the sign of the margin that it explains, such as score - threshold, and if not, why."""
 
 from captum_fam.engine.question import Less
 from captum_fam.engine.report import Report
@@ -13,11 +13,11 @@ from captum_fam.methods.similarity_decomposition import SimilarityDecomposition
 
 # The score that a place brings less the mean; changes; strengths.
 ADD_UP_TO_NOTHING = (Relax, Fame, FeatureFactorizationActivationMap)
-ROUNDING = 1e-4  # of the largest score: what is less has no sign
+ROUNDING = 1e-4  # as a share of the largest score; a smaller value has no sign
 
 
 def are_opposite(kind: type[SimilarityAttribution], mean: float, margin: float, score: float) -> bool:
-    """Whether a map adds up to the other sign than its margin; ``score`` is the largest of those compared."""
+    """Whether the mean of a map and its margin have opposite signs; ``score`` is the largest of those compared."""
     if issubclass(kind, ADD_UP_TO_NOTHING):
         return False
     return mean * margin < 0 and min(abs(mean), abs(margin)) > ROUNDING * score
@@ -36,6 +36,6 @@ def why_opposite(kind: type[SimilarityAttribution], similarity: str | None) -> s
 
 
 def texts_of(report: Report, less: Less | str) -> list[str]:
-    """What is to be told of maps; of those less the own share not that they do not add up, as nothing is left to."""
+    """What to tell of maps. Less the own share, they should add up to zero: the warning about their sum is left out."""
     own = isinstance(less, str) and less == "self"
     return [text for text in report.texts() if not (own and text.startswith("The places of layer"))]

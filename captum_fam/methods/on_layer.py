@@ -1,4 +1,4 @@
-"""What methods share whose map lies on a layer."""
+"""What all methods share whose map lies on a layer."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -86,7 +86,7 @@ class OnLayer(SimilarityAttribution):
         )
 
     def _result(self, tensors: list[T], sizes: list[int]) -> Any:
-        """Captum's form of what each tensor has: a tuple for a layer of several, a list for a list of layers."""
+        """The results of all tensors in Captum's form: a tuple for a layer of several, a list for a list of layers."""
         rest = iter(tensors)
         layers = [tuple(next(rest) for _ in range(size)) for size in sizes]
         results = [layer if len(layer) > 1 else layer[0] for layer in layers]

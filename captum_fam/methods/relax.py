@@ -24,26 +24,22 @@ from captum_fam.similarity import Similarity, nonzero, widen
 
 class Relax(SimilarityAttribution, PerturbationAttribution):
     r"""
-    How much the similarity rises where a pixel is seen, asked with random masks: RELAX (Wickstrøm
-    et al., https://arxiv.org/abs/2112.10161). The importance of a pixel is the mean score of the
-    input under random masks, weighted by what each mask shows of it, here less the plain mean
-    over all masks,
+    Which pixels make the similarity rise when they are seen? RELAX (Wickstrøm et al., https://arxiv.org/abs/2112.10161)
+    tries random masks. The importance of a pixel is the mean score of the masked input, weighted by how much each mask
+    shows of the pixel. Here the plain mean over all masks is subtracted,
 
     .. math:: R(i) = \frac{\sum_n f(X \circ M_n) M_n(i)}{\sum_n M_n(i)} - \frac{1}{N} \sum_n f(X \circ M_n)
 
     with the score f of the input X and N masks :math:`M_n` as in RISE (Petsiuk et al.,
-    https://arxiv.org/abs/1806.07421): each cell of a coarse grid is kept with one
-    probability, the grid is interpolated linearly to the input's size and shifted at random.
-    The paper's score is the cosine to the embedding of the unmasked input itself
-    (``reference=inputs``); here it is the similarity to any reference. The quotient is that of
-    the authors' code; the paper's mean over masks is the same in expectation up to a factor.
-    The second term is ours: it changes no difference between pixels, and makes zero the value
-    of a pixel that makes no difference when it is shown.
+    https://arxiv.org/abs/1806.07421): each cell of a coarse grid is kept with the probability ``keep``; the grid is
+    interpolated linearly to the input's size and shifted at random. The paper's score is the cosine to the embedding of
+    the unmasked input itself (``reference=inputs``); here it is the similarity to any reference. The quotient is that
+    of the authors' code; the paper's mean over masks is the same in expectation up to a factor. The second term is
+    ours: it changes no difference between pixels, and gives 0 to a pixel that makes no difference.
 
-    It knows nothing of the encoder but its outputs, so it is a reference for methods that look
-    inside; it needs ``n_samples`` forward passes of each input. The same ``seed`` gives the same masks, whatever
-    the batch and the device. To explain a classifier, pass
-    ``SimilarityScore(model, torch.eye(n), "dot")``.
+    It uses only the outputs of the encoder, so it is a check on methods that look inside. It takes ``n_samples``
+    forward passes of each input. The same ``seed`` gives the same masks, for any batch and device. To explain a
+    classifier, pass ``SimilarityScore(model, torch.eye(n), "dot")``.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
@@ -57,9 +53,9 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
                     Default: 7
         keep (float): Probability of keeping a cell, in (0, 1).
                     Default: 0.5
-        seed (int): Of the masks.
+        seed (int): Seed of the random masks.
                     Default: 0
-        perturbations_per_eval (int): Masked inputs in one forward pass.
+        perturbations_per_eval (int): How many masked inputs go through the encoder at a time.
                     Default: 32
         show_progress (bool): Shows a progress bar.
                     Default: False
@@ -124,7 +120,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         contrast: TargetType | str = None,
     ) -> Tensor:
         r"""
-        Explains each input's similarity to one reference.
+        Which pixels make each input's similarity to one reference rise when they are seen?
 
         Args:
             inputs (Tensor): Inputs to explain, (B, C, \*spatial).
@@ -164,7 +160,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
     ) -> Explained:
         """
         As LayerExplanation.explain: maps (B, P, *spatial) for P references each, from one set of masked inputs.
-        ``internal_batch_size`` bounds the masked inputs in one forward pass, too.
+        ``internal_batch_size`` also limits the masked inputs in one forward pass.
         """
         _check_image(inputs)
         parts = [self.embed(cut(inputs, rows)) for rows in slices(len(inputs[0]), internal_batch_size)]
@@ -183,7 +179,7 @@ class Relax(SimilarityAttribution, PerturbationAttribution):
         most: int | None = None,
         side: str = SIDES[1],
     ) -> tuple[Tensor, Tensor]:
-        """Maps (B, P, *spatial), and which pairs (B, P) have a reference that is zero or not finite: they are zero."""
+        """Maps (B, P, *spatial), zero where a reference is zero or not finite, and where that is (B, P)."""
         B, P, size = len(x), question.own.shape[1], x.shape[2:]
         bad = ~usable(question.s)
         zero = bad[question.own.to(bad.device)].to(x.device).expand(B, P)

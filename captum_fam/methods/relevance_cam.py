@@ -21,7 +21,7 @@ from captum_fam.methods.similarity_attribution import Selector
 from captum_fam.score import select_embedding
 from captum_fam.similarity import exact, widen
 
-# Modules that Captum's LRP has no rule for, with rules of its own that are right for them.
+# Modules that Captum's LRP has no rule for, and those of its rules that fit them.
 _RULES: dict[type[nn.Module], Callable[[], Any]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm3d), _captum.EpsilonRule),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool3d), _captum.EpsilonRule),
@@ -29,7 +29,7 @@ _RULES: dict[type[nn.Module], Callable[[], Any]] = {
 }
 # Relevance goes through these as a gradient does.
 _RESHAPING = (nn.Flatten, nn.Unflatten, nn.Identity)
-# Functional steps, by the names of their gradients, through which these go as relevance should: reordering, and ...
+# Functional steps through which relevance goes as a gradient does, by the names of their gradients: reordering, and ...
 # fmt: off
 _REORDERING = (
     "View", "UnsafeView", "_ReshapeAlias", "_UnsafeView", "Squeeze", "Unsqueeze", "AsStrided", "Alias", "Transpose",
@@ -43,37 +43,36 @@ _POOLING = ("Mean", "AdaptiveAvgPool1D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D
 
 class RelevanceCam(ChannelAttribution):
     r"""
-    Where the channels are that the similarity is propagated back to: Relevance-CAM (Lee, Kim,
-    Park, Jeong, CVPR 2021) on a similarity, with Captum's layer-wise relevance propagation (LRP).
-    Each channel's weight is its relevance,
+    Where are the channels that the similarity goes back to? Relevance-CAM (Lee, Kim, Park, Jeong,
+    CVPR 2021) on a similarity, with Captum's layer-wise relevance propagation (LRP). The weight of
+    a channel is its relevance,
 
     .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = \sum_{locations} R_k
 
-    where R is what LRP brings to the layer's activations A when the embedding starts with the
-    contributions to the score, :math:`R(z) = c` (see :func:`~captum_fam.channel_contributions`),
-    which add up to it. Captum's own LRP of a similarity would start from its gradient.
+    LRP starts at the embedding, with the contributions to the score, :math:`R(z) = c`, which add up
+    to it (see :func:`~captum_fam.channel_contributions`). R is what reaches the layer's activations
+    A. Captum's own LRP of a similarity would start from its gradient.
 
-    The rules are Captum's, by default its epsilon rule. For others, set ``module.rule``, such as
-    ``Alpha1_Beta0_Rule`` from ``captum.attr._utils.lrp_rules``, which is close to the paper's
-    (here, unlike after ``LRP``, they stay set). Modules that Captum has no rule for get one
-    during the call where it is plain: 1D and 3D convolution, pooling and batch norm the epsilon
-    rule; ReLU6, LeakyReLU, ELU, GELU, SiLU and Hardswish pass relevance on as it is.
+    The rules are Captum's, by default its epsilon rule. For another one, set ``module.rule``:
+    ``Alpha1_Beta0_Rule`` from ``captum.attr._utils.lrp_rules`` is close to the paper's. Rules that
+    you set stay set, unlike after Captum's ``LRP``. During the call, some modules that Captum has
+    no rule for get one: 1D and 3D convolution, pooling and batch norm the epsilon rule; ReLU6,
+    LeakyReLU, ELU, GELU, SiLU and Hardswish pass relevance on unchanged.
 
-    The paper starts from the logit of the target minus a share of it for every other class;
-    ``contrast="rest"`` is close to that: minus the mean of the other classes' logits. To explain
-    a classifier, pass ``SimilarityScore(model, torch.eye(n), "dot")``.
+    The paper starts from the logit of the target minus a share of it for every other class.
+    ``contrast="rest"`` is close to that: it subtracts the mean of the other classes' logits. To
+    explain a classifier, pass ``SimilarityScore(model, torch.eye(n), "dot")``.
 
-    LRP needs a rule for each module after the layer, and between these modules only reshaping,
-    joining and a ReLU may happen (directly after the layer, a spatial mean too): a sum in the
-    ``forward`` of a residual block, a final normalisation or attention is refused. So it
-    explains plain networks at any layer, and most others at the last stage. Each reference
-    takes two forward passes and one backward pass of its own. During the call,
-    weights of these modules are changed and put back: do not run the model from another thread
-    meanwhile.
+    LRP needs a rule for each module after the layer. Between these modules, only reshaping, joining
+    and a ReLU may happen, and directly after the layer a spatial mean. Anything else is an error,
+    such as the sum in the ``forward`` of a residual block, a final normalisation or attention. So
+    the method explains plain networks at any layer, and most others at the last stage. Each
+    reference takes two forward passes and one backward pass. The call changes weights of these
+    modules and puts them back: do not run the model from another thread meanwhile.
 
     Args:
-        forward_func (torch.nn.Module): The encoder, from inputs to embeddings (B, D), a
-                    or a :class:`~captum_fam.SimilarityScore`.
+        forward_func (torch.nn.Module): The encoder, from inputs to embeddings (B, D), or
+                    a :class:`~captum_fam.SimilarityScore`.
         layer (torch.nn.Module or list of torch.nn.Module): Layer whose activations
                     (B, C, \*spatial), one tensor, make the map; or a list of layers.
         device_ids (list[int]): As for other Captum layer methods; a DataParallel model is run
@@ -127,7 +126,7 @@ class RelevanceCam(ChannelAttribution):
             if pairs.n_references <= pairs.c.shape[2]:
                 alpha = of(pairs.c)
             else:
-                # Relevance is linear in what it starts with: for more references than dimensions, unit vectors do.
+                # Relevance is linear in its start: for more references than dimensions, unit vectors are enough.
                 each = recording.once((LRP, layer), partial(of, unit_vectors(pairs.z)))
                 with exact(each):
                     alpha = pairs.c @ each
@@ -163,7 +162,7 @@ class _Scored(nn.Module):
         """Does nothing, as state_dict."""
 
     def forward(self, *args: Any) -> Tensor:
-        """Ones (B,), whose gradient by the embedding is the relevance that it starts with."""
+        """Ones (B,); their gradient by the embedding is the relevance that LRP starts with."""
         inputs_of: dict[Any, list[Any]] = {}
         taken: dict[nn.Module, list[Any]] = {}
 
@@ -231,7 +230,7 @@ class _Scored(nn.Module):
 def _called_after(
     layer: nn.Module, name: str, encoder: Callable[..., Any], selector: Selector, recording: Recording
 ) -> list[nn.Module]:
-    """The modules without children that are called after the layer's output, or input, is there."""
+    """The modules without children that are called after the layer has given its output, or taken its input."""
     model, called = model_of(encoder), Counter[nn.Module]()
     with ExitStack() as stack:
         start = layer.register_forward_pre_hook if recording.layer_input else layer.register_forward_hook
@@ -251,7 +250,7 @@ def _called_after(
 
 @contextmanager
 def _rules(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Rules for the modules that have none; afterwards, what LRP changed of them is as it was."""
+    """Gives rules to the modules that have none, and at the end undoes what LRP changed."""
     names, modules = ["rule", "activations", "inplace"], list(modules)
     saved = [(m, {name: vars(m)[name] for name in names if name in vars(m)}) for m in modules]
     weights = [(p, p.data) for m in modules for p in m.parameters(recurse=False)]

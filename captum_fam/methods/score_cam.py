@@ -18,21 +18,21 @@ from captum_fam.similarity import Similarity, nonzero, widen
 
 class ScoreCam(ChannelAttribution):
     r"""
-    Where the channels are through which the input keeps its similarity: Score-CAM (Wang et al.,
-    https://arxiv.org/abs/1910.01279) on a similarity. Each channel's weight is what the input
-    keeps of its score when it is seen through that channel's map,
+    Where are the channels that keep the similarity when only they are seen? Score-CAM (Wang et al.,
+    https://arxiv.org/abs/1910.01279) on a similarity. The weight of a channel is how much of its
+    score the input keeps when it is seen through that channel's map,
 
     .. math:: M = \sum_k \alpha_k A_k, \quad \alpha_k = f(X \circ H_k) - f(0), \quad
               H_k = \frac{up(A_k) - \min A_k}{\max A_k - \min A_k}
 
-    with the score f of the input X, and up(A_k) the map of channel k at the input's size
-    (linear interpolation). That is the paper's channel-wise increase of confidence, with an
-    input of zeros as the baseline. Not taken over: the softmax over channels of its algorithm 1,
-    which is nearly constant on similarities between -1 and 1; and the ReLU, unless asked for.
-    Channels with a constant map weigh nothing.
+    with the score f of the input X, and up(A_k) the map of channel k at the input's size (linear
+    interpolation). That is the paper's channel-wise increase of confidence, with an input of zeros
+    as the baseline. Two steps of the paper are left out: the softmax over channels of its algorithm
+    1, which is nearly constant on similarities between -1 and 1; and the ReLU, unless you ask for
+    it. Channels with a constant map have weight 0.
 
-    It needs no gradient. Each input takes C + 2 forward passes (one records the layer, one is the
-    baseline); all references share them.
+    It needs no gradient. Each input takes C + 2 forward passes, which all references share: one
+    records the layer, and one is the baseline.
     To explain a classifier, pass ``SimilarityScore(model, torch.eye(n), "dot")``.
 
     Args:
@@ -47,7 +47,7 @@ class ScoreCam(ChannelAttribution):
         similarity, output_selector, reshape_transform (optional): As in
                     :class:`~captum_fam.FeatureActivationMap`.
                     Default: None
-        perturbations_per_eval (int): Masked inputs in one forward pass.
+        perturbations_per_eval (int): How many masked inputs go through the encoder at a time.
                     Default: 32
         show_progress (bool): Shows a progress bar.
                     Default: False

@@ -1,4 +1,4 @@
-"""What all methods share that explain similarities: which references they take, and what they make of a pair."""
+"""What all methods that explain similarities share: where references come from, and the terms of a pair."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -30,7 +30,7 @@ Selector: TypeAlias = Callable[[Any], Tensor] | None
 class SimilarityAttribution(Attribution):
     """A method that explains the similarity of the inputs' embeddings to references."""
 
-    _of_terms = True  # whether a share of the input's own can be taken away from what it explains
+    _of_terms = True  # whether the input's own share can be subtracted ("self", threshold)
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class SimilarityAttribution(Attribution):
 
     def embed(self, inputs: Inputs, additional_forward_args: object | None = None) -> Tensor:
         r"""
-        The embeddings that :meth:`attribute` compares.
+        Which embeddings does :meth:`attribute` compare?
 
         Args:
             inputs (Tensor or tuple[Tensor, ...]): Inputs of the encoder, batch first.
@@ -61,8 +61,8 @@ class SimilarityAttribution(Attribution):
             *Tensor*: embeddings (B, D), detached.
 
         Raises:
-            TypeError, ValueError: the encoder does not return (B, D) and no ``output_selector``
-                        takes its output there.
+            TypeError, ValueError: the encoder does not return embeddings (B, D), and no ``output_selector`` makes them
+                        of its output.
         """
         return embed(
             self._encoder(), "inputs", format_inputs("inputs", inputs), additional_forward_args, self._selector()
@@ -73,15 +73,15 @@ class SimilarityAttribution(Attribution):
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     def terms(self, z: Tensor, s: Tensor) -> Tensor:
-        """t(z, s) (..., D), of which the weights are made; the map of a contrast is that of a difference of terms."""
+        """The terms t(z, s) (..., D) that weights are made of; the map of a contrast is that of their difference."""
         return channel_contributions(z, s, self._similarity())
 
     def contributions(self, z: Tensor, t: Tensor) -> Tensor:
-        """What terms t (..., D) contribute to the score that they stand for."""
+        """What terms t (..., D) contribute to their score."""
         return t
 
     def _references(self, inputs: Tensors, reference: Inputs | None, reference_embedding: Tensor | None) -> References:
-        """The references from the one place that gives them."""
+        """The references, from the one argument or score that gives them."""
         score = self._score()
         given = {
             "reference": reference,
@@ -107,7 +107,7 @@ class SimilarityAttribution(Attribution):
     def _embedded(
         self, references: References, inputs: Tensors, additional_forward_args: object | None, most: int | None
     ) -> Tensor:
-        """s (K, D), made of at most so many references at once"""
+        """The embeddings s (K, D) of the references; at most ``most`` go through the encoder at a time."""
         if not references.are_inputs:
             return references.tensors[0].detach()
         B, K = len(inputs[0]), len(references)
@@ -150,14 +150,14 @@ class SimilarityAttribution(Attribution):
         return Question(s, own.to(s.device), less.to(s.device) if isinstance(less, Tensor) else less)
 
     def _before_target(self, target: Any, references: int, inputs: Tensors, additional_forward_args: Any) -> None:
-        """Where a target is missing, an error of the encoder, or of the layer, comes before that."""
+        """If a needed target is missing, runs the encoder first: its own errors come before that one."""
         B = len(inputs[0])
         if target is None and B and references not in (1, B):
             rows = slice(0, B if has_batch_statistics(self._encoder()) else 1)
             self._run(cut(inputs, rows), cut_arguments(additional_forward_args, rows, B))
 
     def _run(self, inputs: Tensors, additional_forward_args: Any) -> None:
-        """What the method runs for inputs, for the sake of its errors."""
+        """Runs for inputs what the method would run, to raise its errors."""
         self.embed(inputs, additional_forward_args)
 
     def _own(self, target: TargetType, references: References, inputs: int) -> Tensor:
@@ -165,12 +165,12 @@ class SimilarityAttribution(Attribution):
         return reference_index("target", target, len(references), inputs)
 
     def _less(self, contrast: Any, threshold: Any, references: int, inputs: int) -> Any:
-        """What is taken away from the scores, as in Question."""
+        """What is subtracted from the scores, as in Question."""
         self.check_own_share(contrast, threshold)
         return less_of(contrast, threshold, self._similarity(), references, inputs)
 
     def check_own_share(self, contrast: Any, threshold: Any) -> None:
-        """Refuses what takes away a share of the input's own, where that cannot be done."""
+        """Raises an error for contrast="self" or a threshold where the method cannot subtract the input's own share."""
         if not self._of_terms and (threshold is not None or (isinstance(contrast, str) and contrast == "self")):
             raise ValueError(
                 f"{type(self).__name__} has no {'contrast=' + repr(contrast) if threshold is None else 'threshold'};"
@@ -185,7 +185,7 @@ class SimilarityAttribution(Attribution):
         additional_forward_args: Any,
         warned: list[str] | None = None,
     ) -> Tensor:
-        """Embeddings (N, D) of changed inputs (N, ...), each made from the input of that row; ``warned``: see embed."""
+        """Embeddings (N, D) of changed inputs (N, ...), each made from the input of its row; ``warned``: see embed."""
         args = cut_arguments(additional_forward_args, rows, inputs)
         return widen(embed(self._encoder(), "inputs", (changed,), args, self._selector(), warned))
 
@@ -234,5 +234,5 @@ class SimilarityAttribution(Attribution):
 
 
 def uncompiled(func: Any) -> Any:
-    """The module behind torch.compile, which runs past hooks that are set after its first call."""
+    """The module behind torch.compile, whose compiled code ignores hooks that are set after its first call."""
     return getattr(func, "_orig_mod", func)

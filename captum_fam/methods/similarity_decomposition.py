@@ -25,16 +25,16 @@ from captum_fam.similarity import Similarity, exact, nonzero, norm, widen
 
 class SimilarityDecomposition(DimensionAttribution):
     r"""
-    What each place of an input contributes to its similarity to a reference (Stylianou, Souvenir,
-    Pless, https://arxiv.org/abs/1901.00536; Zhu, Yang, Chen, https://arxiv.org/abs/1909.12977).
-    The mean of the map is the similarity itself.
+    What does each place of an input contribute to its similarity to a reference? The mean of the map is the similarity
+    itself (Stylianou, Souvenir, Pless, https://arxiv.org/abs/1901.00536; Zhu, Yang, Chen,
+    https://arxiv.org/abs/1909.12977).
 
-    Place i of the layer, of N, gives the embedding :math:`v_i`, to first order. The map is
+    Place i of the layer's N places gives the embedding its part :math:`v_i`, to first order. The map is
 
     .. math:: M_i = N \, f \cdot v_i, \quad v_i = \sum_k A_{ki} \, \partial z / \partial A_{ki}
 
-    with the layer's activations A and weights f, held constant, whose :math:`f \cdot z` is the
-    similarity of the embedding z and the reference s:
+    with the layer's activations A and weights f. f is held constant, and :math:`f \cdot z` is the similarity of the
+    embedding z and the reference s:
 
     ================  ==========================  =========================================
     similarity        f                           mean of the map
@@ -46,26 +46,25 @@ class SimilarityDecomposition(DimensionAttribution):
     your own          a function of z and s       :math:`f \cdot z`
     ================  ==========================  =========================================
 
-    Where z is a positive multiple of the spatial mean of A, *aligned*, that is
-    :math:`M_i = a \sum_k f_k A_{ki}` with the multiple a, without a gradient. The places add up to
-    the embedding where all that lies between is homogeneous of degree one (linear layers without
-    bias, ReLU, mean, maximum and generalised mean). With biases, a normalisation or a class
-    token they do not, and a warning says so where more than a twentieth is missing.
+    If z is a positive multiple a of the spatial mean of A (*aligned*), the map is :math:`M_i = a \sum_k f_k A_{ki}` and
+    needs no gradient. The places add up to the embedding if everything between is homogeneous of degree one (linear
+    layers without bias, ReLU, mean, maximum and generalised mean). With biases, a normalisation or a class token they
+    do not; a warning says so if more than a twentieth is missing.
 
     With ``n_steps``, v is integrated along a straight path from a ``baseline`` B of the layer to its
     activations (for pairs: Möller et al., https://arxiv.org/abs/2408.14153),
 
     .. math:: v_i = \sum_k (A_{ki} - B_{ki}) \int_0^1 \frac{\partial z}{\partial A_{ki}} (B + t (A - B)) \, dt
 
-    Then the places add up to z - z(B) for every network, and the mean of the map is
-    :math:`f \cdot (z - z(B))`. It takes ``n_steps`` forward and backward passes of what comes after the
-    layer, and one of what comes before it. This map is for early and middle layers: at the last one before
-    the pooling there is nothing to integrate.
+    Then the places add up to z - z(B) for every network, with the embedding z(B) of the baseline, and the mean of the
+    map is :math:`f \cdot (z - z(B))`. It takes ``n_steps`` forward and backward passes of what comes after the layer,
+    and one of what comes before it. Use it at early and middle layers: at the last layer before the pooling there is
+    nothing to integrate.
 
-    With ``contrast`` or ``threshold``, the mean of the map is the difference: the margin of two
-    references (of distances, plus :math:`\|a\|^2 - \|b\|^2`), 0 for ``"self"``, score - threshold.
-    ``contrast="self"`` of a cosine is the gradient of the cosine, as Grad-CAM has it, by place.
-    :meth:`attribute_matrix` decomposes the similarity on both sides at once.
+    With ``contrast`` or ``threshold``, the mean of the map is the difference: the margin of two references a and b (of
+    distances, plus :math:`\|a\|^2 - \|b\|^2`); 0 for ``"self"``; score - threshold. For a cosine, the map of
+    ``contrast="self"`` is the gradient of the cosine by place, as in Grad-CAM. :meth:`attribute_matrix` decomposes the
+    similarity on both sides at once.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings
@@ -75,11 +74,10 @@ class SimilarityDecomposition(DimensionAttribution):
         device_ids (list[int]): Device ID list, necessary only if forward_func applies a
                     DataParallel model, as for other Captum layer methods.
                     Default: None
-        similarity (str, optional): ``"cosine"``, ``"dot"`` or ``"euclidean"``; others have no such
-                    decomposition.
+        similarity (str, optional): ``"cosine"``, ``"dot"`` or ``"euclidean"``. For others, pass ``dimension_weights``.
                     Default: None, that of the SimilarityScore, else ``"cosine"``
-        dimension_weights (Callable, optional): A function of your own f(z, s), from embeddings and
-                    references of one shape (..., D) to weights of that shape, in place of a similarity.
+        dimension_weights (Callable, optional): Your own function f(z, s), instead of a similarity. It takes embeddings
+                    and references of one shape (..., D) and returns weights of that shape.
                     Default: None
         channel_weights, n_steps, baseline: As in :class:`~captum_fam.FeatureActivationMap`.
         output_selector, reshape_transform (Callable, optional): As in
@@ -161,21 +159,19 @@ class SimilarityDecomposition(DimensionAttribution):
         self, inputs: Inputs, reference: Inputs, *, return_baselines: bool = False
     ) -> Tensor | Tensors | list[Tensor] | list[Tensors]:
         r"""
-        What each place of the inputs, with each place of the reference, contributes to
-        their similarity (Zhu, Yang, Chen): with place embeddings v(i) and v'(j), which add
-        up to z and s,
+        What does each pair of places, one of the input and one of the reference, contribute to their similarity?
+        (Zhu, Yang, Chen.) With place embeddings v(i) and v'(j), which add up to z and s,
 
         .. math:: P_{ij} = \frac{v(i) \cdot v'(j)}{\|z\| \|s\|}
 
-        (without the norms for ``"dot"``). Where the places add up to the similarity (else a
-        warning says so), all entries add up to the score, and the sum of a row, times the number
-        of rows, is the value of :meth:`attribute` at that place. Row i is the map over the
-        reference of what matches place i. Encoders other than a spatial mean need a
-        gradient for each embedding dimension or each place, whichever are fewer.
+        (without the norms for ``"dot"``). Where the places add up to the embeddings, all entries add up to the score,
+        and a warning says where they do not. The sum of a row, times the number of rows, is the value of
+        :meth:`attribute` at that place. Row i, laid out as the reference's grid, shows what matches place i. Unless z
+        is a spatial mean, it takes a gradient for each embedding dimension or for each place, whichever are fewer.
 
-        With ``n_steps``, the v(i) add up to z - z(B), and the v'(j) to s - s(B). What is left of the score
-        belongs to a place and the other side's baseline, or to both baselines. With ``return_baselines``
-        these are returned, too, and all four add up to the score:
+        With ``n_steps``, the v(i) add up to z - z(B), and the v'(j) to s - s(B). The rest of the score belongs to a
+        place and the other side's baseline, or to both baselines. ``return_baselines`` returns these as well; all four
+        add up to the score:
 
         .. math:: z \cdot s = \sum_{ij} v(i) \cdot v'(j) + \sum_i v(i) \cdot s(B)
                   + \sum_j v'(j) \cdot z(B) + z(B) \cdot s(B)
@@ -184,15 +180,15 @@ class SimilarityDecomposition(DimensionAttribution):
             inputs (Tensor or tuple[Tensor, ...]): B inputs.
             reference (Tensor or tuple[Tensor, ...]): In the form of ``inputs``: B references,
                         paired with the inputs, or one that they share.
-            return_baselines (bool, optional): Also returns what the baselines of ``n_steps`` contribute.
+            return_baselines (bool, optional): Whether to return what the baselines of ``n_steps`` contribute, too.
                         Default: False
 
         Returns:
             *Tensor* or *list*: (B, h·w, h'·w'), places in row-major
             order: ``matrix.reshape(B, h, w, h', w')``. In the dtype of the activations; a list
-            for a list of layers. With ``return_baselines`` a tuple of this and what the inputs'
-            places make with the reference's baseline (B, h·w), the reference's places with the inputs'
-            baseline (B, h'·w'), and both baselines (B, 1).
+            for a list of layers. With ``return_baselines`` a tuple of four: this matrix; the inputs' places with the
+            reference's baseline (B, h·w); the reference's places with the inputs' baseline (B, h'·w'); and both
+            baselines (B, 1).
 
         Raises:
             TypeError, ValueError, RuntimeError: As in :meth:`attribute`.

@@ -13,12 +13,12 @@ from captum_fam.metrics._perturbed import Baselines, baseline_of, column, maps_f
 
 class PerturbationCurve(NamedTuple):
     """
-    Scores while an input is changed step by step.
+    How does the score change while an input is changed step by step?
 
     Attributes:
-        auc: area under the curve (B,), over fractions from 0 to 1: a mean score.
-        scores: the curve (B, n_steps + 1).
-        fractions: of the locations that are changed at each step, (n_steps + 1,).
+        auc (Tensor): The area under the curve, (B,), over fractions from 0 to 1: a mean score.
+        scores (Tensor): The curve, (B, n_steps + 1).
+        fractions (Tensor): The fraction of the locations changed at each step, (n_steps + 1,).
 
     Examples::
 
@@ -48,38 +48,38 @@ def deletion(
     r"""
     Does the score fall when what the map shows is taken away? Deletion (RISE, Petsiuk et al.,
     https://arxiv.org/abs/1806.07421) is the score while the locations with the largest
-    attributions are replaced by a baseline first. A map that knows what matters makes it fall
-    early: the smaller the area, the better.
+    attributions are replaced by a baseline first. A good map makes it fall early: the smaller the
+    area, the better.
 
     .. math:: AUC = \int_0^1 f(x_{(p)}) \, dp
 
     with :math:`x_{(p)}` the input without the fraction p of largest attributions, by the
-    trapezoidal rule. The score is not divided by anything, so areas compare maps of one
-    input, not inputs or encoders.
+    trapezoidal rule. The score is not normalised. So compare areas between maps of one input, not
+    between inputs or encoders.
 
     Args:
-        forward_func (Callable): Inputs to scores (B, K) or (B,): a
+        forward_func (Callable): A function from inputs to scores (B, K) or (B,), such as a
                     :class:`~captum_fam.SimilarityScore`.
         inputs (Tensor): The explained inputs, (B, C, \*spatial), floating point.
-        attributions (Tensor): Their maps, (B, C', \*spatial); channels are summed, and other
-                    sizes resized to the inputs, linearly.
-        baselines (str, float or Tensor): What stands for nothing: ``"blur"`` (images only; a
-                    Gaussian of 10 pixels for images of 224, and in proportion: next to nothing
-                    for images of a few pixels), ``"mean"``
-                    (of each input and channel), ``"zero"``, or a value that expands to the
-                    shape of ``inputs``.
+        attributions (Tensor): Maps of the inputs, (B, C', \*spatial). Channels are summed; maps of
+                    another size are resized linearly to that of the inputs.
+        baselines (str, float or Tensor): What replaces the input: ``"blur"`` (images only; a
+                    Gaussian of 10 pixels for images of 224, in proportion for others, so it changes
+                    tiny images little), ``"mean"`` (of each input and channel), ``"zero"``, or a
+                    value that expands to the shape of ``inputs``.
                     Default: ``"blur"``
-        additional_forward_args (Any, optional): More arguments of ``forward_func``; tensors
-                    with a row for each input go with their inputs.
+        additional_forward_args (Any, optional): More arguments of ``forward_func``; tensors with a
+                    row for each input are split with the inputs.
                     Default: None
-        target (int, list or Tensor, optional): Which of the K scores, for all inputs or for
-                    each.
-                    Default: None, for one score, or for K = B references, paired
-        n_steps (int): Steps from 0 to 1, of equal numbers of locations.
+        target (int, list or Tensor, optional): Which of the K scores, for all inputs or for each
+                    one.
+                    Default: None, if there is one score, or if K = B references are paired with the
+                    inputs
+        n_steps (int): Steps from fraction 0 to 1, each with the same number of locations.
                     Default: 20
-        seed (int): Of the order of equal attributions.
+        seed (int): Seed of the order of equal attributions.
                     Default: 0
-        max_examples_per_batch (int, optional): Most inputs in one forward pass.
+        max_examples_per_batch (int, optional): How many inputs one forward pass takes at most.
                     Default: None, as many as ``inputs``
 
     Returns:
@@ -125,8 +125,8 @@ def insertion(
     r"""
     Does the score rise when what the map shows is shown first? Insertion (RISE, Petsiuk et al.,
     https://arxiv.org/abs/1806.07421) is the score while the locations with the largest
-    attributions are the first to appear on a baseline. A map that knows what matters makes it
-    rise early: the larger the area, the better.
+    attributions are the first to appear on a baseline. A good map makes it rise early: the larger
+    the area, the better.
 
     .. math:: AUC = \int_0^1 f(b_{(p)}) \, dp
 
@@ -175,7 +175,7 @@ def curve(
     seed: int,
     max_examples_per_batch: int | None,
 ) -> PerturbationCurve:
-    """Scores while the first locations of the maps (B, *spatial) are shown alone on nothing, or replaced by it."""
+    """Scores while the first locations of the maps (B, *spatial) are shown alone on ``nothing``, or replaced by it."""
     check_positive("n_steps", n_steps)
     place = ranks(maps, seed)
     fractions = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device=inputs.device)
@@ -201,21 +201,20 @@ def average_drop(
     max_examples_per_batch: int | None = None,
 ) -> Tensor:
     r"""
-    How much the score drops when the input is seen through its map; the mean over inputs is the
+    How much does the score drop when the input is seen through its map? The mean over inputs is the
     *average drop* of Grad-CAM++ (Chattopadhay et al., https://arxiv.org/abs/1710.11063), here
 
     .. math:: \min\left(1, \frac{\max(0, f(x) - f(x \circ m))}{|f(x) - f(b)|}\right)
 
     with m the positive part of the map, scaled from its smallest value to its largest, and
     :math:`x \circ m = m x + (1 - m) b` for a baseline b. The published formula divides by
-    f(x), which says nothing where a similarity can be zero or negative; here the drop is
-    measured against what the whole input adds to the baseline. Where f(b) = 0 and f(x) > 0
-    they are the same up to the limit of 1. Adding a constant to the score changes nothing,
-    nor does a positive factor. Where f(x) = f(b), any drop counts as 1. A flat map shows
-    nothing.
+    f(x), which means nothing if a similarity can be zero or negative. Here the drop is divided by
+    what the whole input adds to the baseline. Where f(b) = 0 and f(x) > 0, both are the same up to
+    the limit of 1. Adding a constant to the score, or multiplying it by a positive factor, changes
+    nothing. Where f(x) = f(b), any drop counts as 1. A flat map shows nothing of the input.
 
-    The wider a map, the smaller its drop: a map that shows nearly everything does best. Read
-    it beside :func:`average_increase` and the area of the maps.
+    The larger the area of a map, the smaller its drop: a map that shows nearly everything does
+    best. Read it together with :func:`average_increase` and the area of the maps.
 
     The other arguments are those of :func:`deletion`.
 
@@ -263,7 +262,7 @@ def average_increase(
     The arguments are those of :func:`average_drop`.
 
     Returns:
-        *Tensor*: 1 or 0, (B,); the larger their mean, the better.
+        *Tensor*: 1 if the score rises, else 0, (B,); the larger their mean, the better.
 
     Raises:
         TypeError, ValueError: As in :func:`deletion`.

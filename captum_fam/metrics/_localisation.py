@@ -16,19 +16,19 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: int = 0) -> Te
     Is the map's largest value in the mask? The pointing game of Zhang et al.
     (https://arxiv.org/abs/1608.00507).
 
-    A map smaller than the mask points with the middle of its largest cell; interpolation would
-    spread the largest value of a border cell to the border. Where several places have the
-    largest value, the share of them in the mask.
+    A map smaller than the mask points at the middle of its largest cell, because interpolation
+    would move the largest value of a border cell to the border. If several places have the largest
+    value, the result is the share of them in the mask.
 
-    A map that always points at the middle does well on photographs, because people put
-    their subject there: compare with such a map before you believe a number.
+    A map that always points at the middle does well on photographs, because people put their
+    subject there: compare with such a map.
 
     Args:
         attributions (Tensor): Maps (B, C, h, w), floating point, of any size; channels are
                     summed.
-        masks (Tensor): Where the map should lie, (B, H, W) or (B, 1, H, W), bool; for boxes
-                    see :func:`box_masks`.
-        tolerance (int): A hit may be so many pixels away from the mask, along each axis. The
+        masks (Tensor): Where the map should lie, (B, H, W) or (B, 1, H, W), bool; :func:`box_masks`
+                    makes them of boxes.
+        tolerance (int): How many pixels from the mask, along each axis, still count as a hit. The
                     paper allows 15.
                     Default: 0
 
@@ -64,16 +64,16 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: int = 0) -> Te
 def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
     r"""
     How much of the map lies in the mask? The energy-based pointing game (Score-CAM, Wang et al.,
-    https://arxiv.org/abs/1910.01279) is the share of the map's positive part there,
+    https://arxiv.org/abs/1910.01279) is the share of the map's positive part in the mask,
 
     .. math:: \frac{\sum_{i \in mask} \max(M_i, 0)}{\sum_i \max(M_i, 0)}
 
-    For a map without structure it is the mask's share of the image. A map without positive
-    values gets 0.
+    A map without structure gets the mask's share of the image; a map without positive values gets
+    0.
 
     Args:
-        attributions (Tensor): Maps (B, C, h, w), floating point; channels are summed, and maps
-                    of another size resized to the masks, bilinearly.
+        attributions (Tensor): Maps (B, C, h, w), floating point. Channels are summed; maps of
+                    another size are resized bilinearly to that of the masks.
         masks (Tensor): As in :func:`pointing_game`.
 
     Returns:
@@ -100,8 +100,8 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Tensor:
     https://arxiv.org/abs/2003.07258) is the share in the mask of the K largest values, with K the
     size of the mask.
 
-    Where values tie at the border of the K largest, the mean over their possible orders. For
-    a map without structure it is the mask's share of the image.
+    If values tie at the border of the K largest, the result is the mean over their possible orders.
+    A map without structure gets the mask's share of the image.
 
     Args:
         attributions, masks (Tensor): As in :func:`energy_pointing_game`.
@@ -129,12 +129,13 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Tensor:
 
 def iou(attributions: Tensor, masks: Tensor, threshold: float | None = 0.5) -> Tensor:
     r"""
-    Do the map and the mask cover the same places? The intersection over union of the mask and the
-    places where the map is at or above a threshold. A fixed threshold is on the positive part of
-    the map, scaled from its smallest value to its largest.
+    Do the map and the mask cover the same places? The intersection over union (IoU) of the mask and
+    the places where the map is at or above a threshold. A fixed threshold applies to the positive
+    part of the map, scaled from its smallest value to its largest.
 
-    The best threshold is chosen among all values of each map, negative ones too, with the mask
-    in view: an upper bound, which is the mask's share of the image or more for any map.
+    ``threshold=None`` chooses the best threshold among all values of each map, negative ones too,
+    with the mask in view. That is an upper bound: any map gets the mask's share of the image or
+    more.
 
     Args:
         attributions, masks (Tensor): As in :func:`energy_pointing_game`.
@@ -172,7 +173,7 @@ def iou(attributions: Tensor, masks: Tensor, threshold: float | None = 0.5) -> T
 
 def box_masks(boxes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     r"""
-    Boxes as masks: a pixel belongs to a box that holds its centre.
+    Which pixels are in the boxes? Makes masks; a pixel belongs to a box that holds its centre.
 
     Args:
         boxes (sequence of Tensor): The boxes of each image, (N, 4), or one box (4,), as

@@ -1,4 +1,4 @@
-"""Metrics that look at both images: do their places find each other, does their similarity need what two maps show?"""
+"""Metrics of both images: do their places find each other, and does their similarity need what two maps show?"""
 
 from collections.abc import Callable, Sequence
 from math import isqrt
@@ -20,29 +20,29 @@ from captum_fam.similarity import Similarity, channel_contributions, check_simil
 
 def pair_pointing_game(matrix: Tensor, masks: Tensor, reference_masks: Tensor) -> Tensor:
     r"""
-    The pointing game of two images: is the strongest pair of places on the shared object in both?
+    Is the strongest pair of places on the shared object in both images? The pointing game of two images:
 
     .. math:: \frac{|\{(i, j) \in T : i \in m, j \in m'\}|}{|T|}, \quad
               T = \{(i, j) : P_{ij} = \max P\}
 
-    with the places m of the object in the image, and m' in the reference. One pair is the rule, and then it is 1 or 0;
-    of several that are equally strong it is the share. As in :func:`pointing_game`, a place is on the object where
-    its middle pixel is in the mask. If that is true of no place, as the object is too small, those are that hold most
-    of it.
+    with the places m of the object in the image, and m' in the reference. Usually one pair is the strongest, and the
+    result is 1 or 0; of several equally strong pairs, it is the share. As in :func:`pointing_game`, a place is on the
+    object if its middle pixel is in the mask. If the object is too small for that, the places that hold most of it
+    count.
 
-    For a matrix without structure it is the share of the image's places on the object, times that of the
-    reference's: a sixteenth where both are a quarter. Compare with that, and with the matrix of an untrained
-    encoder. Cosines are largest where plain background looks like plain background, and equal for many places there.
+    A matrix without structure gets the share of the image's places on the object, times that of the reference's: a
+    sixteenth if both are a quarter. Compare with that, and with the matrix of an untrained encoder. Cosines are often
+    largest, and equal for many places, where plain background looks like plain background.
 
-    The pointing game is that of Zhang et al. (https://arxiv.org/abs/1608.00507); that of two images is ours.
+    The pointing game is that of Zhang et al. (https://arxiv.org/abs/1608.00507); the one of two images is ours.
 
     Args:
-        matrix (Tensor): A value for each place of the images with each place of their references, floating
-                    point, as :meth:`.CorrespondenceMap.attribute_matrix` and
-                    :meth:`.SimilarityDecomposition.attribute_matrix` return it: (B, N, N') where both grids are
-                    square, else (B, h, w, h', w').
-        masks (Tensor): Where the shared object is in the images, (B, H, W) or (B, 1, H, W), bool; for boxes see
-                    :func:`box_masks`.
+        matrix (Tensor): A value for each place of the images with each place of their references, floating point:
+                    (B, N, N') where both grids are square, else (B, h, w, h', w').
+                    :meth:`.CorrespondenceMap.attribute_matrix` and :meth:`.SimilarityDecomposition.attribute_matrix`
+                    return it.
+        masks (Tensor): Where the shared object is in the images, (B, H, W) or (B, 1, H, W), bool; :func:`box_masks`
+                    makes them of boxes.
         reference_masks (Tensor): Where it is in the references, in the same form, of any size.
 
     Returns:
@@ -68,19 +68,18 @@ def pair_pointing_game(matrix: Tensor, masks: Tensor, reference_masks: Tensor) -
 
 def matching_accuracy(matrix: Tensor, masks: Tensor, reference_masks: Tensor) -> Tensor:
     r"""
-    Do the places of the shared object find it in the other image? Of the image's places on it, the share whose best
-    match in the reference is on it, too:
+    Do the places of the shared object find it in the other image? The share of the image's places on the object whose
+    best match in the reference is on the object, too:
 
     .. math:: \frac{1}{|m|} \sum_{i \in m} 1\left[\arg\max_j P_{ij} \in m'\right]
 
     with the places m of the object in the image, and m' in the reference, as in :func:`pair_pointing_game`. Where
-    several places match a place equally well, the share of them.
+    several places match a place equally well, the share of them counts.
 
-    For a matrix without structure it is the share of the reference's places on the object. Compare with that, and
-    with the matrix of an untrained encoder. The other direction, what the reference's places find in the image, is
-    that of the transposed matrix with the masks exchanged:
-    ``matching_accuracy(matrix.mT, reference_masks, masks)``, or ``matrix.permute(0, 3, 4, 1, 2)`` of a matrix
-    (B, h, w, h', w').
+    A matrix without structure gets the share of the reference's places on the object. Compare with that, and with the
+    matrix of an untrained encoder. For the other direction, what the reference's places find in the image, transpose
+    the matrix and exchange the masks: ``matching_accuracy(matrix.mT, reference_masks, masks)``, or
+    ``matrix.permute(0, 3, 4, 1, 2)`` for a matrix (B, h, w, h', w').
 
     Args:
         matrix, masks, reference_masks (Tensor): As in :func:`pair_pointing_game`.
@@ -119,35 +118,34 @@ def pair_deletion(
     output_selector: Callable[[Any], Tensor] | None = None,
 ) -> PerturbationCurve:
     r"""
-    Does the similarity fall when what the maps of both images show is taken away? :func:`deletion` of each image of a
-    pair by its own map: the similarity while the image loses the locations with its largest attributions, and while
-    the reference loses those with its own. Maps that know what matters in both make it fall early: the smaller the
-    area, the better.
+    Does the similarity fall when what the maps of both images show is taken away? :func:`deletion` for each image of a
+    pair by its own map: first the image loses the locations with its largest attributions, then, separately, the
+    reference loses those with its own. A good pair of maps makes the similarity fall early: the smaller the area, the
+    better.
 
     .. math:: AUC = \frac12 \int_0^1 f(x_{(p)}, r) + f(x, r_{(p)}) \, dp
 
     with :math:`x_{(p)}` the image x, and :math:`r_{(p)}` the reference r, without the fraction p of largest
     attributions.
 
-    Each is changed against the whole of the other. Two images that are changed together become alike as both come to
-    show nothing (the cosine of two black images is 1), so that maps of empty background would do as well as the right
-    ones.
+    While one image changes, the other stays whole. If both changed together, they would become alike as both come to
+    show nothing (the cosine of two black images is 1), and maps of empty background would do as well as the right ones.
 
-    Compare with random maps, always. Whatever is not empty counts: in scenes of objects on plain ground, maps of all
-    objects may do better than those of the shared one. Which place of the one image
-    belongs to which of the other it does not ask; :func:`pair_pointing_game` and :func:`matching_accuracy` do.
+    Always compare with random maps. Everything that is not empty counts: in scenes of objects on plain ground, maps of
+    all objects may do better than those of the shared one. This metric does not ask which place of one image belongs to
+    which of the other; :func:`pair_pointing_game` and :func:`matching_accuracy` do.
 
     Args:
-        forward_func (Callable or torch.nn.Module): The encoder, which embeds both: inputs to embeddings (B, D).
+        forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings (B, D).
         inputs (Tensor): The images, (B, C, \*spatial), floating point.
         reference (Tensor): B references, paired with the inputs, or one that they share; of any size.
-        attributions (Tensor): Maps of the inputs, (B, C', \*spatial), as in :func:`deletion`: the first of what an
-                    ``attribute_pair`` returns.
-        reference_attributions (Tensor): Maps of the references, in the same form, the second.
+        attributions (Tensor): Maps of the inputs, (B, C', \*spatial), as in :func:`deletion`: the first result of an
+                    ``attribute_pair``.
+        reference_attributions (Tensor): Maps of the references, in the same form: the second result.
         similarity (str or Callable): As in :func:`~captum_fam.channel_contributions`.
                     Default: ``"cosine"``
-        baselines (str, float or Tensor): As in :func:`deletion`, in both images; a tensor has no rows for single
-                    images.
+        baselines (str, float or Tensor): As in :func:`deletion`, for both images; a tensor must have no batch
+                    dimension.
                     Default: ``"blur"``
         n_steps, seed, max_examples_per_batch: As in :func:`deletion`.
         output_selector (Callable, optional): Takes the encoder's output to the embeddings.
@@ -196,15 +194,15 @@ def pair_insertion(
     output_selector: Callable[[Any], Tensor] | None = None,
 ) -> PerturbationCurve:
     r"""
-    Does the similarity rise when what the maps of both images show is shown first? :func:`insertion` of each image of a
-    pair by its own map: the similarity while the locations with the largest attributions are the first to appear on a
-    baseline, of the image and of the reference. Maps that know what matters in both make it rise early: the larger the
+    Does the similarity rise when what the maps of both images show is shown first? :func:`insertion` for each image of
+    a pair by its own map: the locations with the largest attributions are the first to appear on a baseline, first in
+    the image, then, separately, in the reference. A good pair of maps makes the similarity rise early: the larger the
     area, the better.
 
     .. math:: AUC = \frac12 \int_0^1 f(b_{(p)}, r) + f(x, b'_{(p)}) \, dp
 
     with :math:`b_{(p)}` the baseline of the image x with the fraction p of largest attributions taken from x, and
-    :math:`b'_{(p)}` that of the reference r. Each is changed against the whole of the other, for the reason that
+    :math:`b'_{(p)}` the same for the reference r. While one image changes, the other stays whole, for the reason that
     :func:`pair_deletion` gives.
 
     The arguments are those of :func:`pair_deletion`.
@@ -307,8 +305,8 @@ def _pairs(matrix: Any, masks: Any, reference_masks: Any) -> tuple[Tensor, Tenso
     if matrix.ndim not in (3, 5) or not all(places) or (not told and places != [*matrix.shape[1:]]):
         raise ValueError(
             "Expected `matrix` to be a matrix (B, N, N') of square grids, or (B, h, w, h', w'), but got shape"
-            f" {tuple(matrix.shape)}; places of other grids are told by matrix.reshape(-1, h, w, h', w'), and one"
-            " matrix is matrix[None]."
+            f" {tuple(matrix.shape)}; pass matrix.reshape(-1, h, w, h', w') for other grids, and matrix[None] for a"
+            " single matrix."
         )
     if not matrix.isfinite().all():
         raise ValueError(f"Expected `matrix` to be finite, but {int((~matrix.isfinite()).sum())} values are not.")
@@ -326,7 +324,7 @@ def _pairs(matrix: Any, masks: Any, reference_masks: Any) -> tuple[Tensor, Tenso
 
 
 def _on_object(inside: Tensor, grid: Sequence[int]) -> Tensor:
-    """The places (B, N) of a grid whose middle pixel is in the mask; if there is none, those that hold most of it."""
+    """The places (B, N) whose middle pixel is in the mask; if there is none, the places that hold most of it."""
     middle = at_middles(inside, grid).flatten(1)
     y, x = (
         F.one_hot((2 * torch.arange(size, device=inside.device) + 1) * n // (2 * size), n).float()

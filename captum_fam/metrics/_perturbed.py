@@ -1,4 +1,4 @@
-"""Scores of changed inputs, and maps in the form that metrics read."""
+"""Scores of changed inputs, and maps in the form that metrics take."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ from captum_fam.engine.untouched import buffers_restored, warnings_of_training
 from captum_fam.score import SimilarityScore
 
 Baselines: TypeAlias = str | float | Tensor
-# Makes changed inputs (n, C, *spatial) from the numbers (n,) of the inputs and of the steps.
+# Makes changed inputs (n, C, *spatial), from the numbers (n,) of the inputs and of the steps.
 Perturb: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 # The blur of Fong and Vedaldi (https://arxiv.org/abs/1704.03296): 10 pixels, for images of 224.
@@ -41,7 +41,7 @@ def maps_of(attributions: Any, size: Sequence[int] | None = None, name: str = "a
     if size is None or maps.shape[2:] == tuple(size):
         return maps[:, 0]
     low, high = (bound(dim=tuple(range(1, maps.ndim)), keepdim=True) for bound in (maps.amin, maps.amax))
-    return resize(maps, size).clamp(low, high)[:, 0]  # a flat map stays flat: no rounding to be read as structure
+    return resize(maps, size).clamp(low, high)[:, 0]  # a flat map stays flat: rounding must not look like structure
 
 
 def check_inputs(inputs: Any, name: str = "inputs") -> None:
@@ -78,7 +78,7 @@ def ranks(maps: Tensor, seed: int) -> Tensor:
 
 
 def baseline_of(inputs: Tensor, baselines: Baselines, name: str = "inputs") -> Tensor:
-    """What stands for nothing, in the shape of the inputs."""
+    """The baseline that replaces the inputs, in their shape."""
     if isinstance(baselines, str):
         if baselines == "zero":
             return torch.zeros_like(inputs)
@@ -114,7 +114,7 @@ def scores_of(
     additional_forward_args: Any,
     max_examples_per_batch: int | None,
 ) -> Tensor:
-    """Scores (targets, B, n_steps), targets by their arguments' names, of what ``perturb`` makes of the inputs."""
+    """Scores (targets, B, n_steps) of what ``perturb`` makes of the inputs; targets by the names of their arguments."""
     check_callable("forward_func", forward_func)
     limit = max(len(inputs), 1) if max_examples_per_batch is None else max_examples_per_batch
     check_positive("max_examples_per_batch", limit)
@@ -151,5 +151,5 @@ def _select(forward_func: object, output: Any, name: str, target: TargetType, ro
 
 
 def column(values: Tensor, maps: Tensor) -> Tensor:
-    """Values (n,) against maps (n, *spatial)."""
+    """Values (n,) in a shape that broadcasts to maps (n, *spatial)."""
     return values.reshape(-1, *[1] * (maps.ndim - 1))

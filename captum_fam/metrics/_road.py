@@ -18,13 +18,12 @@ from captum_fam.metrics._perturbed import column, maps_for, ranks, scores_of
 
 class Road(NamedTuple):
     """
-    Scores after the removal of locations in the order of a map.
+    Which removal hurts the score more, of the most or of the least relevant pixels?
 
     Attributes:
-        score: half the mean of ``lerf - morf``, (B,); above zero for a map that knows what
-            matters.
-        morf: with the most relevant locations removed first, (B, number of percentages).
-        lerf: with the least relevant locations removed first, the same shape.
+        score (Tensor): Half the mean of ``lerf - morf``, (B,); above zero for a good map.
+        morf (Tensor): Scores with the most relevant pixels removed, (B, number of percentages).
+        lerf (Tensor): Scores with the least relevant pixels removed, in the same shape.
 
     Examples::
 
@@ -52,16 +51,16 @@ def road(
     max_examples_per_batch: int | None = None,
 ) -> Road:
     r"""
-    Does the score need what the map shows, where it is hard to see what was removed? Remove and
-    debias, ROAD (Rong et al., https://arxiv.org/abs/2202.00449), has the scores after the most and
-    the least relevant pixels were removed. A removed pixel becomes the weighted mean of its
-    neighbours (noisy linear imputation).
+    Does the score need what the map shows, if removed pixels leave no trace? Remove and debias,
+    ROAD (Rong et al., https://arxiv.org/abs/2202.00449), compares the scores after removing the
+    most and the least relevant pixels. A removed pixel becomes the weighted mean of its neighbours
+    (noisy linear imputation).
 
     .. math:: ROAD = \frac{1}{2 |P|} \sum_{p \in P} f(x_{LeRF, p}) - f(x_{MoRF, p})
 
-    The combination is that of pytorch-grad-cam. Direct neighbours weigh 1/6, diagonal ones
-    1/12; at the border the weights are those of the neighbours that exist. SciPy solves the
-    linear equations, for one image after the other on the CPU.
+    The combination of both scores is that of pytorch-grad-cam. Direct neighbours weigh 1/6,
+    diagonal ones 1/12; at the border, neighbours that do not exist are left out. SciPy solves the
+    linear equations on the CPU, one image after another.
 
     The other arguments are those of :func:`deletion`, for images (B, C, H, W) only.
 
@@ -72,7 +71,7 @@ def road(
         noise (float): Standard deviation of the noise on removed pixels, in the unit of the
                     inputs. 0.01 is that of the authors' code.
                     Default: 0.01
-        seed (int): Of the noise, and of the order of equal attributions.
+        seed (int): Seed of the noise, and of the order of equal attributions.
                     Default: 0
 
     Returns:
@@ -125,7 +124,7 @@ def road(
 def imputed(image: Tensor, missing: Tensor) -> Tensor:
     """An image (C, H, W) with each pixel that is missing (H, W) the weighted mean of its neighbours."""
     H, W = missing.shape
-    number = np.full((H + 2, W + 2), -1)  # of the unknowns; with a border, whose pixels are no neighbours
+    number = np.full((H + 2, W + 2), -1)  # the numbers of the unknowns, with a border whose pixels are no neighbours
     number[1:-1, 1:-1][missing.cpu().numpy()] = np.arange(int(missing.sum()))
     value = np.pad(image.double().cpu().numpy(), ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)
     y, x = np.nonzero(number >= 0)

@@ -12,17 +12,17 @@ from captum_fam._captum import TargetType
 from captum_fam._checks import check_callable, check_positive, describe
 from captum_fam.metrics._perturbed import Baselines, baseline_of, maps_for, maps_of, scores_of
 
-# A map that changes by less, as a share, changes by rounding only.
+# A smaller change of a map, as a share of it, is only rounding.
 _ROUNDING = 1e-5
 
 
 class Randomization(NamedTuple):
     """
-    How maps hold out against random weights.
+    How similar are maps to those of the trained model as its weights become random?
 
     Attributes:
-        modules: names of the modules in the order in which they lost their weights.
-        rank_correlation: of the maps with those of the trained model, (len(modules), B).
+        modules (list of str): Names of the modules, in the order in which they lost their weights.
+        rank_correlation (Tensor): Of the maps with those of the trained model, (len(modules), B).
 
     Examples::
 
@@ -38,13 +38,13 @@ class Randomization(NamedTuple):
 
 class ReferenceDependence(NamedTuple):
     """
-    How a map follows the reference.
+    How well does a map follow the reference?
 
     Attributes:
-        agreement: correlation, from -1 to 1, of the map's change with the change that occlusion
-            shows, (B,); 0 for a map that does not change.
-        change: how much of the map moves, from 0 to 1, (B,).
-        expected: how much of the effect of occlusion moves, from 0 to 1, (B,).
+        agreement (Tensor): The correlation of the map's change with the change that occlusion
+                    shows, from -1 to 1, (B,); 0 for a map that does not change.
+        change (Tensor): How much of the map moves, from 0 to 1, (B,).
+        expected (Tensor): How much of the effect of occlusion moves, from 0 to 1, (B,).
 
     Examples::
 
@@ -62,9 +62,8 @@ class ReferenceDependence(NamedTuple):
 
 def rank_correlation(attributions: Tensor, others: Tensor) -> Tensor:
     r"""
-    Spearman's rank correlation of the values of two maps: do two methods agree?
-
-    Ties take the mean of their ranks.
+    Do two methods agree? Spearman's rank correlation of the values of two maps. Ties take the mean
+    of their ranks.
 
     Args:
         attributions (Tensor): Maps (B, C, \*spatial), floating point; channels are summed.
@@ -100,24 +99,24 @@ def cascading_randomization(
     r"""
     Does the map depend on what the model has learned? In cascading randomisation (Adebayo et al.,
     https://arxiv.org/abs/1810.03292) the weights of one module after the other, from the output
-    down, are drawn anew, and after each the map is compared with that of the trained model. A map
-    that stays as it was does not explain what the model has learned.
+    down, are drawn anew. After each, the map is compared with that of the trained model. A map that
+    stays the same does not explain what the model has learned.
 
-    Modules come in the reverse of their order in ``model.modules()``. A module with weights of
-    its own is reset by its ``reset_parameters``, or, where it has none, by shuffling the values
-    of each of its parameters. The model is as it was when the function returns or raises.
+    Modules come in the reverse of their order in ``model.modules()``. A module with weights of its
+    own is reset by its ``reset_parameters``; if it has none, the values of each parameter are
+    shuffled. The model is restored when the function returns or raises.
 
-    Maps from random weights are not unlike trained ones by chance alone: compare the numbers of
-    two methods, not one number with zero. Let ``explanation_func`` embed its references itself
+    Maps from random weights resemble trained ones to some degree: compare the numbers of two
+    methods, not one number with zero. Let ``explanation_func`` embed its references itself
     (``reference=``), so that they are embedded by the same weights.
 
     Args:
-        explanation_func (Callable): Inputs to maps (B, C, \*spatial), or a tuple of one: an
-                    ``attribute`` or an ``explanation_func`` of this package.
-        model (torch.nn.Module): Whose weights are randomised; the one that
-                    ``explanation_func`` explains.
+        explanation_func (Callable): A function from inputs to maps (B, C, \*spatial), or a tuple of
+                    one: an ``attribute``, or an ``explanation_func`` of this package.
+        model (torch.nn.Module): The model that ``explanation_func`` explains; its weights are
+                    randomised.
         inputs (Any): Passed to ``explanation_func``.
-        seed (int): Of the weights. The global random state is left alone.
+        seed (int): Seed of the random weights. The global random state is left alone.
                     Default: 0
         **kwargs (Any, optional): Passed to ``explanation_func``.
 
@@ -166,12 +165,12 @@ def reference_dependence(
     max_examples_per_batch: int | None = None,
 ) -> ReferenceDependence:
     r"""
-    Does a map follow the reference? How it changes with the reference, against how it should.
+    Does a map follow the reference? Compares how it changes with the reference to how it should.
 
-    What should change is measured on the model: each cell of a grid is occluded in turn, and
-    its effects on the two scores, :math:`O_k = f_k(x) - f_k(x \setminus k)`, are a map for each
+    How it should change is measured on the model: each cell of a grid is occluded in turn, and its
+    effects on the two scores, :math:`O_k = f_k(x) - f_k(x \setminus k)`, make a map for each
     reference. Maps M and effects O are averaged over the cells and divided by the sum of their
-    absolute values, so that a mere change of scale is no change, and then
+    absolute values, so that a mere change of scale does not count. Then
 
     .. math::
         agreement = corr(M_a - M_b, O_a - O_b), \quad
@@ -184,7 +183,8 @@ def reference_dependence(
     (https://arxiv.org/abs/2005.00631), of a difference of maps.
 
     Args:
-        forward_func (Callable): Inputs to scores (B, K): a :class:`~captum_fam.SimilarityScore`.
+        forward_func (Callable): A function from inputs to scores (B, K), such as a
+                    :class:`~captum_fam.SimilarityScore`.
         inputs (Tensor): The explained inputs, (B, C, \*spatial), floating point.
         attributions (Tensor): Maps (B, C', \*spatial) of the score ``target``.
         other_attributions (Tensor): Maps of the score ``other_target``.
@@ -294,8 +294,8 @@ def _randomize(module: nn.Module, seed: int) -> None:
 @contextmanager
 def _weights_restored(model: nn.Module) -> Iterator[None]:
     """
-    Each module holds the tensors that it held, with the values that they had, so that a backward pass of the caller's
-    that waits finds nothing changed.
+    At the end, each module holds the same tensors with the same values as before: a backward pass
+    of the caller's that still needs them finds nothing changed.
     """
     slots_of = [slots for module in model.modules() for slots in (module._parameters, module._buffers)]
     held: list[tuple[Any, dict[str, Tensor | None]]] = [(slots, dict(slots)) for slots in slots_of]

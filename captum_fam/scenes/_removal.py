@@ -1,4 +1,4 @@
-"""What each object of a scene does to a similarity, by taking it away."""
+"""How much of a similarity goes with each object of a scene."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,19 +22,19 @@ def removal_effects(
     batch_size: int = 32,
 ) -> Tensor:
     r"""
-    How much of the similarity of each pair goes with each object of its image:
+    How much of the similarity of each pair is lost when one object of its image is removed?
 
     .. math:: e_j = \sum_k c_k(z, s) - \sum_k c_k(z_{-j}, s)
 
-    with the embeddings z of the image, z\ :sub:`-j` of the image without object j, and s of
-    the reference. An encoder whose similarity comes from the shared object has the largest
-    effect in column 0; what an encoder does not use, no explanation of it can be blamed for
-    missing. The chance of that is 1 / n, but effects of the size of rounding errors, as mean
-    colours give, are ties: count one as largest only where it leads by a margin.
+    with the embeddings z of the image, z\ :sub:`-j` of the image without object j, and s of the
+    reference. If the similarity of an encoder comes from the shared object, column 0 has the
+    largest effect. If it does not, no explanation can be blamed for missing that object. By chance,
+    column 0 is the largest in 1 / n of the pairs. Effects of the size of rounding errors, as mean
+    colours give, are ties: count an effect as the largest only if it leads by a margin.
 
     Args:
-        encoder (Callable or torch.nn.Module): Maps images (B, 3, size, size) in [0, 1] to
-                    embeddings (B, D); put a normalisation in front with ``nn.Sequential``.
+        encoder (Callable or torch.nn.Module): A function from images (B, 3, size, size) in [0, 1]
+                    to embeddings (B, D); put a normalisation in front with ``nn.Sequential``.
         scenes (Scenes): The pairs.
         similarity (str or Callable): As in :func:`~captum_fam.channel_contributions`.
                     Default: ``"cosine"``

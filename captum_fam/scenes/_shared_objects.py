@@ -1,4 +1,4 @@
-"""Scenes that share one object, drawn from cut-out pictures."""
+"""Scenes that share one object, made of cut-out pictures."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from captum_fam._checks import (
 
 _DIFFICULTIES = ("easy", "medium", "hard")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # those that Pillow converts to eight bits without clipping
-_SMALLEST = 0.75  # of a cell, the longer side of an object
+_SMALLEST = 0.75  # the smallest longer side of an object, as a share of the cell
 _MARGIN = 32  # a cell leaves 1 / 32 of its side free on each side
 _LEAST_CELL = 8  # pixels
 _DEGREES, _STOPS = 20.0, 0.5  # a view is turned by up to 20 degrees, its gamma is 2 to a power of up to 0.5
@@ -30,14 +30,14 @@ _FLAT = 1 / 255  # a standard deviation below one grey level is no texture
 @dataclass(frozen=True, repr=False, eq=False)
 class Scenes:
     r"""
-    N pairs of scenes with n objects in each, of which one is in both; made by
-    :func:`shared_object_scenes`.
+    Which scenes share which object, and where? N pairs of scenes with n objects each; one object is
+    in both. Made by :func:`shared_object_scenes`.
 
     Attributes:
         images (Tensor): Scenes to explain, (N, 3, size, size), float32 in [0, 1].
-        references (Tensor): What they are compared with, in the same form.
-        objects (Tensor): What is where in ``images``, (N, size, size), uint8: 0 the background,
-                    1 the shared object, 2 ... n the distractors.
+        references (Tensor): The scenes that they are compared with, in the same form.
+        objects (Tensor): The object at each pixel of ``images``, (N, size, size), uint8: 0 is the
+                    background, 1 the shared object, 2 ... n are the distractors.
         reference_objects (Tensor): The same for ``references``.
         labels (Tensor): Classes of the objects 1 ... n of ``images``, (N, n), int64; column 0 is
                     the shared object's.
@@ -73,7 +73,7 @@ class Scenes:
         return len(self.images)
 
     def __getitem__(self, index: slice | Tensor) -> "Scenes":
-        """Some of the pairs, by a slice, a tensor of their numbers (M,), or one of bools (N,); there may be none."""
+        """Some of the pairs, possibly none: by a slice, a tensor of numbers (M,) or a tensor of bools (N,)."""
         if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.ndim == 1):
             raise TypeError(
                 f"Expected `index` to be a slice or a tensor of numbers (M,), but got {describe(index)};"
@@ -105,8 +105,8 @@ class Scenes:
 
     def without(self, index: int) -> Tensor:
         r"""
-        The images with one object painted over with the background. Objects have hard
-        edges, so nothing of it stays.
+        What do the images look like without one object? It is painted over with the background;
+        objects have hard edges, so nothing of it stays.
 
         Args:
             index (int): Number of the object, 1 ... n; 1 is the shared one.
@@ -134,13 +134,13 @@ def shared_object_scenes(
     seed: int = 0,
 ) -> Scenes:
     r"""
-    Pairs of scenes that share one object among distractors: what explains their
-    similarity is that object, in both.
+    Does an explanation of a similarity find what two images share? Makes pairs of scenes that share
+    one object among distractors, so the answer is known: that object, in both.
 
-    The classes of all other objects of a pair differ from it and from each other. Objects
-    lie in random cells of a square grid, at a random place and with their longer side at
-    75 to 100 % of the cell (less a margin); the shared object is never in the same cell in
-    both scenes. What the two views of the shared object have in common:
+    All other objects of a pair have other classes, no two the same. Objects lie in random cells of
+    a square grid, at a random place; their longer side is 75 to 100 % of the cell (less a margin).
+    The shared object is never in the same cell of both scenes. What its two views have in common
+    depends on ``difficulty``:
 
     ============  ==================================================================
     difficulty    the shared object in ``references``
@@ -152,18 +152,17 @@ def shared_object_scenes(
                   object of both scenes is mirrored at random)
     ============  ==================================================================
 
-    The background is the mean colour of the pictures, moved to within 0.35 to 0.65. All
-    objects of ``"medium"`` and ``"hard"`` pairs are in one palette: in each colour channel,
-    the pixels of each have the background's mean and, but for what is clipped to [0, 1], the
-    pictures' mean standard deviation (within 0.1 to 0.2). So mean colours say nothing, neither
-    which object is shared nor which scenes are a pair. A picture of one plain colour cannot
-    be seen.
+    The background is the mean colour of the pictures, clipped to 0.35 to 0.65. All objects of
+    ``"medium"`` and ``"hard"`` pairs have one palette: in each colour channel, the pixels of an
+    object have the background's mean and the pictures' mean standard deviation (clipped to 0.1 to
+    0.2), except for values clipped to [0, 1]. So mean colours tell neither which object is shared
+    nor which scenes are a pair. A picture of one plain colour cannot be seen.
 
-    The layout is ours. Objects pasted into scenes, as known truth for classifiers, are in
-    BAM (Yang, Kim, https://arxiv.org/abs/1907.09701).
+    The layout is ours. BAM (Yang, Kim, https://arxiv.org/abs/1907.09701) pastes objects into scenes
+    as known truth for classifiers.
 
     Args:
-        pictures (sequence of PIL.Image.Image): What objects are made of: RGB or grey (the whole
+        pictures (sequence of PIL.Image.Image): The pictures of the objects: RGB or grey (the whole
                     rectangle), or RGBA (the pixels with alpha of at least 128), eight bits.
         labels (Tensor or sequence of int): The class of each picture; at least
                     2 n_objects - 1 classes.
@@ -173,10 +172,11 @@ def shared_object_scenes(
                     Default: 224
         n_objects (int): Number n of objects in each scene, 2 to 255.
                     Default: 4
-        difficulty (str): ``"easy"``, ``"medium"`` or ``"hard"``, which needs two pictures of a
-                    class to share it.
+        difficulty (str): ``"easy"``, ``"medium"`` or ``"hard"``. ``"hard"`` needs a class with two
+                    pictures.
                     Default: ``"hard"``
-        seed (int): Pair i depends on the seed and i, not on n_pairs.
+        seed (int): Seed of all random choices. Pair i depends on the seed and i, not on
+                    ``n_pairs``.
                     Default: 0
 
     Returns:
@@ -313,7 +313,7 @@ def _pair(
 def _view(
     picture: Image.Image, length: int, difficulty: str, scene: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Colours (3, h, w) in [0, 1] and mask (h, w) of an object, as a pair of this difficulty shows it."""
+    """Colours (3, h, w) in [0, 1] and mask (h, w) of an object, in the view of this difficulty and scene."""
     cut, gamma = _cut(picture), 1.0
     if difficulty == "medium" and scene == 1:
         angle, gamma = rng.uniform(-_DEGREES, _DEGREES), 2 ** rng.uniform(-_STOPS, _STOPS)
@@ -332,17 +332,17 @@ def _cut(picture: Image.Image) -> Image.Image:
 
 
 def _cropped(cut: Image.Image) -> Image.Image:
-    """What lies in the bounding box of alpha, from half its largest value on."""
+    """The part of a picture within the bounding box of alpha, from half its largest value on."""
     alpha = cut.getchannel("A")
     half = np.asarray(alpha).max() / 2
     return cut.crop(alpha.point(lambda a: 255 if a >= half else 0).getbbox())
 
 
 def _scaled(cut: Image.Image, length: int) -> tuple[Tensor, Tensor]:
-    """Colours (3, h, w) and mask (h, w) with the longer side at a length; fine lines that fade keep their core."""
+    """Colours (3, h, w) and mask (h, w) with the longer side at a length; of fine lines that fade, the core stays."""
     pixels = torch.from_numpy(np.array(cut, np.float32)).permute(2, 0, 1) / 255
     alpha = pixels[3:]
-    pixels = torch.cat([pixels[:3] * alpha, alpha])  # so that what alpha hides colours no edge
+    pixels = torch.cat([pixels[:3] * alpha, alpha])  # so that hidden pixels do not colour the edges
     shape = [max(1, round(length * edge / max(cut.size))) for edge in (cut.height, cut.width)]
     pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0]
     alpha = pixels[3]

@@ -26,9 +26,9 @@ class Decision:
         encoder: images to embeddings z (B, D).
         similarity: as in channel_contributions.
         classes: labels of the K classes.
-        references: z to references, (K, D) for all queries or (B, K, D) for each.
-        scores: z to the scores (B, K), asked for after the references; None for the similarities themselves.
-        decomposed: a similarity of the same order that SimilarityDecomposition explains, if it is another.
+        references: from z to the references, (K, D) for all queries or (B, K, D) for each.
+        scores: from z to the scores (B, K), called after ``references``; None if they are the similarities.
+        decomposed: if SimilarityDecomposition explains another similarity of the same order, that one.
         of_all_queries: whether the references of a query depend on the other queries.
     """
 
@@ -48,14 +48,14 @@ def is_classifier(value: object) -> bool:
 
 def decision_of(classifier: Any, images: Any, labels: Any) -> Decision:
     """
-    The decision of a classifier on an episode, that of the images or that which it has been fitted to. The
-    classifier is not changed.
+    The decision of a classifier on an episode: that of the images, or the one that it was fitted to. The classifier is
+    not changed.
 
     Raises:
-        ValueError: the classifier has not been fitted, or decides by no similarity.
+        ValueError: the classifier was not fitted, or does not decide by a similarity.
     """
     make = _decision_maker(classifier)
-    classifier = copy.copy(classifier)  # what it stores of an episode is its own; modules and weights are shared
+    classifier = copy.copy(classifier)  # the copy stores its own episode; modules and weights are shared
     classifier._buffers = dict(classifier._buffers)
     if images is not None:
         (images, *others) = format_inputs("support_images", images)
@@ -158,7 +158,7 @@ def _bd_cspn(classifier: Any) -> Decision:
 
 
 def _laplacian_shot(classifier: Any) -> Decision:
-    """softmax(-||z - p||^2), p rectified as in BDCSPN, where neighbours have no say"""
+    """softmax(-||z - p||^2), p rectified as in BDCSPN; only without the influence of neighbours"""
     if classifier.lambda_regularization and classifier.knn > 1 and classifier.inference_steps:
         raise ValueError(
             f"LaplacianShot with lambda_regularization={classifier.lambda_regularization} and knn={classifier.knn}"
@@ -175,14 +175,16 @@ def _laplacian_shot(classifier: Any) -> Decision:
 def _matching_networks(classifier: Any) -> Decision:
     """log sum over the shots of a class of softmax(z·s), s normalised"""
     support = _fitted(classifier, classifier.contextualized_support_features).detach().clone()
-    classifier.contextualized_support_features = support  # may be of inference mode, which no graph can hold
+    classifier.contextualized_support_features = (
+        support  # may have been made in inference mode, which no graph can hold
+    )
     support = F.normalize(support)
     one_hot = classifier.one_hot_support_labels  # (N, K)
 
     def attended(z: Tensor) -> Tensor:
         """
-        For each class its shots, weighted by their attention a: the gradient of log sum exp(z·s) is sum a s, and
-        with one shot it is s.
+        The shots of each class, weighted by their attention a: the gradient of log sum exp(z·s) is sum a s; with one
+        shot it is s.
         """
         attention = (z @ support.T)[:, None].masked_fill(one_hot.T == 0, -torch.inf).softmax(2)
         return attention @ support

@@ -1,4 +1,4 @@
-"""What explanations of a decision among references have in common."""
+"""What all explanations of a decision among references share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from captum_fam.methods.margins import ADD_UP_TO_NOTHING, ROUNDING
 from captum_fam.methods.similarity_attribution import SimilarityAttribution
 from captum_fam.similarity import widen
 
-_CLOSE = 0.05  # how far a map and what belongs to the references may be from adding up to a margin
+_CLOSE = 0.05  # how far a map, with the part of the references, may be from adding up to a margin
 
 
 @dataclass(frozen=True)
 class Origin:
     """
-    What an explanation was made of: the method, the queries, the embeddings of the references, (K, D) or (B, K, D),
-    what else a page of its task shows, and what the maps explain.
+    What an explanation was made of: the method, the queries, the embeddings of the references (K, D) or (B, K, D), what
+    else a page of its task shows, and what the maps explain.
     """
 
     method: SimilarityAttribution
@@ -44,16 +44,16 @@ class Explanation:
     The maps of B queries for K references each.
 
     Attributes:
-        similarities (Tensor): What is explained: the sums of the contributions, (B, K).
-        constants (Tensor): The part of them that belongs to the references alone, (B, K): minus the
-                    squared length of the reference, for SimilarityDecomposition of the squared distance, else zero.
-                    What biases, or the baseline of ``n_steps``, make of a score is neither on a map nor here.
+        similarities (Tensor): The score that the maps explain: the sums of the contributions, (B, K).
+        constants (Tensor): The part of the similarities that belongs to the references alone, (B, K): minus the squared
+                    length of the reference for SimilarityDecomposition of the squared distance, else zero. What biases,
+                    or the baseline of ``n_steps``, contribute is neither on a map nor here.
         maps (Tensor): The map of each query for each of its references, (B, K, \*spatial).
         signed_maps (Tensor): Maps of the terms themselves, signed, in at least single precision,
                     (B, K, \*spatial); their differences are the contrast maps.
         explainable (Tensor): Which pairs have embeddings that are finite and not zero, (B, K).
         route (str): ``"aligned"`` or ``"jacobian"``, as in
-                    :meth:`~captum_fam.FeatureActivationMap.route`; of a method without, ``""``.
+                    :meth:`~captum_fam.FeatureActivationMap.route`; ``""`` for a method without routes.
     """
 
     similarities: Tensor
@@ -75,7 +75,7 @@ class Explanation:
         return f"{type(self).__name__}(maps={tuple(self.maps.shape)}, route={self.route!r})"
 
     def _made_of(self, what: str) -> Origin:
-        """What this was made of, for what needs it."""
+        """What this was made of; an error if that is gone."""
         if self._origin is None:
             raise ValueError(
                 f"A copy of an explanation, or one from a file, has no images and no encoder, which {what} needs; take"
@@ -91,7 +91,7 @@ class Explanation:
         return origin, tuple(x[query : query + 1] for x in origin.queries)
 
     def _counted(self) -> Tensor:
-        """Which references (B, K) are among "the rest"."""
+        """Which references (B, K) count among "the rest"."""
         return torch.ones_like(self.explainable)
 
     def _difference(self, values: Tensor, own: Tensor, other: Tensor | Literal["rest"]) -> Tensor:
@@ -113,7 +113,7 @@ class Explanation:
         return maps
 
     def _contrasted(self, own: Tensor, other: Tensor | Literal["rest"]) -> tuple[Tensor, str]:
-        """Contrast maps (B, 1, *spatial), and what is to be told of them."""
+        """Contrast maps (B, 1, *spatial), and the warnings about them."""
         if self._origin is not None:
             check_asked(self._origin.method, other, None)
         rows = torch.arange(len(own), device=own.device)
@@ -127,7 +127,7 @@ class Explanation:
         return shown[:, None].to(self.maps.dtype), self._opposite(shown, margins, constants)
 
     def _opposite(self, maps: Tensor, margins: Tensor, constants: Tensor) -> str:
-        """What is to be told where maps (B, *spatial) and the margins (B,) that they explain have opposite signs."""
+        """The warning if means of maps (B, *spatial) and the margins (B,) that they explain have opposite signs."""
         method = None if self._origin is None else self._origin.method
         if not len(maps) or isinstance(method, (CorrespondenceMap, *ADD_UP_TO_NOTHING)):
             return ""
@@ -150,7 +150,7 @@ class Explanation:
         )
 
     def _beyond(self, own: Tensor, contrast: str | None, threshold: float | None) -> Tensor:
-        """What the references ``own`` (B,) have beyond a share of the query's own, maps (B, 1, *spatial)."""
+        """Maps (B, 1, *spatial) of the references ``own`` (B,), less a share of the query's own."""
         maps, told = beyond(self, own[:, None], contrast, threshold)
         warn_once(told[:1])
         return maps
@@ -158,8 +158,8 @@ class Explanation:
 
 def beyond(found: Explanation, own: Tensor, contrast: str | None, threshold: float | None) -> tuple[Tensor, list[str]]:
     """
-    Maps (B, P, *spatial) of the references with these numbers (B, P), less the query's own or a threshold, and what is
-    to be told of them.
+    Maps (B, P, *spatial) of the references with these numbers (B, P), less the query's own share or a threshold, and
+    the warnings about them.
     """
     origin = found._made_of('contrast with "self"' if threshold is None else "a threshold")
     check_asked(origin.method, contrast, threshold)
@@ -184,7 +184,7 @@ def beyond(found: Explanation, own: Tensor, contrast: str | None, threshold: flo
 
 
 def contrasted(found: Explanation, other: Any, contrast: Any, threshold: float | None) -> Tensor:
-    """Each reference's contrast (B, K, *spatial): with another of these numbers (B,), "rest", "self" or a threshold."""
+    """The contrast map of each reference (B, K, *spatial): with others (B,), "rest", "self" or a threshold."""
     (B, K), device = found.similarities.shape, found.maps.device
     if threshold is not None or (isinstance(contrast, str) and contrast == "self"):
         maps, told = beyond(found, torch.arange(K, device=device).expand(B, K), contrast, threshold)
@@ -192,13 +192,13 @@ def contrasted(found: Explanation, other: Any, contrast: Any, threshold: float |
         each = [found._contrasted(torch.full((B,), k, device=device), other) for k in range(K)]
         maps, told = torch.cat([one for one, _ in each], 1), [text for _, text in each if text]
     warn_once(
-        [told[0] + (f" So it is with {len(told)} of the {K} references." if len(told) > 1 else "")] if told else []
+        [told[0] + (f" This holds for {len(told)} of the {K} references." if len(told) > 1 else "")] if told else []
     )
     return maps
 
 
 def check_asked(method: Any, contrast: Any, threshold: Any) -> None:
-    """Refuses, before anything is computed, what a method cannot be asked."""
+    """Raises an error for what a method cannot answer, before anything is computed."""
     method.check_own_share(contrast, threshold)
     if isinstance(method, LabelFreeActivationMap) and (contrast is not None or threshold is not None):
         raise ValueError(
@@ -208,7 +208,7 @@ def check_asked(method: Any, contrast: Any, threshold: Any) -> None:
 
 
 def check_beyond(other: object, threshold: object) -> bool:
-    """Whether a contrast is with the query itself, or with a threshold, and not with other references."""
+    """Whether a contrast is with the query itself or a threshold, not with other references."""
     if threshold is not None and other not in (None, "rest"):
         raise ValueError(f"Expected `other` or `threshold`, but got {describe(other)} and {describe(threshold)}.")
     return threshold is not None or (isinstance(other, str) and other == "self")
@@ -222,9 +222,9 @@ def explained(
     match: Callable[[], Tensor],
 ) -> tuple[dict[str, Any], Explained, Tensor]:
     """
-    The attributes of an Explanation, what they are made of, and the references. ``references`` gives those (K, D), or
-    (B, K, D), of the queries with embeddings (B, D) in these rows; ``match`` gives best matches (B, K, *spatial), for a
-    method that compares places.
+    The attributes of an Explanation, what they are made of, and the references. ``references`` returns the references
+    (K, D) or (B, K, D) of queries, from their embeddings (B, D) and rows. ``match`` returns best matches
+    (B, K, *spatial), for a method that compares places.
     """
     check_internal_batch_size(internal_batch_size)
     asked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -257,7 +257,7 @@ def explained(
 
 
 def words_of(contrast: Any, threshold: float | None, name: str) -> str:
-    """What maps explain, for figures; ``name`` is what a number counts."""
+    """What maps explain, in words for figures; ``name`` is what a number counts."""
     if threshold is not None:
         return f"above {threshold}, or below"
     if contrast is None:

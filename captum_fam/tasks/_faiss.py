@@ -1,4 +1,4 @@
-"""What an index of faiss finds, and whether it is what it says."""
+"""What an index of faiss finds, and whether its scores are those of its vectors."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from captum_fam.similarity import Similarity, unit, widen
 _INNER_PRODUCT, _L2 = 0, 1  # faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2
 _CLOSE = 1e-3  # how far lengths and scores may be from what they should be
 _ROUNDING = 1e-5  # the same for scores, in units of the squared lengths
-_LOSSY = 0.2  # how far the median length of normalised vectors may be from one, in an index that is lossy
+_LOSSY = 0.2  # how far the median length of normalised vectors may be from one in a lossy index
 _OWN = (
     "take explain_hits(query, from_faiss(index.search(z, k), embeddings), encoder, layer, similarity=...), where z are"
     " the embeddings of the queries and `embeddings` those of the gallery"
@@ -21,12 +21,12 @@ _OWN = (
 
 
 def searched(z: Tensor, similarity: str) -> Tensor:
-    """What an index is searched with."""
+    """The vectors that an index is searched with."""
     return unit(widen(z)) if similarity == "cosine" else widen(z)
 
 
 def _is_lossy(index: Any) -> bool:
-    """Whether an index keeps less of a vector than its numbers in single precision."""
+    """Whether an index is lossy: it does not keep vectors in single precision."""
     if hasattr(index, "id_map"):
         import faiss
 
@@ -86,7 +86,7 @@ def _search(index: Any, z: Any, k: int) -> tuple[Any, Any, Any]:
     if hasattr(index, "id_map"):
         import faiss
 
-        # An IndexIDMap has no vectors by its numbers; the index in it has them by place.
+        # An IndexIDMap does not return vectors by its numbers; the index inside returns them by position.
         scores, places, vectors = _search(index.index, z, k)
         numbers = faiss.rev_swig_ptr(index.id_map.data(), index.ntotal)  # a view
         return scores, np.where(places < 0, -1, numbers[places]), vectors
@@ -110,14 +110,14 @@ def _vectors(index: Any, numbers: Any) -> Any:
 
 
 def similarities_of(scores: Tensor, index: Any, similarity: str) -> Tensor:
-    """What the scores of an index say of the similarities."""
+    """The similarities that the scores of an index stand for."""
     if index.metric_type == _INNER_PRODUCT:
         return scores
     return 1 - scores / 2 if similarity == "cosine" else -scores  # |z - s|^2 = 2 - 2 cos for vectors of unit length
 
 
 def warnings_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: Tensor, s: Tensor) -> list[str]:
-    """Of hits whose similarity is not the score of the index."""
+    """The warning about hits whose similarity is not the score of the index."""
     similar = similarities.cpu().float()
     lengths = z.cpu().float().norm(dim=1)[:, None] ** 2 + s.norm(dim=2) ** 2
     off = ((similar - scores).abs() > _CLOSE * scores.abs() + _ROUNDING * lengths) & there
@@ -126,12 +126,12 @@ def warnings_of_scores(scores: Tensor, similarities: Tensor, there: Tensor, z: T
     here, found = scores[off][0].item(), similar[off][0].item()
     return [
         f"The index gave a score of {here:.4g}, but the similarity to the vector that it holds is {found:.4g}: it is"
-        f" lossy or transforms vectors. The maps explain the latter. With your own vectors: {_OWN}."
+        f" lossy or transforms vectors. The maps explain this similarity. With your own vectors: {_OWN}."
     ]
 
 
 def warnings_of_lengths(s: Tensor, z: Tensor, similarity: Similarity | None) -> list[str]:
-    """Of an index of normalised vectors that is searched with another embedding."""
+    """The warning about an index of normalised vectors that is searched with another embedding."""
     lengths = z.norm(dim=1)
     if similarity == "cosine" or not len(s) or ((s.norm(dim=1) - 1).abs() > _CLOSE).any():
         return []

@@ -29,7 +29,7 @@ class Gallery(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """Hits of some queries with the vectors s (B, k, D) that they are compared by, and which are there (B, k)."""
+    """Hits of some queries, the vectors s (B, k, D) that they are compared by, and which hits exist (B, k)."""
 
     ids: list[list[Any]]
     scores: Tensor | None
@@ -48,8 +48,8 @@ def explain_found(
     internal_batch_size: int | None,
 ) -> RetrievalExplanation:
     """
-    Explains what ``search`` finds for the embeddings (B, D) of queries in some rows. ``images`` gives those of a
-    query's hits of these ranks; ``check`` says what is doubtful of a result, its embeddings (B, D) and the hits'.
+    Explains what ``search`` finds for the embeddings (B, D) of queries in some rows. ``images`` returns the images of a
+    query's hits of these ranks; ``check`` returns warnings about a result, its embeddings (B, D) and those of the hits.
     """
     check_asked(method, contrast, threshold)
     parts: dict[int, Found] = {}
@@ -127,7 +127,7 @@ def _of_hits(
     threshold: float | None,
     internal_batch_size: int | None,
 ) -> Explained | None:
-    """What the hits of these ranks have of their maps for one query, (n, 1, *spatial), with its embedding z (1, D)."""
+    """The maps (n, 1, *spatial) of the hits of these ranks for one query, with its embedding z (1, D)."""
     if not ranks:
         return None
     less = less_of(contrast, threshold, method._similarity(), 1, len(ranks))
@@ -143,7 +143,7 @@ def _of_hits(
 
 
 def _laid_out(rows: list[Tensor | None], ranks: list[list[int]], k: int, like: Tensor) -> Tensor:
-    """Maps (B, k, *spatial) of those (n, *spatial) at the ranks of each query; zero elsewhere."""
+    """Maps (B, k, *spatial): each query's maps (n, *spatial) at their ranks, zero elsewhere."""
     shape = next((row.shape[1:] for row in rows if row is not None), like.shape[1:])
     maps = like.new_zeros(len(rows), k, *shape)
     for b, (row, own) in enumerate(zip(rows, ranks)):
@@ -153,7 +153,7 @@ def _laid_out(rows: list[Tensor | None], ranks: list[list[int]], k: int, like: T
 
 
 def _distances(embedded: Tensor, s: Tensor, of_units: bool) -> list[float]:
-    """How far embeddings (n, D) are from others, as a share of their lengths."""
+    """The distances of embeddings (n, D) from others, as shares of their lengths."""
     one, two = (widen(x).cpu().float() for x in (embedded, s))
     if of_units:
         one, two = unit(one), unit(two)
@@ -204,7 +204,7 @@ def _image(gallery: Any, number: Any, ndim: int) -> Tensor:
 
 
 def _warnings_of_images(strange: list[Any]) -> list[str]:
-    """Of images whose embeddings are not those that were searched."""
+    """The warning about images whose embeddings are not those that were searched."""
     if not strange:
         return []
     numbers = list(dict.fromkeys(strange))

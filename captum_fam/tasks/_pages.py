@@ -16,7 +16,7 @@ from captum_fam.visualization import draw_maps, new_figure, show
 
 _COLUMNS = 5  # of maps of tokens
 _WIDE = 3  # columns that the page and its map take together
-_LINE, _TEXT = 32, 18  # pixels: of a token in the picture of a query, and of its letters
+_LINE, _TEXT = 32, 18  # pixels: the height of a token in the picture of a query, and of its letters
 _BOX = "gold"
 
 
@@ -32,8 +32,8 @@ def maxsim_figure(
     use_pyplot: bool,
 ) -> tuple[Figure, NDArray[Any]]:
     """
-    A page with the map (h, w) of what is explained, and beside it the similarities (T, h, w) of tokens, whose matches
-    have boxes.
+    Draws a page with the map (h, w) of what is explained, and beside it the similarities (T, h, w)
+    of tokens, with boxes around their matches.
     """
     T, columns = len(titles), min(len(titles), _COLUMNS)
     rows = -(-T // columns)
@@ -55,7 +55,7 @@ def maxsim_figure(
 
 
 def as_words(tokens: Sequence[str] | None, count: int) -> list[str]:
-    """Of each token a word in one line."""
+    """Each token as a word in one line."""
     if tokens is None:
         return [f"token {t + 1}" for t in range(count)]
     if isinstance(tokens, str) or len(tokens) != count:
@@ -78,7 +78,7 @@ def written(words: Sequence[str]) -> Image.Image:
 
 
 def check_upright(name: str, places: Tensor, shown: Sequence[Image.Image]) -> None:
-    """Refuses a grid (h, w) that lies across its picture, where it fits when turned."""
+    """Raises an error if a grid (h, w) does not fit its picture, but (w, h) would."""
 
     def fits(h: int, w: int, shape: float) -> bool:
         return max(abs(h - w * shape), abs(w - h / shape)) < 1

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from captum_fam._checks import describe
 
-_HEADER = 128  # bytes, whatever the number of images, which is known last
+_HEADER = 128  # bytes, for any number of images, which is known only at the end
 _FORMS = "a file that ends in .npy or .parquet, or an array or tensor (G, h, w, C) or (G, N, C) of floats"
 
 
 def write_array(file: Path, parts: Iterable[Tensor]) -> None:
-    """Parts of one array, as a file of NumPy's (.npy, version 1.0), which is written whole or not at all."""
+    """Writes parts of one array as a NumPy file (.npy, version 1.0), whole or not at all."""
     partial = file.with_name(f"{file.name}.part")
     try:
         with partial.open("wb") as stream:
@@ -47,8 +47,8 @@ def _header(shape: tuple[int, ...], dtype: Any) -> bytes:
 
 def stored_parts(stored: Any, at_once: int, channels: int) -> Iterator[tuple[Sequence[Any], Tensor]]:
     """
-    Ids and vectors (b, h, w, C) or (b, N, C) of a few images at a time, of so many values. The ids of an array are its
-    rows' numbers; lists of a table are vectors of so many channels.
+    Yields ids and vectors (b, h, w, C) or (b, N, C) of a few images at a time: ``at_once`` values. The ids of an array
+    are the numbers of its rows. The lists of a table are vectors of ``channels`` values.
     """
     if not isinstance(stored, (str, os.PathLike)):
         yield from _of_array(stored, at_once)
@@ -82,7 +82,7 @@ def _ranges(images: int, size: int, at_once: int) -> list[range]:
 
 
 def _shared(array: Any) -> Any:
-    """A tensor of the array's own memory, read-only or not; the array, if torch does not read it as it is."""
+    """A tensor that shares the array's memory, read-only or not; the array itself if torch cannot."""
     if min(array.strides) < 0 or not array.dtype.isnative:
         return array
     with warnings.catch_warnings():
@@ -91,9 +91,9 @@ def _shared(array: Any) -> Any:
 
 
 def _give_back(array: Any) -> None:
-    """The memory of what was read of a mapped file, which else grows to the file's size."""
+    """Frees the memory of what was read of a mapped file; it would grow to the file's size."""
     while isinstance(array, np.ndarray):
-        if getattr(array, "mode", "r") == "c":  # a copy: what was written to it is in no file
+        if getattr(array, "mode", "r") == "c":  # a copy: what was written to it is not in the file
             return
         array = array.base
     if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -113,7 +113,7 @@ def _of_parquet(file: Path, at_once: int, channels: int) -> Iterator[tuple[Seque
             raise ValueError(f"Expected {file} to have one column 'id' and one 'places', but its columns are {names}.")
         size = sum(group.row_group(i).total_byte_size for i in range(group.num_row_groups))
         rows = max(1, at_once * group.num_rows // max(1, size))
-        groups = ([number] for number in range(group.num_row_groups))  # of all at once, each would stay in memory
+        groups = ([number] for number in range(group.num_row_groups))  # all at once, each would stay in memory
         for batch in chain.from_iterable(table.iter_batches(rows, one, columns=["id", "places"]) for one in groups):
             lists = batch["places"]
             shape = getattr(lists.type, "shape", None)  # of Arrow's fixed_shape_tensor

@@ -44,7 +44,7 @@ def as_vectors(name: str, given: Any, mask_name: str, mask: Any) -> tuple[Tensor
 
 
 def as_batch(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
-    """A tensor of what is given; of a list of parts, padded, and which of their rows are no padding."""
+    """What is given as one tensor. A list of parts is padded; the second result says which rows are no padding."""
     try:
         if not isinstance(given, (list, tuple)) or not given:
             return _as_tensor(given), None
@@ -101,6 +101,6 @@ def as_places(patches: Any, tokens: tuple[int, int], grid: tuple[int, int], devi
     ordered = numbers.sort(1).values
     if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= P or (ordered[:, 1:] == ordered[:, :-1]).any():
         raise ValueError(
-            f"Expected `patches` to number each token once, from 0 to {P - 1}; of a mask, pass patches.bool()."
+            f"Expected `patches` to number each token once, from 0 to {P - 1}; for a mask, pass patches.bool()."
         )
     return numbers

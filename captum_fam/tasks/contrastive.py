@@ -12,14 +12,15 @@ from captum_fam.similarity import unit, widen
 
 class NearestReferences(NamedTuple):
     r"""
-    The decision of :func:`~captum_fam.nearest_references` for B embeddings, and its reasons.
+    Which class did the nearest neighbours vote for, and which of them agree? For B embeddings; made
+    by :func:`~captum_fam.nearest_references`.
 
     Attributes:
         predicted (Tensor): The label with the most votes, (B,).
         classes (Tensor): All labels, sorted, (n_classes,).
-        scores (Tensor): Each class's share of the votes, (B, n_classes); a row adds up to 1.
+        scores (Tensor): The share of the votes for each class, (B, n_classes); a row adds up to 1.
         indices (Tensor): The k nearest neighbours in the bank, nearest first, (B, k).
-        agrees (Tensor): Which of them have the predicted label, (B, k), bool.
+        agrees (Tensor): Which of these neighbours have the predicted label, (B, k), bool.
         reference_embedding (Tensor): The mean of the agreeing neighbours' unit embeddings, (B, D):
                     the reference for :meth:`~captum_fam.FeatureActivationMap.attribute`.
 
@@ -46,17 +47,18 @@ def nearest_references(
     embedding: Tensor, bank: Tensor, labels: Tensor | Sequence[int], k: int = 200, temperature: float = 0.1
 ) -> NearestReferences:
     r"""
-    Which class the nearest neighbours in a memory bank vote for, and which neighbours agree: the
+    Which class do the nearest neighbours in a memory bank vote for, and which neighbours agree? The
     weighted decision of Wu et al. (https://arxiv.org/abs/1805.01978, section 3.4).
 
-    Each of the k bank entries of the highest cosine votes for its label with
+    Each of the k bank entries with the highest cosine votes for its label, with the weight
 
     .. math:: \exp(\cos(z, s_i) / \tau)
 
-    as in ``knn_predict`` of lightly on normalised features. FAM of the decision takes the mean
-    contributions of the agreeing neighbours, one as much as another. The contributions to a cosine are linear in the
-    unit vector of s, so this mean is that of *one* reference, the mean of the agreeing unit
-    vectors, times its length, which min-max takes out again:
+    as in ``knn_predict`` of lightly on normalised features. To explain the decision, FAM takes the
+    mean contributions of the agreeing neighbours, which all count alike. One reference gives the
+    same map: the mean of their unit vectors. (The contributions to a cosine are linear in the unit
+    vector of s; the length of the mean scales them all, which min-max undoes.) It is the
+    ``reference_embedding`` of the result:
 
     .. code-block:: python
 
@@ -66,10 +68,11 @@ def nearest_references(
     Args:
         embedding (Tensor): Embeddings (B, D), as ``fam.embed`` gives them.
         bank (Tensor): Embeddings of the memory bank (N, D), from the same encoder.
-        labels (Tensor or sequence of int): N integers, any values.
-        k (int): Neighbours that vote, at most N.
+        labels (Tensor or sequence of int): N integers, any values: the label of each bank entry.
+        k (int): How many neighbours vote, at most N.
                     Default: 200
-        temperature (float): :math:`\tau`, positive; small ones listen to the nearest.
+        temperature (float): :math:`\tau`, positive; the smaller, the more the nearest neighbours
+                    count.
                     Default: 0.1
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is known of a few-shot decision that was explained."""
+"""The explanation of a few-shot decision."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ _SAME = 0.01  # how far a reference may be from a mean of embeddings, in units o
 @dataclass(frozen=True, repr=False, eq=False)
 class EpisodeExplanation(Explanation):
     r"""
-    Why B queries were given their classes, of K; made by :func:`~captum_fam.explain_episode`.
+    Why was each of B queries given its class, one of K? Made by :func:`~captum_fam.explain_episode`.
 
     Attributes:
         classes (Tensor): The labels of the K classes, sorted.
         predicted (Tensor): The label of the highest score of each query, (B,).
         scores (Tensor): Scores (B, K), those of the few-shot library where it decides.
-        similarities (Tensor): What is explained: the sums of the contributions, (B, K). The scores
-                    themselves, but where the library goes on from them (softmax).
-        constants (Tensor): The part of them that no place of a query has, (B, K): minus the squared
-                    length of the prototype, for SimilarityDecomposition of squared distances, else zero.
+        similarities (Tensor): The score that the maps explain: the sums of the contributions, (B, K). They are the
+                    ``scores``, unless the library goes on from them (softmax).
+        constants (Tensor): The part of the similarities that belongs to no place of a query, (B, K): minus the squared
+                    length of the prototype for SimilarityDecomposition of squared distances, else zero.
         maps (Tensor): The map of each query for each class, (B, K, \*spatial).
         signed_maps (Tensor): Maps of the terms themselves, signed, in at least single precision;
                     their differences are the contrast maps.
@@ -57,7 +57,7 @@ class EpisodeExplanation(Explanation):
 
     def map(self, label: Labels = None) -> Tensor:
         r"""
-        What in each query is like a class.
+        What in each query is like a class?
 
         Args:
             label (int, sequence of int or Tensor, optional): Label of a class, for all queries or
@@ -81,27 +81,27 @@ class EpisodeExplanation(Explanation):
         threshold: float | None = None,
     ) -> Tensor:
         r"""
-        Why one class rather than another: the map of the contributions to the difference of
-        their similarities, signed (see ``contrast`` in
+        Why one class rather than another? The map of the difference of their similarities, signed (see ``contrast`` in
         :meth:`~captum_fam.FeatureActivationMap.attribute`).
 
         Args:
             label: As in :meth:`map`.
-            other (int, sequence of int, Tensor or str, optional): The class to contrast with, in the
-                        same forms; ``"rest"`` for the mean over all the others; or ``"self"``, what the query has in
-                        common with the class beyond what it has with itself, which needs one more pass.
-                        Default: None, the class with the highest score but for ``label``
-            threshold (float, optional): Instead of ``other``: why the similarity lies above or below it. One more pass.
+            other (int, sequence of int, Tensor or str, optional): The class to contrast with, in the same forms;
+                        ``"rest"`` for the mean over all the others; or ``"self"``: what the query has in common with
+                        the class beyond what it has with itself, which takes one more pass.
+                        Default: None, the class with the highest score among the others
+            threshold (float, optional): Instead of ``other``: why does the similarity lie above or below this value? It
+                        takes one more pass.
                         Default: None
 
         Returns:
             *Tensor*: maps (B, 1, \*spatial).
 
         Raises:
-            ValueError: there is no such class, or no other one; or the similarity, or the method, has no ``"self"``
-                        and no threshold.
+            ValueError: there is no such class, or no other one; or the similarity or the method allows neither
+                        ``"self"`` nor a threshold.
 
-        Warns where a map and the margin that it explains have opposite signs.
+        Warns if the mean of a map and the margin that it explains have opposite signs.
         """
         if check_beyond(other, threshold):
             if self._origin is not None:
@@ -117,8 +117,8 @@ class EpisodeExplanation(Explanation):
         threshold: float | None = None,
     ) -> Tensor:
         r"""
-        The difference of two similarities, or of a similarity and a threshold, which :meth:`contrast` explains; 0 for
-        ``"self"``.
+        How large is the difference that :meth:`contrast` explains, of two similarities, or of a similarity and a
+        threshold? It is 0 for ``"self"``.
 
         Args:
             label, other, threshold: As in :meth:`contrast`.
@@ -136,15 +136,14 @@ class EpisodeExplanation(Explanation):
 
     def constant(self, label: Labels = None, other: Labels | Literal["rest"] = None) -> Tensor:
         r"""
-        The part of :meth:`margin` that belongs to the prototypes alone. With
-        :class:`~captum_fam.SimilarityDecomposition`, the mean of :meth:`contrast` and this add up to the
-        margin, where the places add up to the embedding.
+        Which part of :meth:`margin` belongs to the prototypes alone? With :class:`~captum_fam.SimilarityDecomposition`,
+        this and the mean of :meth:`contrast` add up to the margin, if the places add up to the embedding.
 
         Args:
             label, other: As in :meth:`contrast`.
 
         Returns:
-            *Tensor*: (B,); zero but for squared distances.
+            *Tensor*: (B,); zero except for squared distances.
 
         Raises:
             ValueError: As in :meth:`contrast`.
@@ -162,15 +161,14 @@ class EpisodeExplanation(Explanation):
         std: Sequence[float] | None = None,
     ) -> PairExplorer:
         r"""
-        A page of a query and the classes, the most similar first, on which one points at a place and sees what it
-        matches, as that of :func:`~captum_fam.explore_pair`. A class is shown as all of its support images, side by
-        side: its score is a sum over them, as the product with a mean is the mean of the products, and the page
-        prints the ``similarities``. So all shots are on the page, which grows by up to 0.2 MB with each, of 14 by 14
-        places.
+        Which places of the support images does a place of the query match? Makes a page of the query and the classes,
+        the most similar first, as :func:`~captum_fam.explore_pair` does: point at a place to see its matches. The page
+        shows each class as all of its support images, side by side. Its score is a sum over them, because the product
+        with a mean is the mean of the products. The page prints the ``similarities``. Each image adds up to 0.2 MB, at
+        14 by 14 places.
 
-        Of an encoder and of SimpleShot, and of PrototypicalNetworks with ``method=SimilarityDecomposition``, which
-        explains the squared distance. Other classifiers decide by references that are no means of the
-        support embeddings.
+        It works for encoders, for SimpleShot, and for PrototypicalNetworks with ``method=SimilarityDecomposition``,
+        which explains the squared distance. The references of other classifiers are no means of the support embeddings.
 
         Args:
             query (int): Number of the query, from 0.
@@ -178,7 +176,7 @@ class EpisodeExplanation(Explanation):
             control (Tensor, optional): One image (1, C, H, W) of the support's size that has nothing to do with
                         the query.
                         Default: None
-            photos (list of pictures, optional): What is shown of the query, each of the support images and the
+            photos (list of pictures, optional): The pictures to show of the query, each of the support images and the
                         control, in this order.
                         Default: None, the images themselves
             titles (list of str, optional): Names of the query, of the ``classes`` in their order, and of the
@@ -243,7 +241,7 @@ class EpisodeExplanation(Explanation):
             return own, "rest"
         if other is None:
             scores = self.scores.scatter(1, own[:, None], -torch.inf)
-            best = scores == scores.amax(1, keepdim=True)  # probabilities round to zero: the similarities then tell
+            best = scores == scores.amax(1, keepdim=True)  # if probabilities round to zero, the similarities decide
             similarities = self.similarities.scatter(1, own[:, None], -torch.inf)
             return own, similarities.masked_fill(~best, -torch.inf).argmax(1)
         return own, self._index(other)
@@ -263,13 +261,13 @@ class EpisodeExplanation(Explanation):
 
 
 def groups_of(classes: Tensor, labels: Any) -> list[list[int]]:
-    """The numbers of the support images of each class."""
+    """The numbers of the support images, for each class."""
     labels = torch.as_tensor(labels).tolist()
     return [[n for n, label in enumerate(labels) if label == own] for own in classes.tolist()]
 
 
 def _check_means(decision: Decision, z: Tensor, support: Tensor, groups: list[list[int]]) -> None:
-    """Whether the references of a decision are the means of the support embeddings, of which a page makes sums."""
+    """Raises an error if the references are not the means of the support embeddings, because a page needs sums."""
     means = torch.stack([widen(support[group]).mean(0) for group in groups])
     with torch.no_grad():
         s = widen(decision.references(z)).reshape(means.shape)
@@ -282,7 +280,7 @@ def _check_means(decision: Decision, z: Tensor, support: Tensor, groups: list[li
 
 
 def check_own_share(decision: Decision, classifier: Any = None) -> None:
-    """Refuses "self" and thresholds for the distances of a classifier, whose similarity is its own."""
+    """Raises an error for "self" and thresholds if a classifier decides by a distance."""
     if decision.scores is not None and decision.similarity not in ("cosine", "dot"):
         name = "This classifier" if classifier is None else type(classifier).__name__
         raise ValueError(

@@ -39,11 +39,12 @@ def explain_episode(
     **options: Any,
 ) -> EpisodeExplanation:
     r"""
-    Explains the decisions of a few-shot episode, why this class and not that one, from one pass over the queries.
+    Why was each query given this class, and not that one? Explains the decisions of a few-shot episode, from one pass
+    over the queries.
 
     With an encoder, the references are the prototypes of the support images (their mean
-    embeddings, https://arxiv.org/abs/1703.05175). With a classifier of easyfsl, the decision is
-    the library's own and ``scores`` are what it returns:
+    embeddings, https://arxiv.org/abs/1703.05175). With a classifier of easyfsl, the decision is the library's own, and
+    ``scores`` are what it returns:
 
     ======================  ==============================================================
     classifier              what is explained
@@ -60,44 +61,43 @@ def explain_episode(
                             ``knn=1`` only: otherwise the scores mix in the neighbours'
     ======================  ==============================================================
 
-    RelationNetworks (a network scores each pair of feature maps) and methods that fine-tune on
-    the episode (Finetune, TIM, TransductiveFinetuning, PTMAP) decide by no sum over embedding
-    dimensions, and are refused. ``LayerGradCam(classifier, layer)`` explains the former.
+    Other classifiers are an error, because their score is no sum over embedding dimensions: RelationNetworks (a network
+    scores each pair of feature maps) and methods that fine-tune on the episode (Finetune, TIM, TransductiveFinetuning,
+    PTMAP). ``LayerGradCam(classifier, layer)`` explains RelationNetworks.
 
     Args:
         forward_func (Callable or torch.nn.Module): An encoder, from images to embeddings (B, D), or
                     a ``FewShotClassifier`` of easyfsl.
-        layer (torch.nn.Module): As in :class:`~captum_fam.FeatureActivationMap`; of a
-                    classifier, a module of its ``backbone``. None for IntegratedDecomposition, which
-                    finds one, and Relax, which needs none.
+        layer (torch.nn.Module): As in :class:`~captum_fam.FeatureActivationMap`; for a classifier, a module of its
+                    ``backbone``. None for IntegratedDecomposition, which finds one, and Relax, which needs none.
         query_images (Tensor or tuple[Tensor, ...]): B images to explain.
         support_images (Tensor or tuple[Tensor, ...], optional): N labelled images.
-                    Default: None, those that a classifier has been fitted to with its
-                    ``process_support_set``
+                    Default: None, those of the last ``process_support_set`` of a classifier
         support_labels (Tensor or sequence of int, optional): N integers; for easyfsl from 0 to
                     K - 1.
                     Default: None
-        similarity (str or Callable, optional): Of an encoder, as in
-                    :func:`~captum_fam.channel_contributions`; ``"euclidean"`` for a ProtoNet.
+        similarity (str or Callable, optional): For an encoder, as in :func:`~captum_fam.channel_contributions`;
+                    ``"euclidean"`` for a ProtoNet.
                     Default: None, ``"cosine"``
-        method (type or str): A method of this package that explains similarities, or its name. The contrast of
-                    :class:`~captum_fam.SimilarityDecomposition` adds up to the margin (of squared distances, with the
-                    difference of the ``constants``). :class:`~captum_fam.CorrespondenceMap` shows what
-                    looks like some place of the support images of a class.
+        method (type or str): A method of this package that explains similarities, or its name. With
+                    :class:`~captum_fam.SimilarityDecomposition`, contrast maps add up to the margin (of squared
+                    distances, with the difference of the ``constants``). :class:`~captum_fam.CorrespondenceMap` shows
+                    what looks like some place of the support images of a class.
                     Default: FeatureActivationMap
-        contrast (int or str, optional): What ``maps`` are: why each class rather than the class of this label, or
-                    than ``"rest"``, the mean of all the others; or, with ``"self"``, what the query has in common
-                    with it beyond what it has with itself, which needs one more pass.
+        contrast (int or str, optional): What ``maps`` show. A label: why each class rather than this one. ``"rest"``:
+                    why each class rather than the mean of all the others. ``"self"``: what the query has in common with
+                    each class beyond what it has with itself; this takes one more pass.
                     Default: None, what the query has in common with each class
-        threshold (float, optional): ``maps`` explain why each similarity lies above or below it. One more pass.
+        threshold (float, optional): ``maps`` show why each similarity lies above or below this value; this takes one
+                    more pass.
                     Default: None
-        internal_batch_size (int, optional): At most so many images go through the encoder at a time.
+        internal_batch_size (int, optional): How many images go through the encoder at a time.
                     Default: None, all at once
         **options (Any): Further options of the method.
 
     Returns:
-        *EpisodeExplanation*: classes, scores, the predicted class, and the maps of every class.
-        A classifier is as it was before.
+        *EpisodeExplanation*: classes, scores, the predicted class, and the maps of every class. The classifier is left
+        as it was.
 
     Raises:
         TypeError, ValueError: an argument is not as described above, or the classifier cannot be

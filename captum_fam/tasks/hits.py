@@ -25,19 +25,20 @@ _ROUNDING = 1e-3  # how far scores and similarities may be out of order, as a sh
 @dataclass(frozen=True, eq=False, repr=False)
 class Hits:
     r"""
-    What a search found for B queries, k hits each, best first, as :func:`~captum_fam.explain_hits` takes it. The
-    functions ``from_...`` of ``captum_fam.tasks.stores`` make it of a store's answer.
+    What did a search find? k hits for each of B queries, best first, for :func:`~captum_fam.explain_hits`. Make it by
+    hand, or from a store's answer with the functions ``from_...`` of ``captum_fam.tasks.stores``. Pass at least one
+    argument.
 
     Args:
-        ids (list of lists, optional): The B x k ids of the hits, numbers or strings; None, or -1, where
-                    fewer were found.
+        ids (list of lists, optional): The ids of the hits, numbers or strings, in B lists of k; None or -1 where fewer
+                    were found.
                     Default: None, their ranks
-        scores (Tensor, optional): What the search returned, similarities or distances, (B, k).
+        scores (Tensor, optional): The scores that the search returned, similarities or distances, (B, k).
                     Default: None
-        embeddings (Tensor, optional): Of the hits, (B, k, D), floating point.
-                    Default: None, they are made of the images
-        images (Tensor, optional): Of the hits, (B, k, C, \*spatial), ready for the encoder.
-                    Default: None, they are taken from a gallery
+        embeddings (Tensor, optional): The embeddings of the hits, (B, k, D), floating point.
+                    Default: None, made of the images
+        images (Tensor, optional): The images of the hits, (B, k, C, \*spatial), ready for the encoder.
+                    Default: None, taken from a gallery
 
     Raises:
         TypeError, ValueError: the arguments are not as described above, or do not fit each other.
@@ -81,14 +82,16 @@ class Hits:
         if self.ids is not None:
             lengths = {len(row) for row in self.ids}
             if len(lengths) > 1:
-                raise ValueError(f"Expected `ids` of hits to be as many for each query, but got {sorted(lengths)}.")
+                raise ValueError(
+                    f"Expected `ids` of hits to be equally many for each query, but got {sorted(lengths)}."
+                )
             sizes["ids"] = len(self.ids), lengths.pop() if lengths else 0
         if not sizes:
             raise ValueError(
                 "Expected at least one of `ids`, `scores`, `embeddings` and `images` of hits, but got none."
             )
         if len(set(sizes.values())) != 1:
-            raise ValueError(f"Expected what is given of hits to be of the same B queries and k hits, but got {sizes}.")
+            raise ValueError(f"Expected the same B queries and k hits in all arguments of Hits, but got {sizes}.")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,7 +107,7 @@ class Hits:
 
 
 def _plain(number: Any) -> Any:
-    """An id as Python has it; -1, as of faiss, is none."""
+    """An id as a Python value; None for -1, which faiss gives where it found nothing."""
     number = number.item() if isinstance(number, (np.generic, Tensor)) else number
     return None if isinstance(number, int) and number == -1 else number
 
@@ -125,18 +128,19 @@ def explain_hits(
     **options: Any,
 ) -> RetrievalExplanation:
     r"""
-    Explains why a search returned its hits, whatever searched: a store, an index, a service, a list made by hand.
+    Why did a search return these hits? Explains the hits of any search: a store, an index, a service, or a list made by
+    hand.
 
     Args:
         query (Tensor): B inputs of the encoder, (B, C, \*spatial).
-        hits (Hits or Tensor): What was found, as :class:`~captum_fam.Hits`; or the images of the hits,
-                    (B, k, C, \*spatial), or of one query (k, C, \*spatial).
+        hits (Hits or Tensor): What was found: :class:`~captum_fam.Hits`; or the images of the hits,
+                    (B, k, C, \*spatial), or (k, C, \*spatial) of one query.
         forward_func (Callable or torch.nn.Module): The encoder, from images to embeddings (B, D).
         layer (torch.nn.Module): As in :class:`~captum_fam.FeatureActivationMap`. None for
                     IntegratedDecomposition, which finds one, and Relax, which needs none.
-        gallery (optional): The images of the hits by their ids, ready for the encoder: whatever gives an image
-                    (C, \*spatial), or a tuple that begins with it, for ``gallery[id]``, such as a dict, a tensor or a
-                    ``torch.utils.data.Dataset``.
+        gallery (optional): The images of the hits by their ids, ready for the encoder: a dict, a tensor, a
+                    ``torch.utils.data.Dataset``, or another object whose ``gallery[id]`` is an image (C, \*spatial), or
+                    a tuple that begins with it.
                     Default: None, the images of the hits, if there are any
         similarity (str or Callable, optional): What the search ranks by, as in
                     :func:`~captum_fam.channel_contributions`.
@@ -144,15 +148,15 @@ def explain_hits(
         method (type or str): A method of this package that explains similarities, or its name.
                     :class:`~captum_fam.CorrespondenceMap` needs images of the hits.
                     Default: FeatureActivationMap
-        contrast (int or str, optional): What the maps are. ``"self"``: what query and hit have in common beyond
-                    what each has with itself, on both sides; it takes one more pass. A rank, or ``"rest"``: why each
-                    hit rather than the one of this rank, or than the mean of the others; there are no ``hit_maps``
-                    then, as a hit knows of no other.
+        contrast (int or str, optional): What the maps show. ``"self"``: what query and hit have in common beyond what
+                    each has with itself, on both sides; this takes one more pass. A rank, or ``"rest"``: why each hit
+                    rather than the hit of this rank, or than the mean of the others. There are no ``hit_maps`` then,
+                    because a hit is compared with the query alone.
                     Default: None, what query and hit have in common
-        threshold (float, optional): The maps explain why each similarity lies above or below it, on both sides. One
-                    more pass.
+        threshold (float, optional): The maps show why each similarity lies above or below this value, on both sides;
+                    this takes one more pass.
                     Default: None
-        internal_batch_size (int, optional): At most so many images go through the encoder at a time.
+        internal_batch_size (int, optional): How many images go through the encoder at a time.
                     Default: None, all queries at once, and all hits of a query
         **options (Any): Further options of the method.
 
@@ -164,8 +168,8 @@ def explain_hits(
         TypeError, ValueError: an argument is not as described above; the message names it.
         RuntimeError: the jacobian is needed under ``torch.inference_mode()``.
 
-    Warns where the similarities order the hits in another way than their scores, and where an image has another
-    embedding than the hit.
+    Warns if the similarities order the hits in another way than the scores of the search, and if an image's embedding
+    is not that of its hit.
 
     Examples::
 
@@ -255,7 +259,7 @@ def _embedded(
 
 
 def _warnings_of_order(found: RetrievalExplanation) -> list[str]:
-    """Of scores that order the hits of a query as no similarity, or distance, of theirs does."""
+    """The warning if scores order the hits of a query neither as their similarities nor as distances do."""
     if found.scores is None:
         return []
     for scores, similarities in zip(found.scores.cpu().double(), found.similarities.cpu().double()):

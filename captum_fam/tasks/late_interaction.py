@@ -1,4 +1,4 @@
-"""Late interaction: why a query of many vectors found a page of many vectors."""
+"""Late interaction: why a query of many vectors matches a page of many vectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,23 +17,23 @@ from captum_fam.tasks._pages import as_words, check_upright, maxsim_figure, writ
 from captum_fam.tasks._vectors import Vectors, as_grid, as_places, as_vectors
 from captum_fam.visualization import Pictures, pictures
 
-_ROUNDING = 4  # units in the last place of |q||p|: products of the same two rows differ so much by where they lie
+_ROUNDING = 4  # units in the last place of |q||p|: products of the same two rows differ by this much between positions
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class MaxSimExplanation:
     r"""
-    Where each token of a query found its best match in a page; made by :func:`~captum_fam.explain_maxsim`. Tensors
+    Where did each token of a query find its best match in a page? Made by :func:`~captum_fam.explain_maxsim`. Tensors
     begin with (B,) if the queries were a batch, then with (K,) if the pages were; ``found[k]`` is one of them.
 
     Attributes:
-        query_embeddings (Tensor): The query as it counts: rows that are masked are zero, and with
-                    ``length_normalize`` all are divided by the number of tokens, (\*, T, D).
+        query_embeddings (Tensor): The query as it was scored, (\*, T, D): masked rows are zero, and with
+                    ``length_normalize`` all are divided by the number of tokens.
         token_scores (Tensor): What each token adds to the score: its similarity with its best match, (\*, T).
-        similarities (Tensor): That of each token with each patch, (\*, T, h, w), also with patches that are masked.
-        matches (Tensor): The share of each patch in the token's best match: 1 where that is, 1 / n where n are
-                    equally good, else 0, (\*, T, h, w).
-        unplaced (Tensor): The share of the best match that is no patch, but another token of the page, (\*, T).
+        similarities (Tensor): The similarity of each token with each patch, (\*, T, h, w), masked patches included.
+        matches (Tensor): The share of each patch in the token's best match, (\*, T, h, w): 1 at the best match, 1 / n
+                    at each of n that are equally good, else 0.
+        unplaced (Tensor): The share of the best match that is not a patch but another token of the page, (\*, T).
         explains (str): ``"score"``, or ``"difference"`` for a :meth:`contrast`.
 
     Examples::
@@ -62,26 +62,23 @@ class MaxSimExplanation:
 
     @property
     def token_maps(self) -> Tensor:
-        r"""What each token adds to the score, at its best patch, (\*, T, h, w)."""
+        r"""Where each token adds to the score: the amount, at its best patch, (\*, T, h, w)."""
         return self.token_scores[..., None, None] * self.matches
 
     @property
     def map(self) -> Tensor:
-        r"""The sum of ``token_maps``, which with ``rest`` adds up to the score, (\*, h, w)."""
+        r"""The sum of ``token_maps``, (\*, h, w); together with ``rest`` it adds up to the score."""
         return self.token_maps.sum(-3)
 
     @property
     def rest(self) -> Tensor:
-        r"""What of the score belongs to no patch, (\*)."""
+        r"""The part of the score that belongs to no patch, (\*)."""
         return (self.token_scores * self.unplaced).sum(-1)
 
     def __getitem__(self, index: int | slice) -> "MaxSimExplanation":
         index = int(index) if isinstance(index, np.integer) else index
         if self.token_scores.ndim < 2 or not isinstance(index, (int, slice)):
-            raise TypeError(
-                f"Expected the number of a page, or a query, of an explanation of several, but got {index!r} of"
-                f" {self!r}."
-            )
+            raise TypeError(f"Expected the number of one of several pages or queries, but got {index!r} for {self!r}.")
         return self._at(index)
 
     def __repr__(self) -> str:
@@ -89,13 +86,13 @@ class MaxSimExplanation:
 
     def contrast(self, other: "MaxSimExplanation") -> "MaxSimExplanation":
         r"""
-        Why this page rather than another: what each token finds here, less what it finds there. The score of the
-        result is the difference of the scores, and its map, on this page, adds up to it with the rest: red where
-        tokens find more than in the other page, blue where they find less. ``other.contrast(self)`` is that on the
-        other page.
+        Why this page rather than another? What each token finds here, less what it finds there. The score of the result
+        is the difference of the scores. Its map lies on this page and, with the rest, adds up to it: red where tokens
+        find more than in the other page, blue where they find less. ``other.contrast(self)`` is the map on the other
+        page.
 
         Args:
-            other (MaxSimExplanation): Of the same query and another page, of any grid.
+            other (MaxSimExplanation): An explanation of the same query and another page, of any grid.
 
         Returns:
             *MaxSimExplanation*: with the places and ``similarities`` of this page.
@@ -134,19 +131,20 @@ class MaxSimExplanation:
         std: Sequence[float] | None = None,
     ) -> PairExplorer:
         r"""
-        A page to explore, as that of :func:`~captum_fam.explore_pair`: the query is a list of its tokens, and one
-        points at a token, or at a patch. It shows what each pair adds to the score, and the similarities.
+        Which patch does each token match? Makes a page to explore, as :func:`~captum_fam.explore_pair` does, with the
+        query as a list of its tokens: point at a token or a patch to see what each pair adds to the score, and the
+        similarities.
 
         Args:
-            page (picture, or a list of them): The page, or each of K pages.
+            page (picture, or a list of them): The page, or K pages.
             tokens (list of str, optional): The T tokens of the query.
                         Default: None, their numbers
-            query (picture, optional): Of a query that is an image itself, whose tokens are its patches.
+            query (picture, optional): The query, if it is an image whose patches are the tokens.
                         Default: None
             query_grid (tuple of int, optional): Rows and columns of that image's patches, T in all.
                         Default: None
             titles (list of str, optional): Names of the query and the pages.
-                        Default: None, as ``"page 1, score 12.3"``, with what of it is at no patch
+                        Default: None, such as ``"page 1, score 12.3"``, and how much of the score is at no patch
             mean, std (sequence of float, optional): As in :func:`~captum_fam.visualize_pair`.
                         Default: None
 
@@ -178,7 +176,7 @@ class MaxSimExplanation:
         if rows * columns != T:
             raise ValueError(
                 f"Expected `query_grid` of the {T} tokens of the query, but got {rows} x {columns}; explain"
-                " query_embeddings[patches] if others are among them."
+                " query_embeddings[patches] if other tokens are among them."
             )
         words = as_words(tokens, T)
         drawn = written(words) if query is None else pictures("query", query, 1, mean, std)[0]
@@ -203,12 +201,12 @@ class MaxSimExplanation:
         use_pyplot: bool = True,
     ) -> tuple[Figure, NDArray[Any]]:
         r"""
-        Draws the page, the map of its score over it, and, for each token that counts, its similarities with all
-        patches. Boxes are the best matches, of which the score is made.
+        Where on the page is the score? Draws the page with the map of its score and, for each token that counts, its
+        similarities with all patches. Boxes mark the best matches, which make the score.
 
         Args:
-            page (Tensor, array or PIL.Image): The page, as an image of :func:`~captum_fam.visualize_pair`.
-            tokens (list of str, optional): The T tokens of the query, which are titles.
+            page (Tensor, array or PIL.Image): The page, an image as in :func:`~captum_fam.visualize_pair`.
+            tokens (list of str, optional): The T tokens of the query, drawn as titles.
                         Default: None, their numbers
             mean, std, use_pyplot: As in :func:`~captum_fam.visualize_pair`.
 
@@ -267,33 +265,32 @@ def explain_maxsim(
     length_normalize: bool = False,
 ) -> MaxSimExplanation:
     r"""
-    Explains where each token of a query finds its best match in a page, and what it adds to a score of late interaction
-    (MaxSim; `ColBERT <https://arxiv.org/abs/2004.12832>`_, `ColPali <https://arxiv.org/abs/2407.01449>`_): its dot
-    product with that match,
+    Where does each token of a query find its best match in a page, and what does it add to the score of late
+    interaction (MaxSim; `ColBERT <https://arxiv.org/abs/2004.12832>`_, `ColPali <https://arxiv.org/abs/2407.01449>`_)?
+    A token adds its dot product with its best match,
 
     .. math:: \text{score} = \sum_t \max_p \, q_t \cdot p
 
-    so that its parts are exact, and belong to the patches that are best matches. Tokens of the page that are no
-    patches, as those of its prompt, may be best matches, too: what they add is the ``rest``. Embeddings are taken as
-    they are, normalised or not; half precision is computed in float32. Patches that are equally good, up to rounding,
-    share equally.
+    so the parts of the score are exact, and belong to the patches that are best matches. Other tokens of the page, such
+    as those of its prompt, may be best matches, too; what they add is the ``rest``. Embeddings are taken as they are,
+    normalised or not; half precision is computed in float32. Patches that are equally good, up to rounding, share
+    equally.
 
     Args:
-        query_embeddings (Tensor): Of the query's tokens (T, D), or of those of B queries (B, T, D) or a list of B.
-                    Arrays and lists of numbers are taken as well.
-        page_embeddings (Tensor): Of the page's tokens (P, D), or of those of K pages (K, P, D) or a list of K.
-        grid (tuple of int): Rows and columns of patches, (h, w). ``get_n_patches`` of sentence-transformers has
-                    columns first.
+        query_embeddings (Tensor): Embeddings of the query's tokens (T, D), or of B queries (B, T, D) or a list of B.
+                    Arrays and lists of numbers are fine, too.
+        page_embeddings (Tensor): Embeddings of the page's tokens (P, D), or of K pages (K, P, D) or a list of K.
+        grid (tuple of int): Rows and columns of patches, (h, w). (``get_n_patches`` of sentence-transformers returns
+                    columns first.)
         query_mask, page_mask (Tensor, optional): Which tokens count, (B, T) or (T,), (K, P) or (P,), or lists of
                     them, as ``attention_mask``.
-                    Default: None, all. A row of zeros in a page counts, too, as in ``score_retrieval`` of
-                    transformers
+                    Default: None, all. Rows of zeros in a page count, too, as in ``score_retrieval`` of transformers
         patches (Tensor, optional): Which tokens of the page are patches, row by row: a bool mask (K, P) or (P,), such
                     as ``input_ids == image_token_id``; or, if they are in another order, the number of the token at
                     each place, (K, h, w) or (h, w).
-                    Default: None, all tokens, of which there must be h times w
-        length_normalize (bool): Divides by the number of the query's tokens, as ``mean_maxsim`` of
-                    sentence-transformers.
+                    Default: None, all tokens, which must then be h times w
+        length_normalize (bool): Divides the score by the number of the query's tokens, as ``mean_maxsim`` of
+                    sentence-transformers does.
                     Default: False
 
     Returns:
@@ -330,12 +327,12 @@ def explain_maxsim(
         if lost.any():
             raise ValueError(
                 f"Expected `{name}` to be finite, but the tokens {lost.any(0).nonzero().flatten().tolist()} are not;"
-                " leave padding out by a mask, or embed in float32."
+                " mask the padding, or embed in float32."
             )
         if not mask.any(1).all():
             raise ValueError(
-                f"Expected a token that counts in each of `{name}`, but all are masked, or zero, in number"
-                f" {mask.any(1).tolist().index(False)}."
+                f"Expected a token that counts in each of `{name}`, but all tokens of number"
+                f" {mask.any(1).tolist().index(False)} are masked or zero."
             )
     h, w = as_grid("grid", grid)
     places = as_places(patches, (K, P), (h, w), p.device)
@@ -355,7 +352,7 @@ def explain_maxsim(
             warn(
                 "Rows of zeros in `page_embeddings` are the best matches of tokens whose other similarities are not"
                 " above zero. They count, as in score_retrieval of transformers; sentence-transformers takes them for"
-                " padding: pass page_mask=attention_mask."
+                " padding; to do the same, pass page_mask=attention_mask."
             )
         is_patch = torch.zeros_like(kept).scatter(1, places, True)
         at = places[None, :, None].expand(B, K, T, h * w)

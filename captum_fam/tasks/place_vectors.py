@@ -1,4 +1,4 @@
-"""A vector for each place of an image, such that the products of two images' vectors are their matrix of places."""
+"""A vector for each place of an image: products of two images' vectors are the matrix of their places."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -27,26 +27,27 @@ PlaceMethod = CorrespondenceMap | SimilarityDecomposition
 
 def place_vectors(method: PlaceMethod, inputs: Inputs) -> Tensor:
     r"""
-    A vector for each place of each input, such that the products of those of two inputs are the method's
-    ``attribute_matrix`` of the two:
+    How do I store places, so that a matrix of two images takes one product? Makes a vector for each place of each
+    input. The products of two inputs' vectors are the method's ``attribute_matrix`` of the two:
 
     .. math:: P_{ij} = v_i \cdot v'_j
 
-    Of a :class:`~captum_fam.CorrespondenceMap` it is the unit vector of the layer's activations, C channels, of a
-    :class:`~captum_fam.SimilarityDecomposition` the place's part of the embedding, D dimensions (of the unit embedding
-    for the cosine). So a matrix takes one product, once the vectors are stored (:func:`~captum_fam.store_places`).
+    With a :class:`~captum_fam.CorrespondenceMap`, the vector is the unit vector of the layer's activations, of C
+    channels. With a :class:`~captum_fam.SimilarityDecomposition`, it is the place's part of the embedding (for the
+    cosine, of the unit embedding), of D dimensions. :func:`~captum_fam.store_places` writes the vectors of many images
+    to a file.
 
     Args:
-        method (CorrespondenceMap or SimilarityDecomposition): With one layer, which gives one tensor. A ``background``
-                    is not taken away.
+        method (CorrespondenceMap or SimilarityDecomposition): A method with one layer that gives one tensor. Its
+                    ``background`` is not subtracted.
         inputs (Tensor or tuple[Tensor, ...]): B inputs of the encoder.
 
     Returns:
-        *Tensor*: (B, \*spatial, C), or (B, \*spatial, D), at least float32. Zero for an input whose activations, or
-        whose embedding, are not finite, of which a warning says so.
+        *Tensor*: (B, \*spatial, C), or (B, \*spatial, D), at least float32. The vectors of an input whose activations,
+        or embedding, are not finite are zero, with a warning.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As ``attribute_matrix`` of the method.
+        TypeError, ValueError, RuntimeError: As in ``attribute_matrix`` of the method.
 
     Examples::
 
@@ -72,15 +73,16 @@ def store_places(
     dtype: torch.dtype = torch.float16,
 ) -> Any:
     r"""
-    Writes the vectors of the places of many images, batch by batch, for :func:`~captum_fam.match_places`.
+    How do I store the places of many images to match them later? Writes their vectors to a file, batch by batch, for
+    :func:`~captum_fam.match_places`.
 
     float16 keeps 11 bits of a value down to 6e-5, and steps of 6e-8 below. That is enough for the unit vectors of a
     :class:`~captum_fam.CorrespondenceMap`. The values of a :class:`~captum_fam.SimilarityDecomposition` are about
-    :math:`1 / (N \sqrt{D})` for N places, so those of large grids want float32.
+    :math:`1 / (N \sqrt{D})` for N places: for large grids, pass float32.
 
     Args:
-        file (str or Path): Where to, ends in .npy. It is there when it is whole.
-        images (Tensor or iterable): Inputs of the encoder, a batch; or an iterable of batches, or of tuples that
+        file (str or Path): File to write; its name ends in .npy. It appears when it is complete.
+        images (Tensor or iterable): A batch of inputs of the encoder; or an iterable of batches, or of tuples that
                     begin with one, such as a DataLoader.
         method (CorrespondenceMap or SimilarityDecomposition): As in :func:`~captum_fam.place_vectors`.
         dtype (torch.dtype): ``torch.float16`` or ``torch.float32``.
@@ -117,14 +119,14 @@ def store_places(
 def _batches(
     images: Tensor | Iterable[Any], method: PlaceMethod, dtype: torch.dtype, texts: list[str]
 ) -> Iterator[Tensor]:
-    """Vectors of each batch, on the CPU; what the user should know of them is added to the texts."""
+    """Yields the vectors of each batch, on the CPU; warnings about them are added to the texts."""
     done, shape = 0, None
     for batch in (images,) if isinstance(images, Tensor) else images:
         (inputs,) = format_inputs("images", batch[0] if isinstance(batch, (tuple, list)) else batch)
         vectors, found = _of(method, (inputs,), done)
         if shape not in (None, vectors.shape[1:]):
             raise ValueError(
-                f"Expected `images` with as many places each, but got {tuple(shape)} and {tuple(vectors.shape[1:])};"
+                f"Expected `images` with equally many places, but got {tuple(shape)} and {tuple(vectors.shape[1:])};"
                 " resize them to one size."
             )
         shape, done = vectors.shape[1:], done + len(vectors)
@@ -139,7 +141,7 @@ def _batches(
 
 @eagerly
 def _of(method: PlaceMethod, inputs: tuple[Tensor, ...], first: int) -> tuple[Tensor, list[str]]:
-    """Vectors (B, *spatial, C), and what should be known of the inputs, of which the first has this number."""
+    """Vectors (B, *spatial, C), and warnings about the inputs; ``first`` is the number of the first of them."""
     if isinstance(method, CorrespondenceMap):
         vectors, shape, texts = _of_activations(method, inputs, first)
     elif isinstance(method, SimilarityDecomposition):
@@ -190,6 +192,6 @@ def _of_embedding(
 
 
 def _check_one(sizes: list[int]) -> None:
-    """Of layers that gave so many tensors each."""
+    """Raises an error if there are several layers, or one that gave several tensors."""
     if sizes != [1]:
         raise ValueError(f"place_vectors needs one layer with one tensor, but `method` has {sum(sizes)} of them.")

@@ -42,31 +42,33 @@ def explain_retrieval(
     **options: Any,
 ) -> RetrievalExplanation:
     r"""
-    Searches a faiss index and explains why it returned its hits, from one pass over the query.
+    Why did a faiss index return these hits? Searches it, and explains the hits from one pass over
+    the query.
 
-    The references are the embeddings that the index holds; the gallery's images are embedded
-    only for the maps of the hits themselves.
+    The references are the embeddings that the index holds. The gallery's images are embedded only
+    for the maps of the hits.
 
     Args:
         query (Tensor): B images, (B, C, H, W).
-        index (faiss.Index): Of the gallery's embeddings, with inner products or L2 distances, such as
-                    ``IndexFlatIP``, ``IndexFlatL2``, ``IndexHNSWFlat``, ``IndexIVFFlat`` or ``IndexIDMap``,
-                    that gives back its vectors. One that is lossy is explained by the vectors that it
-                    holds; :func:`~captum_fam.tasks.stores.from_faiss` is for your own.
+        index (faiss.Index): An index of the gallery's embeddings, with inner products or L2
+                    distances, that can return its vectors, such as ``IndexFlatIP``, ``IndexFlatL2``,
+                    ``IndexHNSWFlat``, ``IndexIVFFlat`` or ``IndexIDMap``. For a lossy index, the
+                    maps explain the vectors that it holds; to explain your own vectors, take
+                    :func:`~captum_fam.tasks.stores.from_faiss`.
         forward_func (Callable or torch.nn.Module): The encoder, from images to embeddings (B, D).
         layer (torch.nn.Module): As in :func:`~captum_fam.explain_hits`.
         gallery (optional): The images by their number in the index, ready for the encoder: a tensor
-                    (N, C, H, W), or whatever gives an image (C, H, W), or a tuple that begins with
-                    it, for ``gallery[i]``, such as a ``torch.utils.data.Dataset``.
+                    (N, C, H, W), a ``torch.utils.data.Dataset``, or another object whose
+                    ``gallery[i]`` is an image (C, H, W), or a tuple that begins with it.
                     Default: None, no maps of the hits
         k (int): Hits for each query.
                     Default: 5
-        similarity (str, optional): ``"cosine"`` for an index that holds normalised vectors, of inner
-                    products or L2 distances: the query's embedding is normalised, too.
+        similarity (str, optional): ``"cosine"`` for an index of normalised vectors: the query's
+                    embedding is then normalised, too.
                     Default: None, ``"dot"`` for inner products and ``"euclidean"`` for L2
         method, contrast, threshold: As in :func:`~captum_fam.explain_hits`.
-        internal_batch_size (int, optional): At most so many queries, and hits, go through the encoder at
-                    a time.
+        internal_batch_size (int, optional): How many queries, or hits, go through the encoder at a
+                    time.
                     Default: None, all at once
         **options (Any): Further options of the method.
 
@@ -77,8 +79,8 @@ def explain_retrieval(
         TypeError, ValueError: an argument is not as described above; the message names it.
         RuntimeError: the jacobian is needed under ``torch.inference_mode()``.
 
-    Warns where the similarity to a stored vector is not the score of the index (a lossy one), and
-    where an image of the gallery has another embedding than the index holds for it.
+    Warns if the similarity to a stored vector is not the score of the index, as in a lossy one, and
+    if an image of the gallery has another embedding than the index holds for it.
 
     Examples::
 

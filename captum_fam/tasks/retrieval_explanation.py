@@ -1,4 +1,4 @@
-"""What is known of a search that was explained."""
+"""The explanation of a search."""
 
 import operator
 from collections.abc import Sequence
@@ -19,23 +19,23 @@ LONGEST = 30  # letters of a name under a picture
 @dataclass(frozen=True, repr=False, eq=False)
 class RetrievalExplanation(Explanation):
     r"""
-    Why a search returned its hits, k for each of B queries; made by :func:`~captum_fam.explain_hits` and
+    Why did a search return these hits, k for each of B queries? Made by :func:`~captum_fam.explain_hits` and
     :func:`~captum_fam.explain_retrieval`.
 
     Attributes:
-        ids (list of lists): Of the hits, best first, B x k; None where fewer were found.
-        scores (Tensor or None): What the search returned, (B, k).
-        similarities (Tensor): What is explained: the sums of the contributions, (B, k); -inf where nothing
-                    was found.
-        constants (Tensor): The part of them that no place of a query has, (B, k): minus the squared
-                    length of the hit, for SimilarityDecomposition of squared distances, else zero.
+        ids (list of lists): The ids of the hits, best first, in B lists of k; None where fewer were found.
+        scores (Tensor or None): The scores that the search returned, (B, k).
+        similarities (Tensor): The score that the maps explain: the sums of the contributions, (B, k); -inf where
+                    nothing was found.
+        constants (Tensor): The part of the similarities that belongs to no place of a query, (B, k): minus the squared
+                    length of the hit for SimilarityDecomposition of squared distances, else zero.
         maps (Tensor): The map of each query for each of its hits, (B, k, \*spatial).
         signed_maps (Tensor): Maps of the terms themselves, signed, in at least single precision;
                     their differences are the contrast maps.
         explainable (Tensor): Which hits have embeddings that are finite and not zero, (B, k).
-        hit_maps (Tensor or None): The map of each hit for its query, (B, k, \*spatial), if there were images
-                    of the hits, and the maps explain no contrast with other hits.
-        route (str): ``"aligned"`` or ``"jacobian"``; of a method without, ``""``.
+        hit_maps (Tensor or None): The map of each hit for its query, (B, k, \*spatial); None if there were no images of
+                    the hits, or the maps explain a contrast with other hits.
+        route (str): ``"aligned"`` or ``"jacobian"``; ``""`` for a method without routes.
 
     Examples::
 
@@ -62,27 +62,27 @@ class RetrievalExplanation(Explanation):
         self, rank: int = 0, other: int | Literal["rest", "self"] | str = "rest", *, threshold: float | None = None
     ) -> Tensor:
         r"""
-        Why the hit of one rank is nearer than that of another: the map of the contributions to
-        the difference of their similarities, signed.
+        Why is the hit of one rank nearer than that of another? The map of the difference of their similarities, signed.
 
         Args:
-            rank (int): Of the hit, from 0.
+            rank (int): Rank of the hit, from 0.
                         Default: 0
             other (int or str): Rank of the hit to contrast with; ``"rest"`` for the mean over all the others; or
-                        ``"self"``, what the query has in common with the hit beyond what it has with itself, which
-                        needs one more pass.
+                        ``"self"``: what the query has in common with the hit beyond what it has with itself, which
+                        takes one more pass.
                         Default: ``"rest"``
-            threshold (float, optional): Instead of ``other``: why the similarity lies above or below it. One more pass.
+            threshold (float, optional): Instead of ``other``: why does the similarity lie above or below this value? It
+                        takes one more pass.
                         Default: None
 
         Returns:
             *Tensor*: maps (B, 1, \*spatial); zero where there was no such hit.
 
         Raises:
-            ValueError: there is no such rank, or no other hit; or the similarity, or the method, has no ``"self"`` and
-                        no threshold.
+            ValueError: there is no such rank, or no other hit; or the similarity or the method allows neither
+                        ``"self"`` nor a threshold.
 
-        Warns where a map and the margin that it explains have opposite signs.
+        Warns if the mean of a map and the margin that it explains have opposite signs.
         """
         (B, _), device = self.similarities.shape, self.signed_maps.device
         own = torch.full((B,), self._rank("rank", rank), device=device)
@@ -101,10 +101,11 @@ class RetrievalExplanation(Explanation):
         std: Sequence[float] | None = None,
     ) -> PairExplorer:
         r"""
-        A page of a query and its hits, on which one points at a place and sees what it matches, as that of
-        :func:`~captum_fam.explore_pair`. It prints the ``similarities``: of an index of L2 distances, minus the
-        squared distance. The hits' images are embedded again. Where the search held
-        another vector than the image's embedding, as a lossy index does, the difference is printed as missing.
+        Which places of the hits does a place of the query match? Makes a page of the query and its hits, as
+        :func:`~captum_fam.explore_pair` does: point at a place to see its matches. The page prints the
+        ``similarities``, which for an index of L2 distances are minus the squared distance. The hits' images are
+        embedded again. If the search held another vector than an image's embedding, as a lossy index does, the page
+        prints the difference as missing.
 
         Args:
             query (int): Number of the query, from 0.
@@ -112,8 +113,8 @@ class RetrievalExplanation(Explanation):
             control (Tensor, optional): One image (1, C, H, W) of the hits' size that has nothing to do with the
                         query.
                         Default: None
-            photos (list of pictures, optional): What is shown of the query, its hits and the control, in
-                        this order.
+            photos (list of pictures, optional): The pictures to show of the query, its hits and the control, in this
+                        order.
                         Default: None, the images themselves
             titles (list of str, optional): Names of the query, its hits and the control, in this order.
                         Default: None, as ``"1: image 17"``, rank and id
@@ -125,7 +126,7 @@ class RetrievalExplanation(Explanation):
 
         Raises:
             TypeError, ValueError: an argument is not as described above, there were no images of the hits, nothing was
-                        found for the query, or the method makes no pairs of places.
+                        found for the query, or the method does not compare pairs of places.
 
         Examples::
 
@@ -161,20 +162,21 @@ class RetrievalExplanation(Explanation):
         use_pyplot: bool = True,
     ) -> Figure:
         r"""
-        A figure of a query and its hits, a row for each: both images, and the map of each over it, with the
-        similarity. Without maps of the hits, the query with its map for each of them.
+        What in the query and in each hit speaks for the match? Draws a query and its hits, a row for each hit: both
+        images with their maps, and the similarity. Without maps of the hits, only the query is drawn, with its map for
+        each hit.
 
         Args:
             query (int): Number of the query, from 0.
                         Default: 0
-            photos (list of pictures, optional): What is shown of the query and its hits, in this order.
+            photos (list of pictures, optional): The pictures to show of the query and its hits, in this order.
                         Default: None, the images themselves
-            titles (list of str, optional): One for each hit, in place of its rank, id and similarity.
+            titles (list of str, optional): One for each hit, instead of its rank, id and similarity.
                         Default: None, rank, id and similarity
             mean, std, scale, use_pyplot: As in :func:`~captum_fam.visualize_pair`.
 
         Returns:
-            *Figure*
+            *Figure*: of matplotlib.
 
         Raises:
             TypeError, ValueError: an argument is not as described above, nothing was found for the query, or this is a
@@ -256,6 +258,6 @@ class RetrievalExplanation(Explanation):
 
 
 def _short(name: str) -> str:
-    """For a place under a picture."""
+    """A name short enough to stand under a picture."""
     half = LONGEST // 2
     return name if len(name) <= LONGEST else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"

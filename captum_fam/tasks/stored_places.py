@@ -1,4 +1,4 @@
-"""The places of an image, matched with those of many images that are stored."""
+"""Matches the places of an image with those of many stored images."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -13,22 +13,23 @@ from captum_fam._checks import check_positive, describe, warn
 from captum_fam.similarity import exact, widen
 from captum_fam.tasks._stored import stored_parts
 
-# Values of stored vectors that are read at once, and of these multiplied at once: on a CPU as many as fit its cache.
+# How many values of stored vectors are read at a time, and multiplied at a time: on a CPU as many as fit its cache.
 _READ_AT_ONCE = 2**24
 _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**19, 2**24
 
 
 class PlaceMatches(NamedTuple):
     r"""
-    The strongest matches of a query's places in each of G stored images, made by :func:`~captum_fam.match_places`.
+    Where in each of G stored images are the strongest matches of a query's places? Made by
+    :func:`~captum_fam.match_places`.
 
     Attributes:
-        ids (sequence): Of the images: those of a Parquet file, else the numbers of their rows.
-        scores (Tensor): The mean over the query's places of their best matches, (G,).
-        values (Tensor): Of the n strongest matches, strongest first, (G, n); zero where there are fewer.
-        places (Tensor): The place of the query and the place of the stored image, numbers in row-major order,
-                    (G, n, 2); -1 where there are fewer.
-        maps (Tensor): The best match of each of the query's places, (G, h, w), or None.
+        ids (sequence): The ids of the images: those of a Parquet file, else the numbers of their rows.
+        scores (Tensor): The mean value of the best matches of all places of the query, (G,).
+        values (Tensor): The values of the n strongest matches, strongest first, (G, n); zero where there are fewer.
+        places (Tensor): For each match the place of the query and the place of the stored image, as numbers in
+                    row-major order, (G, n, 2); -1 where there are fewer.
+        maps (Tensor): The value of the best match of each of the query's places, (G, h, w), or None.
 
     Examples::
 
@@ -52,26 +53,26 @@ class PlaceMatches(NamedTuple):
 
 def match_places(query: Any, stored: Any, n: int = 8, *, return_maps: bool = False) -> PlaceMatches:
     r"""
-    Matches the places of one image with those of many stored ones. They are read a few at a time, so memory does not
-    grow with their number, but for the result.
+    Which stored images have places like those of this image, and where? Stored images are read a few at a time: only
+    the result takes memory that grows with their number.
 
-    A value is the product of two vectors. Those of a :class:`~captum_fam.CorrespondenceMap` give the cosine of two
-    places, those of a :class:`~captum_fam.SimilarityDecomposition` what the two contribute to the similarity: the
-    entries of ``attribute_matrix``. The matches of an image are those that :func:`~captum_fam.visualize_matches` draws
-    of this matrix: mutual, positive, and of two whose places touch only the stronger. Of values that are equal, it may
-    be another one.
+    The value of a match is the product of two vectors, an entry of ``attribute_matrix``: with a
+    :class:`~captum_fam.CorrespondenceMap` the cosine of two places, with a :class:`~captum_fam.SimilarityDecomposition`
+    what the two contribute to the similarity. The matches of an image are those that
+    :func:`~captum_fam.visualize_matches` would draw: mutual, positive, and if the places of two matches touch, only the
+    stronger. Of equal values, the two functions may choose different ones.
 
     Args:
         query (Tensor or array): Vectors of one image's places, (h, w, C), or (N, C) of a square grid, as
                     :func:`~captum_fam.place_vectors` gives them. Matches are computed in its dtype, at least float32,
                     and on its device.
         stored (str, Path, array or Tensor): Vectors of the places of G images, (G, h, w, C), or (G, N, C) of square
-                    grids. A file of :func:`~captum_fam.store_places` or ``numpy.save``; a memory map, or whatever else
-                    has a shape and a dtype and gives an array for ``stored[start:stop]``; or a Parquet file, or a
+                    grids: a file of :func:`~captum_fam.store_places` or ``numpy.save``; a memory map, or another object
+                    with a shape and a dtype that gives an array for ``stored[start:stop]``; or a Parquet file, or a
                     folder of them, with the columns ``id`` and ``places``, lists of floats.
-        n (int): The largest number of matches of an image.
+        n (int): How many matches of an image are returned at most.
                     Default: 8
-        return_maps (bool): Also returns the best match of each of the query's places, (G, h, w).
+        return_maps (bool): Whether to return the values of the best matches of the query's places, (G, h, w), too.
                     Default: False
 
     Returns:
@@ -80,7 +81,7 @@ def match_places(query: Any, stored: Any, n: int = 8, *, return_maps: bool = Fal
     Raises:
         TypeError, ValueError: an argument is not as described above.
 
-    Warns where stored vectors are not finite: these images have no matches, and their scores are zero.
+    Warns if stored vectors are not finite: these images have no matches, and their scores are zero.
 
     Examples::
 
@@ -141,7 +142,7 @@ def _places(name: str, given: Tensor) -> tuple[Tensor, tuple[int, int]]:
     if given.ndim != 3 or isqrt(given.shape[1]) ** 2 != given.shape[1]:
         raise ValueError(
             f"Expected places (h, w, C) of each image of `{name}`, or (N, C) of a square grid, but got shape"
-            f" {tuple(given.shape[1:])}; leave out tokens that are no patches, and say the grid by"
+            f" {tuple(given.shape[1:])}; leave out tokens that are no patches, and give the grid by"
             f" {name}.reshape({'-1, ' * (name == 'stored')}h, w, C)."
         )
     return given, (isqrt(given.shape[1]),) * 2
@@ -149,8 +150,8 @@ def _places(name: str, given: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 def _best(S: Tensor, Q: Tensor) -> tuple[Tensor, ...]:
     """
-    Of each of the query's places (b, N): its largest product with a place of the stored image, that place, and whether
-    this place has no larger one; and which of the images (b,) have finite products. Of others, all is zero.
+    For each of the query's places (b, N): its largest product with a place of the stored image, that place, and whether
+    that place has no larger product. And which images (b,) have finite products; for the others, all values are zero.
     """
     at_once = _AT_ONCE if Q.device.type == "cpu" else _AT_ONCE_ELSEWHERE
     found = []
@@ -166,8 +167,8 @@ def _strongest(
     best: Tensor, partners: Tensor, n: int, grid: tuple[int, int], there: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """
-    Values (b, n) and places (b, n, 2) of the n strongest of matches (b, N), those above zero, one after another: each
-    leaves out those whose places touch its own.
+    Values (b, n) and places (b, n, 2) of the n strongest of matches (b, N) above zero. They are chosen one after
+    another; each rules out those whose places touch its own.
     """
     values, places = best.new_zeros(len(best), n), partners.new_full((len(best), n, 2), -1)
     near, near_there = (_touching(*sides).to(best.device) for sides in (grid, there))

@@ -1,4 +1,4 @@
-"""Answers of vector stores, taken as they are, as hits to explain. None of the stores' packages is needed."""
+"""Turns answers of vector stores, as they are, into hits to explain. None of the stores' packages is needed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from captum_fam.tasks.hits import Hits
 
 
 class _Hit(NamedTuple):
-    """A hit, and what may be its embedding, by name."""
+    """A hit, and the values that may be its embedding, by name."""
 
     id: Any
     score: float | None
@@ -21,21 +21,21 @@ class _Hit(NamedTuple):
 
 def from_faiss(answer: Any, embeddings: Any = None) -> Hits:
     r"""
-    The hits of a search of faiss, for :func:`~captum_fam.explain_hits`. It needs nothing of the index, so it is the way
-    for one that is lossy, or does not give back its vectors: these are your own.
+    How do I explain a search of faiss with vectors of my own? Makes the hits for :func:`~captum_fam.explain_hits`. Use
+    it for an index that is lossy, or does not return its vectors: only its answer is needed.
 
     Args:
         answer (tuple): What ``index.search(z, k)`` returns, scores and numbers (B, k); or
                     ``index.search_and_reconstruct(z, k)``, whose vectors are the embeddings.
-        embeddings (optional): Of the gallery, by the numbers of the index: an array or tensor (N, D), a memory map, or
-                    whatever gives a vector (D,) for ``embeddings[number]``.
+        embeddings (optional): The embeddings of the gallery, by the numbers of the index: an array or tensor (N, D), a
+                    memory map, or another object whose ``embeddings[number]`` is a vector (D,).
                     Default: None, the images of the hits are embedded
 
     Returns:
         *Hits*
 
     Raises:
-        TypeError, ValueError: the answer is none, or there is no embedding of this number.
+        TypeError, ValueError: the answer is not as described above, or a hit has no embedding.
 
     Examples::
 
@@ -65,21 +65,21 @@ def from_faiss(answer: Any, embeddings: Any = None) -> Hits:
 
 def from_qdrant(answer: Any, *, id: str | None = None, vector: str | None = None) -> Hits:
     r"""
-    The hits of a search of Qdrant, for :func:`~captum_fam.explain_hits`.
+    How do I explain a search of Qdrant? Makes the hits for :func:`~captum_fam.explain_hits`.
 
     Args:
         answer (QueryResponse): What ``client.query_points`` returns, or the list that ``client.query_batch_points``
-                    returns. With ``with_vectors=True`` it has the embeddings.
-        id (str, optional): Field of the payload by which the gallery knows its images, such as a file's name.
+                    returns. Search with ``with_vectors=True`` to get the embeddings, too.
+        id (str, optional): Field of the payload that is the image's id in the gallery, such as a file's name.
                     Default: None, the points' own ids
-        vector (str, optional): Name of the vector that was searched, where points have several.
+        vector (str, optional): Name of the vector that was searched, if points have several.
                     Default: None, the only one
 
     Returns:
         *Hits*: the scores are Qdrant's: a cosine, a dot product or a distance (not squared).
 
     Raises:
-        TypeError, ValueError: the answer is none, or has not what is asked for.
+        TypeError, ValueError: the answer is not as described above, or lacks what the arguments name.
 
     Examples::
 
@@ -110,19 +110,20 @@ def from_qdrant(answer: Any, *, id: str | None = None, vector: str | None = None
 
 def from_chroma(answer: Any, *, id: str | None = None) -> Hits:
     r"""
-    The hits of a search of Chroma, for :func:`~captum_fam.explain_hits`.
+    How do I explain a search of Chroma? Makes the hits for :func:`~captum_fam.explain_hits`.
 
     Args:
-        answer (QueryResult): What ``collection.query`` returns. With ``include=["embeddings", "distances"]`` it has the
-                    embeddings.
-        id (str, optional): Field of the metadata by which the gallery knows its images; these must be included, too.
+        answer (QueryResult): What ``collection.query`` returns. Search with ``include=["embeddings", "distances"]`` to
+                    get the embeddings, too.
+        id (str, optional): Field of the metadata that is the image's id in the gallery; include "metadatas" in the
+                    search, too.
                     Default: None, Chroma's own ids
 
     Returns:
         *Hits*: the scores are Chroma's distances: 1 - cosine, 1 - dot product, or squared L2.
 
     Raises:
-        TypeError, ValueError: the answer is none, or has not what is asked for.
+        TypeError, ValueError: the answer is not as described above, or lacks what the arguments name.
 
     Examples::
 
@@ -157,21 +158,21 @@ def from_chroma(answer: Any, *, id: str | None = None) -> Hits:
 
 def from_lancedb(answer: Any, *, id: str = "id", vector: str | None = None) -> Hits:
     r"""
-    The hits of a search of LanceDB, for :func:`~captum_fam.explain_hits`.
+    How do I explain a search of LanceDB? Makes the hits for :func:`~captum_fam.explain_hits`.
 
     Args:
         answer (list, Table or DataFrame): What ``table.search(z).limit(k)`` gives by ``to_list()``, ``to_arrow()``,
                     ``to_pandas()`` or ``to_polars()``, also for several queries at once; or a list of such answers.
-        id (str): Column by which the gallery knows its images.
+        id (str): Column that is the image's id in the gallery.
                     Default: ``"id"``
-        vector (str, optional): Column that was searched, where several hold vectors.
+        vector (str, optional): Column that was searched, if several hold vectors.
                     Default: None, the only one; if there is none, the images of the hits are embedded
 
     Returns:
         *Hits*: the scores are the column ``_distance``: 1 - cosine, 1 - dot product, or squared L2.
 
     Raises:
-        TypeError, ValueError: the answer is none, or has not what is asked for.
+        TypeError, ValueError: the answer is not as described above, or lacks what the arguments name.
 
     Examples::
 
@@ -205,21 +206,21 @@ def from_lancedb(answer: Any, *, id: str = "id", vector: str | None = None) -> H
 
 def from_milvus(answer: Any, *, id: str | None = None, vector: str | None = None) -> Hits:
     r"""
-    The hits of a search of Milvus, for :func:`~captum_fam.explain_hits`.
+    How do I explain a search of Milvus? Makes the hits for :func:`~captum_fam.explain_hits`.
 
     Args:
-        answer (SearchResult): What ``client.search`` of a ``MilvusClient`` returns. With
-                    ``output_fields=["vector"]`` it has the embeddings.
-        id (str, optional): Output field by which the gallery knows its images.
+        answer (SearchResult): What ``client.search`` of a ``MilvusClient`` returns. Search with
+                    ``output_fields=["vector"]`` to get the embeddings, too.
+        id (str, optional): Output field that is the image's id in the gallery.
                     Default: None, the primary key
-        vector (str, optional): Output field that was searched, where several hold vectors.
+        vector (str, optional): Output field that was searched, if several hold vectors.
                     Default: None, the only one
 
     Returns:
         *Hits*: the scores are Milvus's: a cosine, a dot product, or squared L2.
 
     Raises:
-        TypeError, ValueError: the answer is none, or has not what is asked for.
+        TypeError, ValueError: the answer is not as described above, or lacks what the arguments name.
 
     Examples::
 
@@ -248,7 +249,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _own(embeddings: Any, number: int | None) -> Any:
-    """The user's own embedding of this number; None where nothing was found."""
+    """The user's own embedding of this number; None if nothing was found."""
     try:
         return None if number is None else embeddings[number]
     except (IndexError, KeyError, TypeError) as error:
@@ -294,7 +295,7 @@ def _named(number: Any, fields: Mapping[str, Any] | None, name: str | None, what
 
 
 def _hits(found: Sequence[Sequence[_Hit]], vector: str | None = None) -> Hits:
-    """Hits of all queries, made as many for each."""
+    """Hits of all queries, filled up to the same number for each."""
     every = [hit for hits in found for hit in hits]
     if not every:
         raise ValueError("The answer holds no hits, so there is nothing to explain; look at what was searched.")

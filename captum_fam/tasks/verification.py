@@ -1,4 +1,4 @@
-"""Verification: why a pair was accepted, or rejected, at the threshold of a decision."""
+"""Verification: why a pair was accepted or rejected at a threshold."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from captum_fam.tasks.verification_explanation import VerificationExplanation, r
 
 _MEASURES = {"cosine": "cosine", "dot": "dot product", "euclidean": "distance"}
 _NAMED = 10  # pairs in a warning
-_UNIT = 1e-3  # how far the length of embeddings may be from one that were normalised
+_UNIT = 1e-3  # how far the lengths of normalised embeddings may be from one
 
 
 @eagerly
@@ -38,36 +38,36 @@ def explain_verification(
     **options: Any,
 ) -> VerificationExplanation:
     r"""
-    Explains the decisions of a verification (faces, re-identification, signatures): why each pair of images was
-    accepted as the same, or rejected, on both images.
+    Why was each pair of images accepted as the same, or rejected? Explains the decisions of a verification (faces,
+    re-identification, signatures) on both images.
 
-    What is explained is the margin. With :class:`~captum_fam.SimilarityDecomposition`, the map of each image
-    adds up to it: its mean is score - threshold, where the places add up to the embedding. So the part that speaks
-    for "the same" and the part that speaks against it can be compared with each other and between the pairs.
+    The maps explain the margin, score - threshold. With :class:`~captum_fam.SimilarityDecomposition`, the map of each
+    image adds up to it, if the places add up to the embedding: the mean of the map is the margin. So you can compare
+    what speaks for "the same" with what speaks against it, and one pair with another.
 
     Args:
-        images, others (Tensor or tuple[Tensor, ...]): B inputs each, ready for the encoder: the pairs. One alone
-                    goes with all of the other side.
-        forward_func (Callable or torch.nn.Module): The encoder, from one image to its embedding: of a siamese
-                    network, its branch.
+        images, others (Tensor or tuple[Tensor, ...]): The pairs: B inputs each, ready for the encoder. A single input
+                    is paired with all of the other side.
+        forward_func (Callable or torch.nn.Module): The encoder, from one image to its embedding; for a siamese network,
+                    its branch.
         layer (torch.nn.Module): As in :class:`~captum_fam.FeatureActivationMap`; None for a method that finds
                     its own.
-        threshold (float, sequence of float or Tensor): The score from which you accept, one for all pairs or
-                    one for each. For ``"euclidean"``, the distance up to which you accept, not squared.
+        threshold (float, sequence of float or Tensor): The score from which on you accept, one for all pairs or one for
+                    each. For ``"euclidean"``, the distance up to which you accept, not squared.
         similarity (str or Callable, optional): ``"cosine"``, ``"dot"``, or ``"euclidean"`` for a decision
-                    by the distance :math:`\|z - s\|`; others as the method takes them.
+                    by the distance :math:`\|z - s\|`; or another similarity that the method takes.
                     Default: None, ``"cosine"``
-        method (type or str): One that explains thresholds, by class or name:
+        method (type or str): A method that explains thresholds, by class or name:
                     :class:`~captum_fam.SimilarityDecomposition`, :class:`~captum_fam.IntegratedDecomposition`,
-                    :class:`~captum_fam.FeatureActivationMap` or :class:`~captum_fam.RelevanceCam`; the latter
-                    two not for distances.
+                    :class:`~captum_fam.FeatureActivationMap` or :class:`~captum_fam.RelevanceCam`. The last two do not
+                    explain distances.
                     Default: SimilarityDecomposition
-        internal_batch_size (int, optional): At most so many images go through the encoder at a time.
+        internal_batch_size (int, optional): How many images go through the encoder at a time.
                     Default: 32
         **options (Any): Further options of the method.
 
-    For a distance, the margin :math:`\theta^2 - \|z - s\|^2` is :math:`f \cdot z` with
-    :math:`f = 2 s - z + (\theta^2 - \|s\|^2) z / \|z\|^2`. Of embeddings of length 1 that is twice the map of the
+    For a distance, the margin is :math:`\theta^2 - \|z - s\|^2 = f \cdot z` with the threshold :math:`\theta` and
+    :math:`f = 2 s - z + (\theta^2 - \|s\|^2) z / \|z\|^2`. If embeddings have length 1, the map is twice that of the
     cosine with the threshold :math:`1 - \theta^2 / 2`, which is the same decision.
 
     Returns:
@@ -77,7 +77,7 @@ def explain_verification(
         TypeError, ValueError: an argument is not as described above; the message names it.
         RuntimeError: the jacobian is needed under ``torch.inference_mode()``.
 
-    Warns of pairs whose map speaks for the other decision, or misses more than half of the margin.
+    Warns of pairs whose map speaks for the other decision, or lacks more than half of the margin.
 
     Examples::
 
@@ -142,7 +142,7 @@ def _explainer(
 
 
 def _paired(images: Tensors, others: Tensors) -> tuple[Tensors, Tensors]:
-    """Both sides with as many rows; one alone goes with all of the other side."""
+    """Both sides with equal numbers of rows; a single input is paired with all of the other side."""
     check_same_form(others, images, "others")
     B, K = len(images[0]), len(others[0])
     if B != K and 1 not in (B, K):
@@ -191,7 +191,7 @@ def _explained(
     internal_batch_size: int | None,
     sides: tuple[str, str],
 ) -> Explained:
-    """The maps of inputs for their references s (B, D), less the thresholds."""
+    """The maps of inputs for their references s (B, D), less their thresholds."""
     if method._similarity() == "euclidean":  # f.z - |s|² is minus the squared distance
         theta = s.detach().cpu().double().square().sum(1) - theta.square()
     numbers = torch.arange(len(s))[:, None]
@@ -205,7 +205,7 @@ def _explained(
 
 
 def _warnings_of_totals(found: VerificationExplanation, method: SimilarityAttribution, z: Tensor) -> list[str]:
-    """Of maps whose total is not that of the decision."""
+    """The warning about maps whose mean speaks for the other decision, or lacks much of the margin."""
     to_first_order = isinstance(method, SimilarityDecomposition) and method.n_steps is None
     wrong, size = torch.zeros_like(found.accepted), found.scores.abs() + found.thresholds.abs()
     for maps, missing in zip((found.maps, found.other_maps), found.missing):
@@ -219,16 +219,18 @@ def _warnings_of_totals(found: VerificationExplanation, method: SimilarityAttrib
     if not isinstance(method, SimilarityDecomposition):
         reason = f"the values of {type(method).__name__} add up to no score. Pass method=SimilarityDecomposition."
     elif method.n_steps is not None:
-        reason = "the rest belongs to the baseline, see `missing`. The map shows what speaks for and against beside it."
+        reason = "the rest belongs to the baseline, see `missing`. The map shows what else speaks for and against."
     elif ((norm(widen(z)) - 1).abs() < _UNIT).all():
         reason = (
-            "the encoder ends in a normalisation, behind which no place has the threshold's share. Leave it out: the"
-            " cosine is the same without it."
+            "the encoder ends in a normalisation, and then the threshold's share belongs to no place. Leave the"
+            " normalisation out: the cosine is the same without it."
         )
     else:
-        reason = "no place has the rest, see `missing`, which comes from biases or another such step behind the layer."
+        reason = (
+            "the rest belongs to no place, see `missing`: it comes from biases or another such step behind the layer."
+        )
     named = f"{pairs[:_NAMED]}" + (f" and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else "")
     return [
         f"The maps of pairs {named} do not add up to score - threshold: their mean has the opposite"
-        f" sign{', or misses more than half of it' if to_first_order else ''}; {reason}"
+        f" sign{', or they lack more than half of it' if to_first_order else ''}; {reason}"
     ]

@@ -20,21 +20,21 @@ _ROWS = 50  # of a figure
 @dataclass(frozen=True, repr=False, eq=False)
 class VerificationExplanation:
     r"""
-    Why B pairs were accepted or rejected; made by :func:`~captum_fam.explain_verification`.
+    Why was each of B pairs accepted or rejected? Made by :func:`~captum_fam.explain_verification`.
 
     Attributes:
         measure (str): What is compared with the threshold: ``"cosine"``, ``"dot product"``, ``"distance"``
                     or ``"score"``.
-        scores (Tensor): That, of each pair, (B,), in at least single precision.
-        thresholds (Tensor): (B,).
-        margins (Tensor): How far a pair is from the other decision, (B,): score - threshold, of
-                    distances threshold² - distance².
-        accepted (Tensor): Where the margin is not negative, (B,), bool.
+        scores (Tensor): The measure of each pair, (B,), in at least single precision.
+        thresholds (Tensor): The threshold of each pair, (B,).
+        margins (Tensor): How far a pair is from the other decision, (B,): score - threshold; for distances, threshold²
+                    - distance².
+        accepted (Tensor): Which pairs are accepted, those whose margin is not negative, (B,), bool.
         maps (Tensor): What each place of the images contributes to the margin, (B, 1, \*spatial), signed:
                     positive values speak for "the same", negative ones against.
         other_maps (Tensor): The same of the other images.
         explainable (Tensor): Which pairs have embeddings that are finite and not zero, (B,).
-        adds_up (bool): Whether the mean of a map, with what is ``missing``, is the margin, as with
+        adds_up (bool): Whether the mean of a map and what is ``missing`` add up to the margin, as with
                     :class:`~captum_fam.SimilarityDecomposition`.
 
     Examples::
@@ -75,19 +75,19 @@ class VerificationExplanation:
 
     @property
     def supporting(self) -> tuple[Tensor, Tensor]:
-        r"""What speaks for "the same" on both images: the positive parts of the maps, each (B, 1, \*spatial)."""
+        r"""What speaks for "the same" on both images? The positive parts of the maps, each (B, 1, \*spatial)."""
         return self.maps.clamp(min=0), self.other_maps.clamp(min=0)
 
     @property
     def opposing(self) -> tuple[Tensor, Tensor]:
-        r"""What speaks against it: the negative parts, without the minus, each (B, 1, \*spatial)."""
+        r"""What speaks against it? The negative parts, without the minus, each (B, 1, \*spatial)."""
         return (-self.maps).clamp(min=0), (-self.other_maps).clamp(min=0)
 
     @property
     def missing(self) -> tuple[Tensor, Tensor]:
         """
-        The margins less the means of the maps of both sides, each (B,): where the maps are to add up, what no place
-        has. Zero but for rounding where the places add up to the embedding.
+        How much of the margin belongs to no place? The margins less the means of the maps, for each side (B,). It means
+        something only if ``adds_up``, and is zero, up to rounding, if the places add up to the embedding.
         """
         return self.margins - mean_of(self.maps), self.margins - mean_of(self.other_maps)
 
@@ -101,9 +101,10 @@ class VerificationExplanation:
         use_pyplot: bool = True,
     ) -> tuple[Figure, NDArray[Any]]:
         r"""
-        Draws pairs, a row for each: both images and their maps, red for "the same", blue against. The score, the
-        threshold and the decision are said under the first image; under each map, what its places contribute for and
-        against, and what no place has. These add up to the margin.
+        Which parts of a pair speak for "the same", and which against? Draws pairs, a row for each: both images and
+        their maps, red for "the same" and blue against. Under the first image stand the score, the threshold and the
+        decision; under each map, what its places contribute for and against, and what belongs to no place. These add up
+        to the margin.
 
         Args:
             indices (int, sequence of int or Tensor, optional): Numbers of the pairs, from 0.
@@ -156,7 +157,7 @@ class VerificationExplanation:
         return f"pair {number}: {decision}\n{self.measure} {score:.4g}, threshold {threshold:.4g}"
 
     def _parts(self, M: Tensor, missing: float) -> str:
-        """What the places of a map speak for and against, and what no place has."""
+        """How much the places of a map speak for and against, and how much belongs to no place, in words."""
         positive, negative = (widen(part).mean().item() for part in (M.clamp(min=0), (-M).clamp(min=0)))
         counts = self.adds_up and abs(missing) > rounding_of(M[None]).item()
         return f"for {positive:.3g}, against {negative:.3g}" + (f"\nno place {missing:.3g}" if counts else "")
@@ -166,7 +167,7 @@ class VerificationExplanation:
         rows: list[Any] = list(range(B)) if indices is None else torch.as_tensor(indices).flatten().tolist()
         if any(type(i) is not int or i not in range(B) for i in rows):
             raise ValueError(
-                f"Expected `indices` to be numbers of {B} pairs, from 0, but got {describe(indices)}; of a mask, pass"
+                f"Expected `indices` to be numbers of {B} pairs, from 0, but got {describe(indices)}; for a mask, pass"
                 " mask.nonzero()."
             )
         if not 0 < len(rows) <= _ROWS:

@@ -61,33 +61,31 @@ def visualize_pair(
     use_pyplot: bool = True,
 ) -> tuple[Figure, NDArray[Any]]:
     r"""
-    Draws pairs of images side by side, each with its map over it: a row for each pair.
+    What in each of two images does a map show? Draws pairs of images side by side, each with its map over it: a row for
+    each pair.
 
-    All maps of the figure are on one colour scale, if ``scale`` does not say otherwise. Those
-    without negative values run from blue to red, their opacity with the root of the value;
-    where there are negative values, all are red for positive and blue for negative ones. Maps
-    are interpolated linearly to the size of their image; a map that is zero, constant, very
-    coarse or not finite everywhere is said to be so under it.
+    All maps of the figure share one colour scale, unless ``scale`` says otherwise. Maps without negative values run
+    from blue to red, and their opacity is the root of the value. If any map has negative values, all maps are red for
+    positive and blue for negative ones. Maps are interpolated linearly to the size of their image. If a map is zero,
+    constant, very coarse or not finite everywhere, a note under it says so.
 
-    The maps tell what the images are. Signals are drawn as a line for each of their channels,
-    16 of them at most, with the map behind and below these; volumes as slices along D, 9 of
-    them at most, one of which has the map's largest absolute value.
+    The shape of the maps tells whether these are images, signals or volumes. A signal is drawn as a line for each of
+    its channels, 16 at most, with the map behind and below them. A volume is drawn as slices along D, 9 at most, and
+    one of them has the map's largest absolute value.
 
     Args:
-        query, reference (Tensor, array, PIL.Image or a list of them): B images each; a single
-                    one is drawn in every row. One image is (C, H, W), (H, W, C) or (H, W), with
-                    1, 3 or 4 channels; a batch has one dimension more. Of (B, H, W) and B maps
-                    each is an image. Floats in [0, 1], or integers in [0, 255], of uint16 in
-                    [0, 65535]; what leaves that range, or is below 2 % of it in all of its array,
-                    is stretched, with a warning. PIL images of any mode; of mode I with 16 bits, of
-                    mode F with values in [0, 1]. Or signals (B, C, T) of any range, or volumes
-                    (B, C, D, H, W) with one channel, or three for colours; of others the first is
-                    drawn. What may be two of these is refused, with what to pass.
-        query_map, reference_map (Tensor, array or a list of them): Their maps, as
-                    ``attribute_pair`` returns them: (B, 1, h, w), (B, h, w) or (h, w), any size;
-                    (B, 1, t) of signals, (B, 1, d, h, w) of volumes; or a list with the map of each, as
-                    of :func:`~captum_fam.batch.read_maps`. ``reference_map`` may be None: the references have
-                    none.
+        query, reference (Tensor, array, PIL.Image or a list of them): B images each; a single one is drawn in every
+                    row. One image is (C, H, W), (H, W, C) or (H, W), with 1, 3 or 4 channels; a batch has one dimension
+                    more. An array (B, H, W) with B maps holds B images. Values are floats in [0, 1], or integers in
+                    [0, 255], for uint16 in [0, 65535]; an array that leaves that range, or is all below 2 % of it, is
+                    stretched, with a warning. PIL images may have any mode; mode I needs 16 bits, mode F values in
+                    [0, 1]. Signals are (B, C, T), of any range. Volumes are (B, C, D, H, W), with one channel, or three
+                    for colours; of other numbers the first channel is drawn. If a shape allows two of these, the error
+                    says what to pass.
+        query_map, reference_map (Tensor, array or a list of them): Their maps, as ``attribute_pair`` returns them:
+                    (B, 1, h, w), (B, h, w) or (h, w), any size; (B, 1, t) for signals, (B, 1, d, h, w) for volumes; or
+                    a list with the map of each image, such as :func:`~captum_fam.batch.read_maps` gives. Pass None as
+                    ``reference_map`` if the references have none.
         titles (list, optional): One for each pair, written under its query.
                     Default: None
         reference_titles (list, optional): One for each pair, written under its reference.
@@ -95,23 +93,22 @@ def visualize_pair(
         scores (Tensor, array or list of float, optional): The similarity of each pair, (B,), written
                     under its reference with four digits.
                     Default: None
-        mean, std (sequence of float, optional): Mean and standard deviation that the images
-                    were normalised with, of each channel; undone, but for uint8 and PIL images.
+        mean, std (sequence of float, optional): Mean and standard deviation of each channel that the images were
+                    normalised with. The figure undoes this, except for uint8 and PIL images.
                     Default: None
-        label (str): Of the colour scale.
+        label (str): Label of the colour scale.
                     Default: ``"attribution"``
-        scale (str or float): What has the strongest colour: the largest absolute value of
-                    ``"all"`` maps, or of those of each ``"row"``, or a percentile from 1 to 100 of
-                    all absolute values that are not zero. The bar says so. Values beyond a
-                    percentile have the strongest colour, too, and are counted there and under
-                    their map; for a percentile below the share of the other maps, one extreme
-                    map hides nothing: of 8 pairs, below 87.
+        scale (str or float): Which value has the strongest colour: the largest absolute value of ``"all"`` maps, or of
+                    the maps of each ``"row"``, or a percentile from 1 to 100 of all absolute values that are not zero.
+                    The bar says which. Values beyond a percentile have the strongest colour, too; the bar and their map
+                    say how many there are. A percentile keeps one extreme map from hiding the others, if it is below
+                    the share of the other maps: of 8 pairs, below 87.
                     Default: ``"all"``
-        signed (bool): Red for positive and blue for negative values even where no value is
-                    negative, as of maps of a difference.
+        signed (bool): Red for positive and blue for negative values even if no value is negative, for maps of a
+                    difference.
                     Default: False
-        use_pyplot (bool): Makes the figure with pyplot, so that a notebook shows it. It is never
-                    shown from here.
+        use_pyplot (bool): Makes the figure with pyplot, so that a notebook shows it. This function itself never shows
+                    it.
                     Default: True
 
     Returns:
@@ -166,25 +163,23 @@ def visualize_comparison(
     use_pyplot: bool = True,
 ) -> tuple[Figure, NDArray[Any]]:
     r"""
-    Draws the maps of several methods for the same images: a row for each image, a column for
-    each method.
+    What do several methods show for the same images? Draws their maps: a row for each image, a column for each method.
 
-    Methods have units of their own, so each one's values are divided by its largest absolute
-    value in the figure, or by what ``scale`` says; on that one colour scale all maps are drawn, as in
-    :func:`visualize_pair`. The range of each map's own values is written under it. Methods
-    that failed in :func:`~captum_fam.compare_attributions` are named at the foot, with the
-    reason.
+    Methods have different units, so the values of each method are divided by its largest absolute value in the figure,
+    or by what ``scale`` says. All maps then share one colour scale, as in :func:`visualize_pair`. Under each map stands
+    the range of its own values. Methods that failed in :func:`~captum_fam.compare_attributions` are named at the foot,
+    with the reason.
 
     Args:
         images (Tensor, array, PIL.Image or a list of them): B images, signals or volumes, as in
                     :func:`visualize_pair`.
         attributions (dict): Maps by the names of their methods, as
                     :func:`~captum_fam.compare_attributions` returns them: (B, 1, h, w),
-                    (B, h, w) or (h, w), any size; (B, 1, t) of signals, (B, 1, d, h, w) of volumes; or lists
-                    of the maps of one image each.
+                    (B, h, w) or (h, w), any size; (B, 1, t) for signals, (B, 1, d, h, w) for volumes; or a list with
+                    the map of each image.
         titles (list, optional): One for each image.
                     Default: None
-        scale (str or float): As in :func:`visualize_pair`, of each method for itself.
+        scale (str or float): As in :func:`visualize_pair`, for each method by itself.
                     Default: ``"all"``
         mean, std, use_pyplot: As in :func:`visualize_pair`.
 
@@ -208,7 +203,7 @@ def visualize_comparison(
     counts = {name: len(values) for name, values in given.items()}
     rows = next(iter(counts.values()))
     if set(counts.values()) != {rows}:
-        raise ValueError(f"Expected `attributions` to hold as many maps of each method, but got {counts}.")
+        raise ValueError(f"Expected `attributions` to hold equally many maps of each method, but got {counts}.")
     shown, maps = panels("images", images, list(given.values()), mean, std)
     titles = as_titles(titles, rows)
     failures = attributions.failures if isinstance(attributions, Comparison) else {}

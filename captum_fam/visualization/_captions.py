@@ -27,7 +27,7 @@ def as_titles(titles: Titles, rows: int, name: str = "titles") -> list[str]:
 
 
 def side_captions(titles: Titles, reference_titles: Titles, scores: Scores, rows: int) -> list[list[str]]:
-    """The words under each query and under each reference."""
+    """The captions of the queries and of the references."""
     named = as_titles(titles, rows), as_titles(reference_titles, rows, "reference_titles")
     numbers = ["" for _ in range(rows)] if scores is None else [f"score {s:.4g}" for s in _as_scores(scores, rows)]
     said = named[0], ["\n".join(filter(None, pair)) for pair in zip(named[1], numbers)]

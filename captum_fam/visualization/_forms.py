@@ -1,4 +1,4 @@
-"""What images and maps are, by their forms: never one thing for another without a word."""
+"""What images and maps are, by their shapes: where that is in doubt, an error or a warning says so."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from captum_fam.visualization._panels import Panel, Photo, Signal, Slices
 Picture: TypeAlias = Tensor | NDArray[Any] | Image.Image
 Pictures: TypeAlias = Picture | Sequence[Picture]
 Values: TypeAlias = Tensor | NDArray[Any]
-Listed: TypeAlias = Values | Sequence[Values | None]  # None is refused in words, as of a pair that failed
+Listed: TypeAlias = Values | Sequence[Values | None]  # None, as of a failed pair, gets an error in plain words
 
 COLOURS = (3, 4)  # numbers of channels that are colours
 # By the number of their spatial dimensions.
@@ -32,7 +32,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Maps:
-    """Maps of B images as they were given, and how many spatial dimensions they may have."""
+    """Maps of B images as they were given, and the numbers of spatial dimensions that they may have."""
 
     name: str
     values: NDArray[Any]
@@ -42,14 +42,14 @@ class Maps:
         return len(self.values) if self.values.ndim > 2 else 1
 
     def of(self, rank: int) -> list[Tensor]:
-        """B maps of so many spatial dimensions, in float64 on the CPU."""
+        """B maps with ``rank`` spatial dimensions, in float64 on the CPU."""
         spatial = self.values.shape[-rank:]
         values = np.array(self.values, np.float64, order="C")  # without negative strides
         return list(torch.from_numpy(values).reshape(-1, *spatial))
 
 
 def as_one(name: str, values: Listed, batches: Sequence[int]) -> NDArray[Any]:
-    """One array of a list, too, whose items of so many dimensions may be batches of one."""
+    """One array, also of a list; items of the list with one of these numbers of dimensions may be batches of one."""
     if isinstance(values, (Tensor, np.ndarray)):
         return real(name, values)
     if not isinstance(values, (list, tuple)):
@@ -74,7 +74,7 @@ def as_one(name: str, values: Listed, batches: Sequence[int]) -> NDArray[Any]:
 
 
 def as_maps(name: str, values: Listed, images: Pictures) -> Maps:
-    """Maps of these images; those of signals and volumes, too, may have no channel: (B, t) and (B, d, h, w)."""
+    """Maps of these images. Maps of signals and volumes may lack the channel, too: (B, t) and (B, d, h, w)."""
     given = as_one(name, values, batches=(3, 4, 5))
     shape = given.shape
     if given.ndim == 2 and not isinstance(values, (Tensor, np.ndarray)):  # (t,) of each
@@ -96,7 +96,7 @@ def _ndim(images: Pictures) -> int:
 
 
 def _are_signals(name: str, shape: tuple[int, ...], images: Pictures) -> bool:
-    """Whether a map (h, w) is not one of a picture, but maps (B, t) of B signals."""
+    """Whether a map of two dimensions is not (h, w) of a picture, but (B, t) of B signals."""
     B = shape[0]
     if isinstance(images, (Tensor, np.ndarray)):
         batch = images.ndim == 3 and images.shape[0] == B
@@ -115,7 +115,7 @@ def _are_signals(name: str, shape: tuple[int, ...], images: Pictures) -> bool:
 
 
 def _are_flat(images: Sequence[Picture]) -> bool:
-    """Whether they are arrays with at most one dimension beside that of a signal."""
+    """Whether images are arrays with at most one dimension more than a signal."""
     return bool(images) and all(isinstance(image, (Tensor, np.ndarray)) and image.ndim < 3 for image in images)
 
 
@@ -126,7 +126,7 @@ def panels(
     mean: Numbers,
     std: Numbers,
 ) -> tuple[list[Panel], list[list[Tensor]]]:
-    """What is drawn of each of the images under its maps, and the maps, of one or of several methods."""
+    """What is drawn under the maps of each image, and the maps, of one or of several methods."""
     rows, rank = len(columns[0]), _rank(name, images, columns)
     maps = [column.of(rank) for column in columns]
     shown: list[Panel] = []
@@ -155,8 +155,9 @@ def pictures(name: str, images: Pictures, rows: int, mean: Numbers, std: Numbers
 
 def _rank(name: str, images: Pictures, columns: Sequence[Maps]) -> int:
     """
-    The number of spatial dimensions of images and of all of their maps. Maps (B, 1, t) are those of signals, as every
-    method returns them, or of pictures, (B, h, w) with h = 1: then only of what can be no signal.
+    The number of spatial dimensions of images and of all their maps. Maps (B, 1, t) are maps of
+    signals, as every method returns them, or maps (B, h, w) of pictures with h = 1. They count as
+    the latter only if the images cannot be signals.
     """
     ranks = set.intersection(*(column.ranks for column in columns))
     if not ranks:
@@ -192,7 +193,7 @@ def _one_by_one(name: str, images: Pictures, rows: int, rank: int, mean: Numbers
 
 
 def _without_channels(name: str, images: Any, rows: int, rank: int, mean: Numbers, std: Numbers) -> list[Any]:
-    """Several images of one channel, or a single one with its channels: the number of maps decides."""
+    """Several images without channels, or a single one with its channels: the number of maps decides."""
     shape = tuple(images.shape)
     both = f"pass {name}[:, None] for images of one channel, {name}[None] for a single image in every row"
     if rank != 2:
@@ -230,7 +231,7 @@ def _channels_first(name: str, image: Any, rank: int, places: int) -> NDArray[An
 
 
 def _volume(values: NDArray[Any], mean: Numbers, std: Numbers) -> Pixels:
-    """A volume (C, D, H, W): in colours if it has three channels, else of its first."""
+    """A volume (C, D, H, W): in colours if it has three channels, else its first channel."""
     return Pixels(np.moveaxis(values, 0, -1), mean, std, 3 if len(values) == 3 else 1)
 
 
@@ -256,7 +257,7 @@ def _picture(name: str, image: Picture, mean: Numbers, std: Numbers) -> Pixels:
 
 
 def _image(levels: NDArray[np.uint8]) -> Image.Image:
-    """Of (H, W, C), without its opacity."""
+    """A picture of levels (H, W, C), without its opacity."""
     return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels[..., :3]).convert("RGB")
 
 

@@ -1,4 +1,4 @@
-"""Which of an image's numbers is black, and which is white."""
+"""Which value of an image is black, and which is white."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DARK = 0.02  # of white: images with no larger value would be seen as black
 
 @dataclass(frozen=True)
 class Pixels:
-    """Numbers (..., C) as they were given, of which so many channels are drawn, and how they were normalised."""
+    """Values (..., C) as they were given, how many of the channels are drawn, and how they were normalised."""
 
     given: NDArray[Any]
     mean: Numbers = None
@@ -70,8 +70,8 @@ def _each_channel(name: str, values: Numbers, default: float, channels: int) -> 
 
 def levels(name: str, images: Sequence[Pixels], together: bool) -> list[NDArray[np.uint8]]:
     """
-    Bytes of images. What is out of the range of the dtype that was given is stretched, and so is what is all black
-    there: of images that came together, in one array, only if all of them are.
+    Images as bytes. Values outside the range of their dtype are stretched, and so are images that
+    are all black there; of images in one array, only if all of them are black.
     """
     groups = [list(images)] if together else [[image] for image in images]
     return [level for group in groups for level in _levels_of_one_scale(name, group)]
@@ -83,7 +83,7 @@ def _levels_of_one_scale(name: str, images: Sequence[Pixels]) -> list[NDArray[np
     if max(image.black for image in images) < max(abs(low), abs(high)) < DARK * white:
         warn(
             f"`{name}` has values from {low:.6g} to {high:.6g}, not from 0 to {white}: all are below {DARK:.0%} of"
-            " white; they are stretched to be seen. Pass them divided by the one that is white, or uint8 up to 255."
+            " white; they are stretched to be seen. Pass them divided by the value of white, or uint8 up to 255."
         )
         low, high = min(low, 0), max(high, 0)
         return [_bytes(image.values(), low, high) for image in images]

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 LONGEST = 512  # pixels of an image's longer side in a figure
-NARROWEST = 4  # an image is drawn at no more than this ratio of its sides
+NARROWEST = 4  # the largest ratio of the sides of an image, as it is drawn
 STRONGEST = 0.85  # opacity of a figure's largest map value over its image, in grey
 LANES = 16  # channels of a signal, at most
 STRIP = 0.15  # of their height, below them: there no line hides the map
@@ -32,7 +32,7 @@ SIGNED = LinearSegmentedColormap.from_list("signed", ["#0033dd", "white", "#dd11
 
 @dataclass(frozen=True)
 class Colours:
-    """Of values up to a limit, and from minus that if they are signed; what is beyond is drawn as the limit."""
+    """The colours of values up to a limit, and from minus the limit if signed; values beyond it look like the limit."""
 
     limit: float
     signed: bool
@@ -43,7 +43,7 @@ class Colours:
         return ScalarMappable(Normalize(low, self.limit), SIGNED if self.signed else "turbo")
 
     def clipped(self, values: Tensor) -> Tensor:
-        """Before values are interpolated, or one that is beyond the limit would colour all around it."""
+        """Values clipped to the limit: interpolated unclipped, a value beyond it would colour its neighbours."""
         return finite(values).clamp(-self.limit, self.limit)
 
     def __call__(self, values: Tensor, size: tuple[int, int]) -> NDArray[Any]:
@@ -66,7 +66,7 @@ class Photo:
     def draw(self, axis: Axes, caption: str, values: Tensor | None = None, colours: Colours | None = None) -> None:
         size = show(axis, self.image if values is None else self.image.convert("L"), caption)
         if values is not None and colours is not None:
-            # In the image: matplotlib before 3.11 leaves out an array of opacities without a word.
+            # The opacity is in the image: matplotlib before 3.11 silently ignores an array of opacities.
             axis.imshow(colours(values, size))
 
 
@@ -121,7 +121,7 @@ def _lanes(channels: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.floa
 
 @dataclass(frozen=True)
 class Slices:
-    """Some slices of a volume, by their numbers, of so many."""
+    """Some slices of a volume, their numbers, and how many slices the volume has."""
 
     images: Sequence[Image.Image]
     numbers: Sequence[int]
@@ -130,7 +130,7 @@ class Slices:
 
     @classmethod
     def of(cls, volume: Sequence[Image.Image], note: str, maps: Sequence[Tensor]) -> "Slices":
-        """Evenly spaced ones, and of each map (d, h, w) the one with its largest absolute value."""
+        """Evenly spaced slices, and for each map (d, h, w) the slice with its largest absolute value."""
         depth = len(volume)
         keep = list(dict.fromkeys(s for m in maps if (s := _strongest(m, depth)) is not None))[:SLICES]
         rest = [s for s in np.linspace(0, depth - 1, min(depth, SLICES)).round().astype(int).tolist() if s not in keep]
@@ -190,7 +190,7 @@ def _strongest(values: Tensor, depth: int) -> int | None:
 
 
 def resized(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map (h, w), finite everywhere. Where it is larger than its picture, every value counts: antialiased."""
+    """A map (h, w), finite everywhere, at another size. If it shrinks, antialiasing makes every value count."""
     return F.interpolate(finite(values)[None, None], size, mode="bilinear", antialias=True)[0, 0]
 
 

@@ -38,18 +38,18 @@ def visualize_parts(
     use_pyplot: bool = True,
 ) -> tuple[Figure, NDArray[Any]]:
     r"""
-    Draws pairs of images side by side, each place in the colour of its strongest part, and beside them what each part
-    contributes to the score: a row for each pair.
+    Which parts do two images share, and what does each add to the score? Draws pairs of images side by side, each place
+    in the colour of its strongest part, and beside them what each part contributes: a row for each pair.
 
-    The opacity of a place is the root of its part's strength, relative to the largest of the pair. The dark bar of a
-    part is its share with itself, the light one half of its shares with other parts, and the number what it contributes
-    in all. The bar "no part" is the residual. All bars of a pair add up to its score. The colours are those of one
-    pair: part 1 of another has nothing to do with them.
+    The opacity of a place is the root of its part's strength, relative to the largest of the pair. Each part has a dark
+    bar, its share with itself; a light bar, half of its shares with other parts; and a number, what it contributes in
+    all. The bar "no part" is the residual. All bars of a pair add up to its score. Colours belong to one pair: part 1
+    of another pair is another part.
 
     Args:
         query, reference (Tensor, array, PIL.Image or a list of them): B images each, as in
                     :func:`visualize_pair`.
-        parts (SharedPartsExplanation): Of these pairs, as :meth:`.SharedParts.explain` returns it.
+        parts (SharedPartsExplanation): The explanation of these pairs, from :meth:`.SharedParts.explain`.
         titles, reference_titles, mean, std, use_pyplot: As in :func:`visualize_pair`.
 
     Returns:
@@ -91,7 +91,7 @@ def visualize_parts(
 
 
 def part_colours(n: int) -> NDArray[Any]:
-    """(n, 4), without grey, which the images are drawn in."""
+    """Colours (n, 4), without grey, in which the images are drawn."""
     return FEW[:n] if n <= len(FEW) else np.asarray(colormaps["hsv"](np.arange(n) / n))
 
 
@@ -104,7 +104,7 @@ def _coloured(maps: Tensor, size: tuple[int, int], colours: NDArray[Any]) -> NDA
 
 
 def _bars(axis: Axes, shares: Tensor, residual: float, score: float, colours: NDArray[Any]) -> None:
-    """What each part contributes with itself, and with others."""
+    """Draws bars: what each part contributes with itself, and with others."""
     own: Sequence[float] = shares.diagonal().tolist()
     totals: Sequence[float] = ((shares.sum(0) + shares.sum(1)) / 2).tolist()
     n = len(own)
@@ -124,5 +124,5 @@ def _bars(axis: Axes, shares: Tensor, residual: float, score: float, colours: ND
 
 
 def _said(value: float, score: float) -> str:
-    """A share of the score, or, of one that is not positive, the value."""
+    """A value as a share of the score; the value itself if the score is not positive."""
     return f"{round(100 * value / score)} %" if score > 0 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Maps in their colours: what a colour stands for, and what a map lacks."""
+"""Maps in their colours: what a colour stands for, and notes about maps."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -61,8 +61,8 @@ def draw_rows(
     signed: bool = False,
 ) -> None:
     """
-    Draws rows of maps over their images on one colour scale, or on one for each row; ``signed``, of red and blue even
-    where no value is negative.
+    Draws rows of maps over their images on one colour scale, or on one for each row. ``signed``: in
+    red and blue even if no value is negative.
     """
     signed = signed or is_signed(chain(*maps))
     if scale == "row":
@@ -85,7 +85,7 @@ def draw_maps(
     limit: float | None = None,
     signed: bool | None = None,
 ) -> None:
-    """Draws maps over images on one colour scale, with its bar, and says what a map lacks."""
+    """Draws maps over images on one colour scale, with its bar and with notes about maps."""
     axes = list(axes)
     if limit is None:
         limit = limit_of(maps, scale)
@@ -115,7 +115,7 @@ def colour_bar(
 
 
 def _lacks(values: Tensor, limit: float) -> list[str]:
-    """What should be known of a map before it is read."""
+    """Notes about a map, to know before reading it."""
     known = values.isfinite()
     said = []
     if known.any() and not known.all():
@@ -149,5 +149,5 @@ def new_figure(columns: int, rows: int, use_pyplot: bool, foot: Sequence[str] = 
 
 
 def width_of(columns: int) -> float:
-    """In inches."""
+    """The width of a figure in inches."""
     return 2.6 * columns + 0.6
