@@ -372,7 +372,7 @@ def test_a_normalisation_behind_a_head_is_told_as_it_takes_the_embedding_from_th
     """v_i is the projection of what place i adds to z on what is orthogonal to z: summed up, nothing is left."""
     encoder, x, s = Modified(seeded(HeadEncoder), normalise), random(3, 3, 8, 8), random(1, 4, seed=2)
     encoder.encoder.head.bias.data.zero_()
-    with pytest.warns(UserWarning, match=r"^The encoder ends in a normalisation\. .*'encoder\.layer'.* Leave") as caught:
+    with pytest.warns(UserWarning, match=r"^The encoder ends in a normalisation\. .*encoder\.layer.* Leave") as caught:
         CALLS[call](FeatureActivationMap(encoder, encoder.layer, similarity=similarity), x, s)
     assert len(caught) == 1
     jacobian = SimilarityDecomposition(encoder, encoder.layer, dimension_weights=lambda z, s: z)

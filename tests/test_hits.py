@@ -287,7 +287,7 @@ def test_an_index_and_its_hits_are_explained_alike():
 
 
 def test_a_threshold_that_no_cosine_reaches_comes_with_a_word():
-    with pytest.warns(UserWarning, match=r"between -1 and 1, so a threshold of 1.2 decides nothing; .* 1 - d \* d / 2"):
+    with pytest.warns(UserWarning, match=r"between -1 and 1, so a threshold of 1.2 decides nothing. .* 1 - d \* d / 2"):
         explain(IMAGES, threshold=1.2)
     with helpers.silent():
         explain(IMAGES, threshold=1.2, similarity="dot", method=SimilarityDecomposition)

@@ -549,7 +549,7 @@ def test_hits_that_are_none_are_told():
 
 def test_another_order_than_that_of_the_scores_may_come_of_a_lossy_search():
     hits = Hits([[0, 1, 2]], torch.tensor([[0.3, 0.2, 0.1]]), torch.from_numpy(np.stack([-Z[0], Z[0], -Z[0]]))[None])
-    with pytest.warns(UserWarning, match=r"in another way.*a lossy index does so by itself"):
+    with pytest.warns(UserWarning, match=r"in another way.*With a lossy index, this can"):
         explain_hits(QUERY[:1], hits, ENCODER, ENCODER.layer)
 
 

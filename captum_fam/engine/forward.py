@@ -187,7 +187,7 @@ class _Forward:
                 " off, if that is on (timm: model.set_grad_checkpointing(False)), which runs a stage part by part."
             )
         if any(isinstance(m, torch.jit.ScriptModule) for m in self._guard.held):
-            return " In what is TorchScript of it, hooks do not work: pass the Python model."
+            return " Hooks do not work in its TorchScript parts: pass the Python model."
         encoder = self._encoder
         try:
             other = last_map(encoder.forward_func, self._inputs, self._args, encoder.output_selector)

@@ -216,8 +216,8 @@ def less_of(contrast: Any, threshold: Any, similarity: Similarity | None, refere
             )
         if threshold is not None and similarity == "cosine" and abs(threshold) > 1:
             warn(
-                f"A cosine lies between -1 and 1, so a threshold of {threshold:g} decides nothing; of embeddings of"
-                " length 1, a distance d is the cosine 1 - d * d / 2."
+                f"A cosine lies between -1 and 1, so a threshold of {threshold:g} decides nothing. For embeddings"
+                " of length 1, a distance d is a cosine of 1 - d * d / 2."
             )
         return "self" if contrast is not None else float(threshold)
     if references < 2:

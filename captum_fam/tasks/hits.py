@@ -275,7 +275,8 @@ def _warnings_of_order(found: RetrievalExplanation) -> list[str]:
         signs = set((steps[0] * steps[1]).sign()[clear[0] & clear[1]].tolist())
         if len(signs) > 1 or (best_first and -1 in signs):
             return [
-                "The similarities that are explained order the hits in another way than the scores of the search: pass"
-                " the search's own `similarity`, the same encoder, and its embeddings; a lossy index does so by itself."
+                "The similarities that are explained order the hits in another way than the scores of the search. Pass"
+                " the search's own `similarity`, the same encoder, and its embeddings. With a lossy index, this can"
+                " happen though all is right."
             ]
     return []

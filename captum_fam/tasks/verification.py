@@ -128,15 +128,15 @@ def _explainer(
         measure == "euclidean" or of_distances > isinstance(measure, str)
     ):
         raise ValueError(
-            f'Expected `similarity` to be "cosine", "dot" or "euclidean", but got {describe(similarity)}; of embeddings'
-            " of length 1, a distance d is the cosine 1 - d * d / 2."
+            f'Expected `similarity` to be "cosine", "dot" or "euclidean", but got {describe(similarity)}. For'
+            " embeddings of length 1, a distance d is a cosine of 1 - d * d / 2."
         )
     if isinstance(made, LabelFreeActivationMap):
-        raise ValueError("LabelFreeActivationMap has no threshold, as it knows of no score; pass another method.")
+        raise ValueError("LabelFreeActivationMap has no threshold, as it does not use the score; pass another method.")
     if measure == "euclidean" and not of_distances:
         raise ValueError(
-            f"{type(made).__name__} has no threshold for distances, by which an image has no similarity to itself; pass"
-            " method=SimilarityDecomposition. Of embeddings of length 1, a distance d is the cosine 1 - d * d / 2."
+            f"{type(made).__name__} has no threshold for distances: the score of an image with itself is 0. Pass"
+            " method=SimilarityDecomposition. For embeddings of length 1, a distance d is a cosine of 1 - d * d / 2."
         )
     return made
 
@@ -174,7 +174,7 @@ def _thresholds(threshold: Any, similarity: Any, pairs: int) -> Tensor:
         cosines = f": {t:g} is the cosine {1 - t * t / 2:.3g}, or {1 - t / 2:.3g} if it is squared" if 0 < t < 2 else ""
         raise ValueError(
             f"Expected `threshold` to be a cosine, from -1 to 1, but got {t:g}; for a distance pass"
-            f' similarity="euclidean", or, of embeddings of length 1, the cosine 1 - threshold² / 2{cosines}.'
+            f' similarity="euclidean", or, for embeddings of length 1, the cosine 1 - threshold² / 2{cosines}.'
         )
     if similarity == "euclidean" and (values <= 0).any():
         raise ValueError(
