@@ -197,7 +197,7 @@ def test_layers_have_the_names_of_the_model_and_the_route_is_printed(run, two, t
     status, out, err = run("explain", *two, *arguments)
     assert (status, err) == (0, "")
     first = out.splitlines()[0]
-    assert first == f"encoder hf:{tmp_path}, layer encoder.stages.0 (ConvNextStage); jacobian weights"
+    assert first == f"encoder hf:{tmp_path}, layer encoder.stages.0 (ConvNextStage); jacobian route"
     status, out, err = run("compare", *two, *arguments, "--method", "FeatureActivationMap")
     assert (status, err) == (0, "")
     assert "layer encoder.stages.0 (ConvNextStage)\n" in out

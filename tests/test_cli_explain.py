@@ -624,7 +624,7 @@ def test_of_a_broken_reference_stderr_has_a_line_and_stdout_the_rest(run, figure
     missing = tmp_path / "nope.jpg"
     status, out, err = run("explain", three[0], broken, three[1], missing, "--size", SIZE, "-o", tmp_path / "out.png")
     assert status == 1
-    assert [line.split()[0] for line in out.splitlines()] == ["encoder", "2", "wrote"]
+    assert [line.split()[0] for line in out.splitlines()] == ["encoder", "2", "wrote", "bundled"]
     first, second = err.splitlines()
     assert first.startswith(f"captum-fam: reference 1 is left out: cannot read {broken} as an image: ")
     assert second.startswith(f"captum-fam: reference 3 is left out: there is no image {missing}: ")
@@ -646,6 +646,15 @@ def test_nothing_is_written_where_the_query_the_other_or_all_are_broken(run, thr
     assert (status, out) == (2, "")
     assert words.format(**names) in err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("layer", "advice"), [("feature", "did you mean features"), ("xyz", "name another, such as ")])
+def test_an_unknown_layer_is_told_with_one_that_there_is(run, three, tmp_path, layer, advice):
+    arguments = ("explain", *three[:2], "--layer", layer, "--size", SIZE, "-o", tmp_path / "out.png")
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err.startswith(f"captum-fam: the encoder has no layer {layer!r}: {advice}")
+    assert "features" in err
 
 
 def test_a_broken_reference_of_a_page_costs_itself_alone(run, three, broken, tmp_path):

@@ -453,7 +453,7 @@ def test_distances_of_pytorch_metric_learning_whose_thresholds_mean_something_el
     distances = pytest.importorskip("pytorch_metric_learning.distances")
     squared = distances.LpDistance(normalize_embeddings=False, power=2)
     for distance in (squared, distances.LpDistance()):
-        with pytest.raises(ValueError, match=r'"cosine", "dot" or "euclidean", but got LpDistance; .* 1 - d \* d / 2'):
+        with pytest.raises(ValueError, match=r'"cosine", "dot" or "euclidean", but got LpDistance. .* 1 - d \* d / 2'):
             explain(threshold=0.1, similarity=distance)
     close(explain(similarity=distances.CosineSimilarity()).maps, explain().maps)
 

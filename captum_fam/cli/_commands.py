@@ -77,10 +77,16 @@ def encoder_options(function: Callable[..., int | None]) -> Callable[..., int | 
         ),
         click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda."),
         click.option(
-            "--mean", type=float, nargs=3, help="Mean of the RGB channels in [0, 1].  [default: the encoder's]"
+            "--mean",
+            type=float,
+            nargs=3,
+            help="Mean of the RGB channels in [0, 1].  [default: the encoder's; ImageNet's for your own]",
         ),
         click.option(
-            "--std", type=float, nargs=3, help="Standard deviation of the RGB channels.  [default: the encoder's]"
+            "--std",
+            type=float,
+            nargs=3,
+            help="Standard deviation of the RGB channels.  [default: the encoder's; ImageNet's for your own]",
         ),
     ]
     for option in reversed(options):

@@ -127,7 +127,7 @@ def explain(
         click.echo(json.dumps(report, indent=None if json_maps else 2, allow_nan=False))
     else:
         last = "" if layer else ", the last with a map"
-        route = "" if methods else f"; {rows[0].route} weights"
+        route = "" if methods else f"; {rows[0].route} route"
         say(f"encoder {encoder}, layer {ready.layer_name} ({type(ready.layer).__name__}){last}{route}")
         for name, own in found.items():
             say(f"{name}: layer {own}, which it found")
@@ -137,6 +137,8 @@ def explain(
         for note in notes:
             say(f"note: {note}")
         say(f"wrote {output}")
+        if encoder == "bundled":
+            say("bundled is a small encoder for trying out: name yours with --encoder")
     return int(len(kept) < len(given))
 
 

@@ -25,5 +25,7 @@ def find_layer(model: nn.Module, name: str | None, image: Tensor) -> tuple[str, 
                 " depends: name one with --layer, in Python with model.get_submodule(name)"
             )
     if name not in modules:
-        raise ValueError(f"the encoder has no layer {name!r}{near(name, modules)}")
+        close = near(name, modules)
+        last = None if close else last_map(model, (image,))
+        raise ValueError(f"the encoder has no layer {name!r}{close}{f': name another, such as {last}' if last else ''}")
     return name, modules[name]
