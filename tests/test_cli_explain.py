@@ -689,6 +689,21 @@ def test_json_holds_the_maps_if_it_is_asked_to(run, figures, three, tmp_path):
     assert json.loads(out)["references"][0]["map"].keys() == {"shape", "min", "max", "mean"}
 
 
+def test_a_single_reference_stands_below_the_query_and_each_method_is_a_column(run, three, tmp_path, monkeypatch):
+    figures, draw = [], _explain.explanation_figure
+    monkeypatch.setattr(_explain, "explanation_figure", lambda *given: figures.append(draw(*given)) or figures[-1])
+    methods = ("--method", "FeatureActivationMap", "--method", "CorrespondenceMap")
+    assert run("explain", *three[:2], *methods, "--size", SIZE, "-o", tmp_path / "out.png")[0] == 0
+    drawn = [axis for axis in figures[0].axes if axis.axison and axis.get_label() != "<colorbar>"]
+    above, below = drawn[:3], drawn[3:]
+    assert [axis.get_xlabel().split(":")[0] for axis in drawn] == ["query", "for 1", "for 1", "1", "1", "1"]
+    for one, other in zip(above, below):
+        assert one.get_position().x0 == pytest.approx(other.get_position().x0)
+        assert one.get_position().y0 > other.get_position().y1
+    labels = [axis.get_ylabel() for axis in figures[0].axes if axis.get_label() == "<colorbar>"]
+    assert sorted(labels) == ["CorrespondenceMap"] * 2 + ["FeatureActivationMap"] * 2
+
+
 @pytest.mark.parametrize(("command", "suffix", "begins"), [("explain", ".pdf", b"%PDF"), ("compare", ".SVG", b"<?xml")])
 def test_the_figure_is_of_the_kind_that_its_name_says(run, three, tmp_path, command, suffix, begins):
     output = tmp_path / f"out{suffix}"

@@ -24,8 +24,11 @@ def explanation_figure(
     """
     Draws the query and its maps: a row for each method, with captions, and a column for each
     reference. Below are the references with their own maps, and sentences instead of pictures.
+    A single reference with maps of its own stands below the query, and each method is a column.
     """
     there = [row for row in rows if any(M is not None for M in row.there)]
+    if there and len(references) == 1 and isinstance(references[0], Image.Image):
+        return _pair_figure((query, references[0]), rows, (captions, [reference_captions] * len(rows)))
     sentences = [isinstance(reference, str) for reference in references]
     below = len(there) or any(sentences)
     figure = new_figure(len(references) + 1, len(rows) + below, use_pyplot=False)
@@ -41,6 +44,23 @@ def explanation_figure(
             _write(axis, reference, caption)
     for line, row in zip(axes[len(rows) :], there):
         _draw(figure, line[1:], references, row.there, reference_captions, row.there_label)
+    return figure
+
+
+def _pair_figure(
+    images: Sequence[Image.Image], rows: Sequence[Row], captions: Sequence[Sequence[Sequence[str]]]
+) -> Figure:
+    figure = new_figure(len(rows) + 1, 2, use_pyplot=False)
+    axes = figure.subplots(2, len(rows) + 1, squeeze=False)
+    for side, (line, image, words) in enumerate(zip(axes, images, captions)):
+        for axis in line:
+            axis.axis("off")
+        line[0].axis("on")
+        show(line[0], image, words[0][0] if side else "query")
+        for axis, row, own in zip(line[1:], rows, words):
+            maps, label = (row.there, row.there_label) if side else (row.here, row.label)
+            if any(M is not None for M in maps):
+                _draw(figure, [axis], [image], maps, own, label)
     return figure
 
 
