@@ -73,7 +73,7 @@ def test_a_python_block_runs(block, monkeypatch, tmp_path):
         "reference": images[:1],
         "gallery": torch.rand(4, 6),
         "photos": images,
-        "embeddings": encoder(images).detach().numpy(),
+        "embeddings": encoder(images).detach().numpy() if "faiss" in block else torch.rand(4, 6),
         "bank": torch.rand(4, 6),
         "support": images,
         "labels": [0, 1, 2] if "support" in block else [0, 1, 0, 2],

@@ -44,8 +44,8 @@ class CorrespondenceMap(OnLayer, LayerAttribution):
     reference than like others.
 
     It does not explain the score, as the other methods here do: it compares places, and the embedding has no part in
-    it. The map adds up to nothing. References must be inputs, because an embedding has no places. It takes one forward
-    pass of each image and no gradient.
+    it. Its values are not parts of the score. References must be inputs, because an embedding has no places. It takes
+    one forward pass of each image and no gradient.
 
     The best match of places is a common way to compare dense features (Amir et al., https://arxiv.org/abs/2112.05814);
     subtracting that of other images is ours.

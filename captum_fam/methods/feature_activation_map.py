@@ -35,7 +35,7 @@ class FeatureActivationMap(DimensionAttribution):
     - *jacobian*: the formula above, for every other encoder and layer. Where z is exactly the
       spatial mean of A, both routes give the same map.
 
-    The signs, the places and the contrasts are ours, not the paper's. :math:`c_k` says how much
+    The signs, a gradient for each place and the contrasts are ours, not the paper's. :math:`c_k` says how much
     dimension k contributes, and :math:`sign(z_k)` in which direction. So flipping the sign of a
     dimension of all embeddings, which changes no score, changes no map. ``contrast`` and
     ``threshold`` replace w by the signed terms that add up to the difference.

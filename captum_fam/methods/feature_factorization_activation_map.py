@@ -30,11 +30,12 @@ class FeatureFactorizationActivationMap(LayerSimilarityAttribution):
     number of parts. The sum, the length of the gradient and the length of H's rows are our reading; where activations
     are negative, we subtract each channel's minimum first, which is ours, too.
 
-    The map is not negative and adds up to nothing. It sees the parts of one image; for those that two images share,
-    take :class:`~captum_fam.SharedParts`. ``contrast`` subtracts the map of the other reference, or the mean of the
-    others' maps; there is no ``"self"`` and no ``threshold``. At a cosine of 1 the gradient vanishes, and the map with
-    it. The method needs scikit-learn (the extra ``parts``). It takes a factorisation for each input and a gradient for
-    each reference.
+    The map is not negative, and its values are not parts of the score. It sees the parts of one
+    image; for those that two images share, take :class:`~captum_fam.SharedParts`. ``contrast``
+    subtracts the map of the other reference, or the mean of the others' maps; there is no
+    ``"self"`` and no ``threshold``. At a cosine of 1 the gradient vanishes, and the map with it.
+    The method needs scikit-learn (the extra ``parts``). It takes a factorisation for each input and
+    a gradient for each reference.
 
     Args:
         forward_func (Callable or torch.nn.Module): The encoder, from inputs to embeddings

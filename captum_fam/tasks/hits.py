@@ -149,9 +149,9 @@ def explain_hits(
                     :class:`~captum_fam.CorrespondenceMap` needs images of the hits.
                     Default: FeatureActivationMap
         contrast (int or str, optional): What the maps show. ``"self"``: what query and hit have in common beyond what
-                    each has with itself, on both sides; this takes one more pass. A rank, or ``"rest"``: why each hit
-                    rather than the hit of this rank, or than the mean of the others. There are no ``hit_maps`` then,
-                    because a hit is compared with the query alone.
+                    each has with itself, on both sides; this takes one more pass. The rank of another hit, from 0: why
+                    each hit rather than that one. ``"rest"``: rather than the mean of the others. There are
+                    no ``hit_maps`` then, because a hit is compared with the query alone.
                     Default: None, what query and hit have in common
         threshold (float, optional): The maps show why each similarity lies above or below this value, on both sides;
                     this takes one more pass.

@@ -52,8 +52,8 @@ def explain_verification(
                     its branch.
         layer (torch.nn.Module): As in :class:`~captum_fam.FeatureActivationMap`; None for a method that finds
                     its own.
-        threshold (float, sequence of float or Tensor): The score from which on you accept, one for all pairs or one for
-                    each. For ``"euclidean"``, the distance up to which you accept, not squared.
+        threshold (float, sequence of float or Tensor): You accept a pair if its score reaches this. One for
+                    all pairs, or one for each. For ``"euclidean"``, the distance up to which you accept, not squared.
         similarity (str or Callable, optional): ``"cosine"``, ``"dot"``, or ``"euclidean"`` for a decision
                     by the distance :math:`\|z - s\|`; or another similarity that the method takes.
                     Default: None, ``"cosine"``
