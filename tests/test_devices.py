@@ -69,7 +69,7 @@ class Waits(TorchDispatchMode):
     [
         ("aligned", {}, 2),  # is the layer aligned, are the maps to be trusted
         ("aligned", {"channel_weights": "aligned"}, 1),
-        ("jacobian", {}, 3),  # does the embedding depend on the layer
+        ("jacobian", {}, 4),  # does the embedding depend on the layer, and is it normalised
     ],
 )
 @pytest.mark.parametrize("call", ["attribute", "attribute_all", "rest", "self", "threshold"])

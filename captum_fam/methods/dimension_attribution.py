@@ -250,7 +250,7 @@ def check_sum(found: Tensor, pairs: Pairs, layer: str, partial: bool) -> None:
 def check_normalised(pairs: Pairs, layer: str) -> None:
     """Reports a layer behind which the embeddings are normalised: the gradient leaves out what they have in common."""
     rounding = 64 * torch.finfo(pairs.recording.embedding.dtype).eps
-    if pairs.valid.any() and ((norm(pairs.z) - 1).abs() < min(_UNIT, rounding)).all():
+    if pairs.valid.any() & ((norm(pairs.z) - 1).abs() < min(_UNIT, rounding)).all():  # one answer to wait for
         pairs.recording.report.warnings.append(
             f"The encoder ends in a normalisation. Its gradient takes from the places of layer {layer} what they add"
             " to the length of the embedding, which is most of what makes it similar. Leave the normalisation out, and"
