@@ -237,7 +237,7 @@ def references_given(method: str, reference: object, reference_embedding: object
     if reference is None or reference_embedding is not None:
         raise ValueError(
             f"{method} compares places, and embeddings have none: pass the references as inputs of the encoder, by"
-            " name, reference=images (the second argument is `target`)."
+            " name, reference=images."
         )
     return format_inputs("reference", reference)
 

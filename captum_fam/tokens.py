@@ -141,7 +141,7 @@ def to_map(activation: Tensor, inputs: Tensor, dimensions: int | None = None) ->
         return activation if activation.ndim < 3 or shape[1] == dimensions or not tokens else None
     size = (inputs.shape[2], inputs.shape[3])
     if activation.ndim == 4:
-        first, last = _may_be_map((shape[2], shape[3]), size), _is_grid((shape[1], shape[2]), size)
+        first, last = may_be_map((shape[2], shape[3]), size), _is_grid((shape[1], shape[2]), size)
         if first and last and not _has_one_stride((shape[2], shape[3]), size):
             # On a square image, two strides are far less likely than a number of channels that divides its side.
             return channels_last(activation) if size[0] == size[1] and shape[1] != dimensions else None
@@ -184,7 +184,7 @@ def _is_grid(grid: tuple[int, int], size: tuple[int, int]) -> bool:
     return H % h == W % w == 0 and H // h == W // w
 
 
-def _may_be_map(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+def may_be_map(grid: tuple[int, int], size: tuple[int, int]) -> bool:
     """Whether a convolutional network may make a map of that size."""
     return size[0] % grid[0] == size[1] % grid[1] == 0 or _has_one_stride(grid, size)
 

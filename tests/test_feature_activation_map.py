@@ -381,11 +381,23 @@ def test_a_normalisation_behind_a_head_is_told_as_it_takes_the_embedding_from_th
     close(sums, torch.zeros(3).double(), atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Embeddings are zero or not finite")
+@pytest.mark.parametrize(
+    ("dtype", "bad"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 0), (torch.float32, 1)]
+)
+def test_a_normalisation_is_told_in_any_precision_and_beside_images_that_cannot_be_explained(dtype, bad):
+    encoder = Modified(seeded(HeadEncoder), normalise).to(dtype)
+    x, s = random(40, 3, 8, 8, dtype=dtype), random(1, 4, seed=2, dtype=dtype)
+    x[:bad] = torch.nan
+    with pytest.warns(UserWarning, match="ends in a normalisation"):
+        FeatureActivationMap(encoder, encoder.layer).attribute(x, reference_embedding=s)
+
+
 QUIET = {
     "without the normalisation": (HeadEncoder, {}),
     "a mean that is normalised": (lambda: Modified(PooledEncoder(), normalise), {}),
     "one of the lengths is another": (
-        lambda: Modified(HeadEncoder(), lambda z: normalise(z) * (1 + 1e-9 * torch.arange(len(z)).double()[:, None])),
+        lambda: Modified(HeadEncoder(), lambda z: normalise(z) * (1 + 1e-4 * torch.arange(len(z)).double()[:, None])),
         {},
     ),
     "distances": (lambda: Modified(HeadEncoder(), normalise), {"similarity": "euclidean"}),

@@ -18,7 +18,7 @@ from torch import nn
 
 import captum_fam
 from captum_fam import IntegratedDecomposition, SimilarityDecomposition, SimilarityScore, explain_episode
-from captum_fam.engine.layers import early_map, maps_on_the_way
+from captum_fam.engine.layers import early_map, last_map, maps_on_the_way
 
 X, S, LARGE = random(3, 3, 32, 32), random(3, 4, seed=2), random(2, 3, 64, 64, seed=3)
 SUPPORT, LABELS = random(4, 3, 32, 32, seed=7), [0, 0, 1, 1]
@@ -455,6 +455,30 @@ CASES = {
 @pytest.mark.parametrize(("parts", "layer"), CASES.values(), ids=CASES)
 def test_the_layer_of_a_small_network_is_known_by_hand(parts, layer):
     assert early(**parts) == layer
+
+
+class Heads(nn.Module):
+    """What is given to the heads of an attention, (B, heads, N, C): no map, though it has the dimensions of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.split, self.mix = (
+            nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU()),
+            nn.Identity(),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, x):
+        heads = self.mix(self.split(self.stem(x).flatten(2).unflatten(1, (4, 4)).mT))
+        return heads.mT.flatten(1, 2).mean(2)
+
+
+@pytest.mark.parametrize("size", [(224, 160), (112, 112)])
+def test_what_has_four_dimensions_is_a_map_if_its_size_is_that_of_one(size):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder, x = Heads().eval(), torch.rand(1, 3, *size)
+    assert last_map(encoder, (x,)) == early_map(encoder, (x,)) == "stem"
 
 
 SIDES = st.integers(8, 70)

@@ -426,7 +426,7 @@ def test_a_score_says_which_similarity():
             lambda e: SharedParts(e, e.layer).attribute(X, reference_embedding=random(3, 6)),
             ValueError,
             "SharedParts compares places, and embeddings have none: pass the references as inputs of the encoder, by"
-            " name, reference=images (the second argument is `target`).",
+            " name, reference=images.",
         ),
         (
             lambda e: SharedParts(e, e.layer, similarity="euclidean").explain(X, Y),

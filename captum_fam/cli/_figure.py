@@ -12,6 +12,7 @@ from captum_fam.cli._rows import Maps, Row
 from captum_fam.visualization import draw_maps, new_figure, show
 
 _ACROSS, _LINES = 20, 9  # characters and lines of a sentence that is drawn in place of a picture
+_WIDTH = 26  # characters of a caption that fit below a picture
 
 
 def explanation_figure(
@@ -27,8 +28,9 @@ def explanation_figure(
     A single reference with maps of its own stands below the query, and each method is a column.
     """
     there = [row for row in rows if any(M is not None for M in row.there)]
-    if there and len(references) == 1 and isinstance(references[0], Image.Image):
-        return _pair_figure((query, references[0]), rows, (captions, [reference_captions] * len(rows)))
+    one_scale = all(row.label == row.there_label for row in there)
+    if there and one_scale and len(references) == 1 and isinstance(references[0], Image.Image):
+        return _pair_figure((query, references[0]), rows, captions, reference_captions[0])
     sentences = [isinstance(reference, str) for reference in references]
     below = len(there) or any(sentences)
     figure = new_figure(len(references) + 1, len(rows) + below, use_pyplot=False)
@@ -48,19 +50,19 @@ def explanation_figure(
 
 
 def _pair_figure(
-    images: Sequence[Image.Image], rows: Sequence[Row], captions: Sequence[Sequence[Sequence[str]]]
+    images: Sequence[Image.Image], rows: Sequence[Row], captions: Sequence[Sequence[str]], reference_caption: str
 ) -> Figure:
     figure = new_figure(len(rows) + 1, 2, use_pyplot=False)
     axes = figure.subplots(2, len(rows) + 1, squeeze=False)
-    for side, (line, image, words) in enumerate(zip(axes, images, captions)):
-        for axis in line:
-            axis.axis("off")
-        line[0].axis("on")
-        show(line[0], image, words[0][0] if side else "query")
-        for axis, row, own in zip(line[1:], rows, words):
-            maps, label = (row.there, row.there_label) if side else (row.here, row.label)
-            if any(M is not None for M in maps):
-                _draw(figure, [axis], [image], maps, own, label)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes[:, 0], images, ("query", "\n".join(textwrap.wrap(reference_caption, _WIDTH)))):
+        axis.axis("on")
+        show(axis, image, caption)
+    for column, row, (caption, *_) in zip(axes.T[1:], rows, captions):
+        sides = [n for n, maps in enumerate((row.here, row.there)) if any(M is not None for M in maps)]
+        maps = [(row.here, row.there)[n][0] for n in sides]
+        _draw(figure, column[sides], [images[n] for n in sides], maps, [(caption, "")[n] for n in sides], row.label)
     return figure
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from captum_fam.engine.checkpoints import checkpointing_named
 from captum_fam.engine.chunks import Tensors, cut, cut_arguments
-from captum_fam.engine.order import Layouts, ask, follows_convolution, in_attention
+from captum_fam.engine.order import Layouts, ask, channels_first, follows_convolution, in_attention
 from captum_fam.engine.untouched import buffers_restored, compiled_parts_off, has_batch_statistics, model_of, run
 from captum_fam.score import select_embedding
-from captum_fam.tokens import images_of
+from captum_fam.tokens import images_of, may_be_map
 
 # The least number of places along a side of a map for integrated explanations.
 _PLACES = 14
@@ -117,11 +117,17 @@ def maps_on_the_way(
         z = select_embedding(output, output_selector)[:1]
 
         on, layouts = images_of(inputs), Layouts(forward_func)
+        # Strides that differ by axis give maps of any size: one counts if a convolution, norm or pooling gives that size.
+        convolved = {a.shape[2:] for name, a in outputs.items() if channels_first(modules[name].modules())}
 
         def places(activation: Tensor) -> Tensor | None:
             """The map of an output, or of its gradient, if it has more than one place."""
             A = layouts.to_map(activation, images, z.shape[1])
-            return None if A is None or A.ndim != max(on.ndim, 3) or A.shape[2:].numel() == 1 else A
+            if A is None or A.ndim != max(on.ndim, 3) or A.shape[2:].numel() == 1:
+                return None
+            if A.ndim != 4 or A.shape[2:] in convolved:
+                return A
+            return A if may_be_map((A.shape[2], A.shape[3]), (on.shape[2], on.shape[3])) else None
 
         sizes = {name: tuple(A.shape[2:]) for name, a in outputs.items() if (A := places(a)) is not None}
         found = {name: outputs[name] for name in sizes}
@@ -152,7 +158,7 @@ def maps_on_the_way(
                     hook.remove()
             return [kept.get(m) for m in doubtful]
 
-        convolved = [follows_convolution(m, modules.values()) for m in doubtful]
-        answers, _ = ask(activations, list(doubts.values()), convolved, layouts, given, arguments, z.shape[1])
+        after = [follows_convolution(m, modules.values()) for m in doubtful]
+        answers, _ = ask(activations, list(doubts.values()), after, layouts, given, arguments, z.shape[1])
     wrong = {name for name, answer in zip(doubts, answers) if not answer}
     return {name: sizes[name] for name in chosen if name not in wrong}
