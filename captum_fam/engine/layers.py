@@ -117,7 +117,7 @@ def maps_on_the_way(
         z = select_embedding(output, output_selector)[:1]
 
         on, layouts = images_of(inputs), Layouts(forward_func)
-        # Strides that differ by axis give maps of any size: one counts if a convolution, norm or pooling gives that size.
+        # Strides that differ by axis give maps of any size: those count that a convolution, norm or pooling gives.
         convolved = {a.shape[2:] for name, a in outputs.items() if channels_first(modules[name].modules())}
 
         def places(activation: Tensor) -> Tensor | None:
