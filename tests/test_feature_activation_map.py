@@ -393,6 +393,14 @@ def test_a_normalisation_is_told_in_any_precision_and_beside_images_that_cannot_
         FeatureActivationMap(encoder, encoder.layer).attribute(x, reference_embedding=s)
 
 
+def test_of_several_layers_only_those_are_told_whose_map_takes_the_gradient_of_the_normalisation():
+    encoder, x = Modified(seeded(PooledEncoder), normalise), random(3, 3, 8, 8)
+    fam = FeatureActivationMap(encoder, [encoder.layer, encoder.encoder.early])
+    with pytest.warns(UserWarning, match=r"ends in a normalisation.*'encoder\.early'") as caught:
+        fam.attribute(x, reference=x.flip(0))
+    assert len(caught) == 1
+
+
 QUIET = {
     "without the normalisation": (HeadEncoder, {}),
     "a mean that is normalised": (lambda: Modified(PooledEncoder(), normalise), {}),
