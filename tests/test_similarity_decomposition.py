@@ -485,6 +485,14 @@ def test_a_warning_says_of_which_layer_the_places_do_not_add_up_and_why(build, c
     assert missing.max() > 0.05
 
 
+@pytest.mark.filterwarnings("ignore:Embeddings are zero or not finite")
+def test_an_image_that_cannot_be_explained_does_not_hide_that_the_encoder_ends_in_a_normalisation():
+    encoder, x = seeded(ends_in_a_normalisation), X.clone()
+    x[0] = torch.nan
+    with pytest.warns(UserWarning, match=f"do not add up.*{NORMALISED}"):
+        SimilarityDecomposition(encoder, encoder.layer).attribute(x, 1, reference_embedding=random(4, 4, seed=2))
+
+
 @pytest.mark.parametrize(("bias", "warns"), [(0.36, False), (0.38, True), (-0.33, False), (-0.34, True)])
 def test_a_warning_comes_where_more_than_a_twentieth_is_missing(bias, warns):
     """z = (3 + bias, 4) and s = (1, 1): of c = (3 + bias, 4) the places have all but the bias."""

@@ -22,9 +22,7 @@ from captum_fam.similarity import norm, widen
 
 # How much of the similarity the places may miss without a warning, as a share of what its dimensions contribute.
 _TOLERANCE = 0.05
-# How far the lengths of normalised embeddings may be from one.
-_UNIT = 1e-3
-# The same in single or double precision, where chance must not come as near.
+# How far the length of normalised embeddings may be from one, in single or double precision.
 _ROUNDED = 1e-5
 
 
@@ -234,7 +232,7 @@ def check_sum(found: Tensor, pairs: Pairs, layer: str, partial: bool) -> None:
     off = (found - pairs.c.sum(2)).abs() > _TOLERANCE * pairs.c.abs().sum(2)
     if not (off & pairs.valid).any():
         return
-    if ((norm(pairs.z) - 1).abs() < _UNIT).all():
+    if _are_normalised(pairs):
         reason = "the encoder ends in a normalisation. Leave it out: the cosine is the same without it."
     elif partial:
         reason = (
@@ -249,11 +247,16 @@ def check_sum(found: Tensor, pairs: Pairs, layer: str, partial: bool) -> None:
     pairs.recording.report.warnings.append(f"The places of layer {layer} do not add up to the similarity: {reason}")
 
 
+def _are_normalised(pairs: Pairs) -> bool:
+    """Whether all embeddings that can be explained have length one, as behind a normalisation."""
+    usable, rounding = usable_inputs(pairs.recording), torch.finfo(pairs.recording.embedding.dtype).eps
+    close = (norm(pairs.z)[:, 0] - 1).abs() < max(_ROUNDED, rounding)
+    return bool((usable.any() & (close | ~usable).all()).item())  # one answer to wait for
+
+
 def check_normalised(pairs: Pairs, layer: str) -> None:
     """Reports a layer behind which the embeddings are normalised: the gradient leaves out what they have in common."""
-    rounding = max(_ROUNDED, torch.finfo(pairs.recording.embedding.dtype).eps)
-    usable = usable_inputs(pairs.recording)
-    if usable.any() & (((norm(pairs.z)[:, 0] - 1).abs() < rounding) | ~usable).all():  # one answer to wait for
+    if _are_normalised(pairs):
         pairs.recording.report.warnings.append(
             f"The encoder ends in a normalisation. Its gradient takes from the places of layer {layer} what they add"
             " to the length of the embedding, which is most of what makes it similar. Leave the normalisation out, and"
